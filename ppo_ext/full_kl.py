@@ -1,0 +1,98 @@
+"""The exact KL divergence of the policy from the reference, token by token, over the whole vocabulary."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _native, check, reference
+
+_forward, _forward_name = _native.define(
+    "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature)"
+    " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)")
+_GRADIENT_ARGUMENTS = ("Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
+                       " Tensor ref_row_max, Tensor ref_log_sum, float temperature")
+_backward, _backward_name = _native.define(f"_full_kl_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
+_backward_inplace, _backward_inplace_name = _native.define(
+    f"_full_kl_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+
+
+@torch.library.register_fake(_forward_name)
+def _(logits, ref_logits, mask, temperature):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    row = logits.new_empty(logits.shape[:-1], dtype=dtype)
+    return (row, *(torch.empty_like(row) for _ in range(4)))
+
+
+@torch.library.register_fake(_backward_name)
+def _(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake(_backward_inplace_name)
+def _(logits, *_):
+    return None
+
+
+class _FullKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ref_logits, mask, temperature, inplace_backward):
+        kl, *row_stats = _forward(logits, ref_logits, mask, temperature)
+        ctx.save_for_backward(logits, ref_logits, mask, kl, *row_stats)
+        ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_kl):
+        logits, ref_logits, mask, *saved = ctx.saved_tensors
+        arguments = (ref_logits, grad_kl.contiguous(), mask, *saved, ctx.temperature)
+        if not ctx.inplace_backward or torch.compiler.is_compiling():
+            return _backward(logits, *arguments), None, None, None, None
+        _backward_inplace(logits, *arguments)
+        torch.autograd.graph.increment_version(logits)
+        return logits, None, None, None, None
+
+
+def full_kl(logits, ref_logits, *, temperature=1.0, mask=None, inplace_backward=False):
+    """KL(policy || reference) of each row.
+
+        full_kl[n] = sum_v p_nv (log p_nv - log q_nv),   p = softmax(logits / temperature), q of ref_logits
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
+        ref_logits: [..., V], dtype and device of logits; any strides. It receives no gradient.
+        temperature: positive number that divides both.
+        mask: [...] bool, int or float, nonzero where a token counts; other rows are not read, give 0 and gradient 0.
+        inplace_backward: let the backward pass write the gradient over `logits`, see `logprobs`.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), differentiable once in `logits`.
+
+    Raises:
+        TypeError: a dtype is not one of those above, or ref_logits has another dtype than logits. ValueError: shapes
+        or devices do not match, or temperature is not positive and finite.
+
+    Notes:
+        0 log 0 = 0: an entry without probability under the policy adds nothing; one with probability under the policy
+        and none under the reference makes the row +inf. Both logits are read once forward and once backward, sums in
+        float32 in a fixed order: same bits on every run and for any number of threads.
+
+    Source: TRL 0.11.4, `PPOTrainer._kl_penalty` with kl_penalty="full".
+    """
+    check.floating("full_kl", "logits", logits)
+    check.floating("full_kl", "ref_logits", ref_logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        check.fail("full_kl", "logits", "have the shape [..., V] with V >= 1", list(logits.shape))
+    check.shape("full_kl", "ref_logits", ref_logits, logits.shape, "logits")
+    check.device("full_kl", "ref_logits", ref_logits, logits.device, "logits")
+    if ref_logits.dtype != logits.dtype:
+        check.fail("full_kl", "ref_logits", f"have the dtype {logits.dtype} of logits", ref_logits.dtype, TypeError)
+    check.positive("full_kl", "temperature", temperature)
+    if mask is not None:
+        mask = check.mask("full_kl", mask, logits.shape[:-1], logits.device, "logits without its last dimension")
+        mask = mask.contiguous()
+    ref_logits = ref_logits.detach()
+    if not _native.available(logits.device.type):
+        return reference.full_kl(logits, ref_logits, temperature=temperature, mask=mask)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _FullKL.apply(logits, ref_logits, mask, temperature, inplace_backward)
+    return _forward(logits.detach(), ref_logits, mask, temperature)[0]

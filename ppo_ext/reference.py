@@ -1,0 +1,167 @@
+"""The specification: every op in plain torch, differentiable by autograd, equal to TRL 0.11.4 where TRL is defined.
+
+Inputs may be float32, bfloat16, float16 or float64; arithmetic and results are float32 (float64 for float64).
+`mask` is nonzero where a token counts. Masked inputs are selected away, never multiplied, so a NaN under the mask
+cannot spread. Each function has the name and the arguments of the compiled op that it specifies.
+"""
+
+import torch
+
+WHITEN_EPS = 1e-8  # added to the variance under the square root, as in TRL's masked_whiten
+
+
+def _accumulate(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _as_bool(mask, like):
+    return torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
+
+
+def _log_softmax(logits, counts, temperature):
+    """Log-softmax of logits / temperature over the vocabulary; rows that do not count are computed from zeros."""
+    rows = torch.where(counts[..., None], _accumulate(logits), 0.0)
+    top = rows.amax(-1, keepdim=True)
+    # An infinite maximum stays: -inf - -inf is the NaN that a row without any probability deserves.
+    return torch.log_softmax((rows - top.detach()) / temperature, dim=-1)
+
+
+def logprobs_and_entropy(logits, labels, *, temperature=1.0, mask=None):
+    counts = _as_bool(mask, labels)
+    log_p = _log_softmax(logits, counts, temperature)
+    index = torch.where(counts, labels, 0).long()
+    picked = log_p.gather(-1, index[..., None]).squeeze(-1)
+    p = log_p.exp()
+    # 0 * log 0 = 0: a masked-out vocabulary entry adds nothing to the entropy.
+    entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
+    return torch.where(counts, picked, 0.0), torch.where(counts, entropy, 0.0)
+
+
+def logprobs(logits, labels, *, temperature=1.0, mask=None):
+    return logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)[0]
+
+
+def full_kl(logits, ref_logits, *, temperature=1.0, mask=None):
+    counts = _as_bool(mask, logits[..., 0])
+    log_p = _log_softmax(logits, counts, temperature)
+    log_q = _log_softmax(ref_logits.detach(), counts, temperature)
+    p = log_p.exp()
+    gap = torch.where(p == 0, 0.0, torch.where(p == 0, 0.0, log_p) - log_q)
+    return torch.where(counts, torch.where(p == 0, 0.0, p * gap).sum(-1), 0.0)
+
+
+def token_kls(logprobs, ref_logprobs, kl_penalty):
+    """Per-token KL estimate from the two log-probabilities of the sampled token."""
+    d = logprobs - ref_logprobs
+    if kl_penalty == "kl":
+        return d
+    if kl_penalty == "abs":
+        return d.abs()
+    if kl_penalty == "mse":
+        return 0.5 * d.square()
+    raise ValueError(f"kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got {kl_penalty!r}")
+
+
+@torch.no_grad()
+def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl", kls=None):
+    counts = mask != 0
+    if kl_penalty == "full":
+        kls = _accumulate(kls)
+    else:
+        kls = token_kls(_accumulate(logprobs), _accumulate(ref_logprobs), kl_penalty)
+    kls = torch.where(counts, kls, 0.0)
+    non_score_rewards = torch.where(counts, -kl_coef * kls, 0.0)
+    later = counts.flip(-1).cumsum(-1).flip(-1)
+    last = counts & (later == 1)
+    rewards = torch.where(last, non_score_rewards + scores[:, None].to(kls.dtype), non_score_rewards)
+    return rewards, non_score_rewards, kls
+
+
+@torch.no_grad()
+def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95):
+    counts = _as_bool(mask, values)
+    values, rewards = _accumulate(values), _accumulate(rewards)
+    advantages = torch.zeros_like(values)
+    last_advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else None
+    next_value = last_advantage
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * last_advantage
+        last_advantage = torch.where(counts[:, t], advantage, last_advantage)
+        next_value = torch.where(counts[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(counts[:, t], advantage, 0.0)
+    return advantages, torch.where(counts, advantages + values, 0.0)
+
+
+def _select(values, mask):
+    """Values and weights with masked entries replaced by zeros; a float mask weighs, a bool or int mask counts."""
+    values = _accumulate(values)
+    weights = mask.to(values.dtype).expand_as(values)
+    return torch.where(weights != 0, values, 0.0), weights
+
+
+def _ratio_or_zero(numerator, denominator):
+    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+
+
+def masked_mean(values, mask, axis=None):
+    values, weights = _select(values, mask)
+    if axis is None:
+        return _ratio_or_zero((values * weights).sum(), weights.sum())
+    return _ratio_or_zero((values * weights).sum(axis), weights.sum(axis))
+
+
+def masked_var(values, mask, unbiased=True):
+    values, weights = _select(values, mask)
+    mean = _ratio_or_zero((values * weights).sum(), weights.sum())
+    total = weights.sum()
+    var = _ratio_or_zero((weights * torch.where(weights != 0, values - mean, 0.0).square()).sum(), total)
+    if not unbiased:
+        return var
+    return torch.where(total == 1, 0.0, var * _ratio_or_zero(total, total - 1))
+
+
+def masked_whiten(values, mask, shift_mean=True):
+    mean, var = masked_mean(values, mask), masked_var(values, mask)
+    selected, weights = _select(values, mask)
+    whitened = (selected - mean) * torch.rsqrt(var + WHITEN_EPS)
+    return torch.where(weights != 0, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
+             cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf")):
+    counts = mask != 0
+    inputs = (logprobs, old_logprobs, advantages, vpreds, values, returns)
+    logprobs, old_logprobs, advantages, vpreds, values, returns = (
+        torch.where(counts, _accumulate(x), 0.0) for x in inputs)
+    old_logprobs, advantages, values, returns = (x.detach() for x in (old_logprobs, advantages, values, returns))
+
+    vpreds_clipped = torch.max(torch.min(vpreds, values + cliprange_value), values - cliprange_value)
+    vf_losses1 = (vpreds - returns) ** 2
+    vf_losses2 = (vpreds_clipped - returns) ** 2
+    vf_loss = 0.5 * masked_mean(torch.max(vf_losses1, vf_losses2), counts)
+
+    ratio = torch.exp(logprobs - old_logprobs)
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
+    pg_loss = masked_mean(torch.max(pg_losses1, pg_losses2), counts)
+
+    ratio_mean = masked_mean(ratio, counts)
+    skipped = ratio_mean > ratio_threshold
+    pg_loss, vf_loss = torch.where(skipped, 0.0, pg_loss), torch.where(skipped, 0.0, vf_loss)
+    loss = pg_loss + vf_coef * vf_loss
+    stats = {
+        "loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": loss,
+        "policy/approxkl": 0.5 * masked_mean((logprobs - old_logprobs) ** 2, counts),
+        "policy/policykl": masked_mean(old_logprobs - logprobs, counts),
+        "policy/clipfrac": masked_mean((pg_losses2 > pg_losses1).to(ratio.dtype), counts),
+        "policy/advantages_mean": masked_mean(advantages, counts),
+        "policy/ratio_mean": ratio_mean, "policy/skipped": skipped.to(ratio.dtype),
+        "returns/mean": masked_mean(returns, counts), "returns/var": masked_var(returns, counts),
+        "val/vpred": masked_mean(vpreds, counts),
+        "val/error": masked_mean((vpreds - returns) ** 2, counts),
+        "val/clipfrac": masked_mean((vf_losses2 > vf_losses1).to(ratio.dtype), counts),
+        "val/mean": masked_mean(values, counts), "val/var": masked_var(values, counts),
+        "policy/advantages": advantages, "policy/ratio": torch.where(counts, ratio, 0.0),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
