@@ -1,0 +1,146 @@
+"""What the value-head models need of peft, which is imported only when an adapter is asked for or found."""
+import contextlib
+import os
+import sys
+
+import torch
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from . import checkpoint
+
+SCORE_MODULES = ("score",)
+KBIT_ARGUMENTS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def import_peft(reason):
+    """Returns the peft module, or raises ImportError saying what needs it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"peft must be installed for {reason}: pip install peft ({error})") from None
+    return peft
+
+
+def is_peft_model(model):
+    """True for a PeftModel; imports nothing, since such a model exists only if peft is imported already."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, getattr(peft, "PeftModel", ()))
+
+
+def check_arguments(peft_config, reward_adapter):
+    """Raises TypeError unless peft_config is a PeftConfig or None and reward_adapter a path or None."""
+    if peft_config is not None and not isinstance(peft_config, import_peft("peft_config").PeftConfig):
+        raise TypeError(f"from_pretrained: peft_config must be a peft.PeftConfig, got {type(peft_config).__name__}")
+    if reward_adapter is not None and not isinstance(reward_adapter, (str, os.PathLike)):
+        raise TypeError(f"from_pretrained: reward_adapter must be a path, got {type(reward_adapter).__name__}")
+
+
+def find_adapter(source, hub_kwargs):
+    """Returns whether a local folder or hub repository holds a peft adapter, whose files are checked if it is local."""
+    if not os.path.isdir(source):
+        hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
+        return find_adapter_config_file(source, **hub_kwargs) is not None
+    config_path = os.path.join(source, checkpoint.ADAPTER_CONFIG)
+    if not os.path.exists(config_path):
+        return False
+    checkpoint.read_json(config_path)
+    if not checkpoint.weight_files(source, checkpoint.ADAPTER_WEIGHTS):
+        missing = os.path.join(source, checkpoint.ADAPTER_WEIGHTS)
+        raise ValueError(f"checkpoint: {missing} must exist beside {checkpoint.ADAPTER_CONFIG}, got no such file")
+    return True
+
+
+def base_model_of(source, hub_kwargs):
+    """Returns the base model's path or id from an adapter's config."""
+    hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
+    return import_peft(f"the adapter in {source}").PeftConfig.from_pretrained(source, **hub_kwargs).base_model_name_or_path
+
+
+def load(base_model, source, is_trainable, hub_kwargs):
+    """Returns the PeftModel of a base model and the adapter in `source`."""
+    hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
+    peft = import_peft(f"the adapter in {source}")
+    return peft.PeftModel.from_pretrained(base_model, source, is_trainable=is_trainable, **hub_kwargs)
+
+
+def wrap(model, peft_config, kbit_kwargs):
+    """Returns the model with a new adapter; a PeftModel comes back as it is."""
+    if is_peft_model(model):
+        return model
+    peft = import_peft("peft_config")
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = peft.prepare_model_for_kbit_training(model, **kbit_kwargs)
+    return peft.get_peft_model(model, peft_config)
+
+
+def refuse_prompt_learning(model):
+    """Raises ValueError for prompt and prefix tuning: virtual tokens would shift logits against labels and values."""
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        kind = type(model.active_peft_config).__name__
+        raise ValueError(f"from_pretrained: peft_config must not be a prompt learning method, got {kind}")
+
+
+def add_reward_adapter(model, directory, name):
+    """Loads a frozen second adapter with its linear score; returns the keywords `PreTrainedModelWrapper` takes for it.
+
+    directory: local folder with adapter_config.json and adapter_model.safetensors, which also holds score.weight
+    [num_labels, H] and perhaps score.bias. Raises ValueError if a file or the score is missing or does not fit.
+    """
+    directory = os.fspath(directory)
+    if not is_peft_model(model):
+        raise ValueError(f"from_pretrained: reward_adapter must come with a peft model, got {type(model).__name__}")
+    if name in model.peft_config:
+        raise ValueError(f"from_pretrained: reward_adapter_name must be new, got {name!r}, which the model has already")
+    if not os.path.isdir(directory) or not find_adapter(directory, {}):
+        raise ValueError(f"from_pretrained: reward_adapter must be a local folder with an adapter, got {directory}")
+    score = _load_score(directory, model)
+    training = model.training
+    with _kept_requires_grad(model):
+        model.load_adapter(directory, name, is_trainable=False)
+    model.train(training)
+    return {"score_module": score, "supports_rm_adapter": True, "rm_adapter_name": name}
+
+
+def _load_score(directory, model):
+    path = os.path.join(directory, checkpoint.ADAPTER_WEIGHTS)
+    found = {}
+    for name, tensor in checkpoint.read_tensors(path).items():
+        parts = name.split(".")
+        if any(module in parts for module in SCORE_MODULES) and parts[-1] in ("weight", "bias"):
+            found[parts[-1]] = tensor
+    if "weight" not in found or found["weight"].dim() != 2:
+        raise ValueError(f"from_pretrained: {path} must hold score.weight of shape [num_labels, hidden_size], got none")
+    num_labels, hidden_size = found["weight"].shape
+    expected = model.get_input_embeddings().weight
+    score = nn.Linear(hidden_size, num_labels, bias="bias" in found, device=expected.device, dtype=model.dtype)
+    checkpoint.check_fits(f"from_pretrained: {path}", score.state_dict(), found)
+    score.load_state_dict(found)
+    return score.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _kept_requires_grad(model):
+    """Restores every requires_grad flag: peft's set_adapter makes whatever it activates trainable."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+
+
+@contextlib.contextmanager
+def active(model, name, policy_name):
+    """Runs the block with another adapter, in eval mode and without gradients, and leaves the model as it was."""
+    modes = {module: module.training for module in model.modules()}
+    with _kept_requires_grad(model), torch.no_grad():
+        model.set_adapter(name)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.set_adapter(policy_name)
+            for module, training in modes.items():
+                module.training = training

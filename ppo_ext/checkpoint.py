@@ -1,0 +1,256 @@
+"""Checkpoint files: safetensors and JSON only, written so that a crash never leaves half a file.
+
+A save goes to a hidden staging folder inside the target folder first. Its files are then moved in one by one with
+`os.replace`, the file that a loader opens first (the index, or the one weight file) last: until then the folder loads as
+the old checkpoint, afterwards as the new one.
+Every reader checks the whole file before it returns, so nothing of a model is changed by a file that does not load.
+"""
+import contextlib
+import json
+import os
+import re
+import shutil
+import uuid
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLE_OF = {
+    WEIGHTS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ADAPTER_WEIGHTS: ("adapter_model.bin",),
+}
+_SHARD = re.compile(r"model-(?:\w+-)?\d{5}-of-\d{5}\.safetensors")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path, content):
+    """Writes `content` as JSON to `path`, whole or not at all."""
+    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Writes a flat dict of tensors as safetensors to `path`, whole or not at all.
+
+    Tensors that share memory are stored once each. metadata: dict of str to str, kept in the file's header.
+    """
+    stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
+        save_file(stored, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(os.path.dirname(os.path.abspath(path)))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def staged(directory):
+    """Yields an empty folder; when the block ends well its files move into `directory`, else nothing there changes."""
+    os.makedirs(directory, exist_ok=True)
+    staging = os.path.join(directory, f".tmp-{uuid.uuid4().hex}")
+    os.mkdir(staging)
+    try:
+        yield staging
+        _rename_colliding_shards(staging, directory)
+        _publish(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging, directory):
+    names = sorted(
+        os.path.relpath(os.path.join(folder, file), staging) for folder, _, files in os.walk(staging) for file in files
+    )
+    names.sort(key=lambda name: _publish_rank(os.path.basename(name)))
+    for name in names:
+        target = os.path.join(directory, name)
+        # peft writes a model card with every save; a card the user has edited stays
+        if name == "README.md" and os.path.exists(target):
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        _flush(os.path.join(staging, name))
+        os.replace(os.path.join(staging, name), target)
+    _flush(directory)
+    _remove_stale_weights(directory, names)
+    _flush(directory)
+
+
+def _publish_rank(name):
+    """0 for files a loader cannot use alone, 2 for the file that makes the new weights the checkpoint."""
+    if name in (WEIGHTS, WEIGHTS_INDEX):
+        return 2
+    return 1 if name.endswith(".safetensors") else 0
+
+
+def _rename_colliding_shards(staging, directory):
+    """Gives new shards names that the folder does not have, so that the old index keeps meaning the old weights."""
+    index_path = os.path.join(staging, WEIGHTS_INDEX)
+    if not os.path.exists(index_path):
+        return
+    with open(index_path, encoding="utf-8") as file:
+        index = json.load(file)
+    shards = set(index["weight_map"].values())
+    if not any(os.path.exists(os.path.join(directory, shard)) for shard in shards):
+        return
+    tag = uuid.uuid4().hex[:8]
+    renamed = {shard: shard.replace("model-", f"model-{tag}-", 1) for shard in shards}
+    for shard, name in renamed.items():
+        os.replace(os.path.join(staging, shard), os.path.join(staging, name))
+    index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
+    write_json(index_path, index)
+
+
+def _remove_stale_weights(directory, written):
+    """Removes the weights of an earlier save, which a loader would read instead of, or keep beside, the new ones."""
+    if WEIGHTS not in written and WEIGHTS_INDEX not in written:
+        return
+    for name in os.listdir(directory):
+        if name not in written and (name in (WEIGHTS, WEIGHTS_INDEX) or _SHARD.fullmatch(name)):
+            os.remove(os.path.join(directory, name))
+
+
+def _flush(path):
+    """Waits until the file or folder is on disk; without it a power cut may keep the rename and lose the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """Returns the JSON object in `path`. Raises ValueError naming the file if it is missing or is no JSON object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint: {path} must exist, got no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint: {path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def tensor_names(path):
+    """Returns the names in a safetensors file, whose header and length are checked on the way."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_tensors(path, prefix=""):
+    """Returns the tensors in a safetensors file whose names start with `prefix`, on the CPU, under their full names."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _opened(path):
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint: {path} must exist, got no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        size = os.path.getsize(path)
+        raise ValueError(f"checkpoint: {path} must be a whole safetensors file, got {size} bytes with {error}") from None
+
+
+def weight_files(directory, name=WEIGHTS):
+    """Checks every weight file of a local checkpoint and returns {tensor name: file path}; {} if there is none.
+
+    name: WEIGHTS, single or sharded, or ADAPTER_WEIGHTS. Raises ValueError for a missing, truncated or corrupt file, for
+    an index that names what is not there, and for weights that exist only as pickle, which are never opened.
+    """
+    path, index_path = os.path.join(directory, name), os.path.join(directory, WEIGHTS_INDEX)
+    if os.path.exists(path):
+        return {tensor: path for tensor in tensor_names(path)}
+    if name == WEIGHTS and os.path.exists(index_path):
+        return _sharded_files(directory, index_path)
+    for pickle in PICKLE_OF[name]:
+        _refuse_pickle(os.path.join(directory, pickle), path)
+    return {}
+
+
+def _sharded_files(directory, index_path):
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"checkpoint: {index_path} must hold a weight_map from tensor to file, got {weight_map!r:.80}")
+    names = {}
+    for shard in sorted(set(weight_map.values())):
+        if os.path.basename(shard) != shard:
+            raise ValueError(f"checkpoint: {index_path} must name files of its own folder, got {shard!r}")
+        names[shard] = set(tensor_names(os.path.join(directory, shard)))
+    for tensor, shard in weight_map.items():
+        if tensor not in names[shard]:
+            raise ValueError(f"checkpoint: {os.path.join(directory, shard)} must hold {tensor} as its index says, got none")
+    return {tensor: os.path.join(directory, shard) for tensor, shard in weight_map.items()}
+
+
+def _refuse_pickle(pickle, path):
+    if os.path.exists(pickle):
+        raise ValueError(
+            f"checkpoint: weights must be safetensors, got the pickle file {pickle}, which can run code when read; convert "
+            "one that you trust with safetensors.torch.save_file({k: v.clone() for k, v in "
+            f"torch.load({pickle!r}, weights_only=True).items()}}, {path!r}, metadata={{'format': 'pt'}})"
+        )
+
+
+def check_fits(owner, expected, found, strict=True):
+    """Raises ValueError if the tensors in `found` cannot be loaded into `expected`, naming them; changes neither.
+
+    expected, found: dict of name to tensor. strict: also raise for missing and for unknown names.
+    """
+    if strict:
+        for what, names in (("hold", expected.keys() - found.keys()), ("not hold", found.keys() - expected.keys())):
+            if names:
+                some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise ValueError(f"{owner}: the state dict must {what} {some}, got {len(found)} tensors")
+    for name in sorted(expected.keys() & found.keys()):
+        if not isinstance(found[name], torch.Tensor):
+            raise TypeError(f"{owner}: {name} must be a tensor, got {type(found[name]).__name__}")
+        if expected[name].shape != found[name].shape:
+            raise ValueError(
+                f"{owner}: {name} must have shape {list(expected[name].shape)}, got {list(found[name].shape)}"
+            )
+
+
+def check_source(source):
+    """Raises ValueError for what looks like a path but is no folder, before anything asks the hub for it."""
+    looks_like_path = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count(os.sep) > 1
+    if not os.path.isdir(source) and (looks_like_path or os.path.exists(source)):
+        raise ValueError(f"from_pretrained: the model must be an existing folder or a hub id, got {source}")
+
+
+def cached_weight_files(source, kwargs):
+    """Returns {tensor name: file path} for a hub id whose weights transformers has just put into its cache."""
+    from transformers.utils import cached_file
+
+    hub_kwargs = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+    for name in (WEIGHTS, WEIGHTS_INDEX):
+        path = cached_file(
+            source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        )
+        if path is not None:
+            return weight_files(os.path.dirname(path))
+    return {}

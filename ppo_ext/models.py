@@ -1,0 +1,322 @@
+"""Value-head models with the names, parameters and files of TRL 0.11.4 (`trl/models`).
+
+Different from TRL on purpose: logits keep the backbone's dtype (the ops accumulate in fp32, so the fp32 copy of [B, T, V]
+would buy nothing), values are fp32 also under autocast, no key/value cache is built when none is asked for, weights are
+only ever safetensors, and a model whose shared layers are asked for really shares them with its reference.
+"""
+import logging
+import os
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from . import adapters, checkpoint
+from .reference_model import create_reference_model
+
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "PreTrainedModelWrapper",
+    "ValueHead",
+    "create_reference_model",
+]
+logger = logging.getLogger(__name__)
+
+
+class ValueHead(nn.Module):
+    """Dropout, then Linear(hidden_size, 1): [B, T, H] any float -> [B, T, 1] in the dtype of its own weight.
+
+    summary_dropout_prob: taken from the config if it has one, else from the keyword, else 0.1.
+    v_head_init_strategy: None keeps nn.Linear's own initialisation; "normal" draws the weight from
+    N(0, v_head_initializer_range) and sets the bias to 0. Raises ValueError for any other, and for a config from which
+    the hidden size cannot be told. Source: TRL 0.11.4, `ValueHead`, with the same draws from torch's generator.
+    """
+
+    def __init__(self, config, summary_dropout_prob=0.1, v_head_initializer_range=0.2, v_head_init_strategy=None):
+        super().__init__()
+        if v_head_init_strategy not in (None, "normal"):
+            raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
+        dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.summary = nn.Linear(_hidden_size(config), 1)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
+            nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_states):
+        hidden_states = self.dropout(hidden_states)
+        # autocast would compute the value in half precision, which GAE and the value loss then amplify
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.summary(hidden_states.to(self.summary.weight.dtype))
+
+
+def _hidden_size(config):
+    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
+    candidates = [(config, "word_embed_proj_dim")]
+    if getattr(config, "is_encoder_decoder", False):
+        candidates.append((getattr(config, "decoder", None), "hidden_size"))
+    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
+    for owner, name in candidates:
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A transformers or peft model in `pretrained_model`, and a value head in `v_head`; base of the two classes below."""
+
+    transformers_parent_class = None
+    lm_head_namings = ("lm_head", "embed_out", "output_projection")
+    supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+    supported_modules = ("v_head",)
+    supported_rm_modules = adapters.SCORE_MODULES
+    hidden_states_name = None
+
+    def __init__(self, pretrained_model, score_module=None, supports_rm_adapter=False, rm_adapter_name=None, **kwargs):
+        super().__init__()
+        if not any(name.rpartition(".")[2] in self.lm_head_namings for name, _ in pretrained_model.named_modules()):
+            wanted, got = " or ".join(self.lm_head_namings), type(pretrained_model).__name__
+            raise ValueError(f"{type(self).__name__}: the model must have a language model head ({wanted}), got {got}")
+        self.pretrained_model = pretrained_model
+        self.config = pretrained_model.config
+        self.is_peft_model = adapters.is_peft_model(pretrained_model)
+        self.is_loaded_in_8bit = getattr(pretrained_model, "is_loaded_in_8bit", False)
+        self.is_loaded_in_4bit = getattr(pretrained_model, "is_loaded_in_4bit", False)
+        self.is_sequential_parallel = False
+        self.current_device = self._get_current_device()
+        self.supports_rm_adapter = supports_rm_adapter
+        self.rm_adapter_name = rm_adapter_name
+        self.policy_adapter_name = "default"
+        if score_module is not None:
+            self.score = score_module
+        self.v_head = ValueHead(self.config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads or wraps a model and gives it a value head, the saved one if the checkpoint has one.
+
+        pretrained_model_name_or_path: a local folder, a hub id, or a transformers or peft model.
+        peft_config, is_trainable, reward_adapter (local folder), reward_adapter_name: see `adapters`.
+        `supported_args` go to `ValueHead`, everything else to `transformers_parent_class.from_pretrained`.
+        Raises ValueError for a path that is not there, pickle weights, corrupt files, prompt learning.
+        """
+        peft_config = kwargs.pop("peft_config", None)
+        reward_adapter = kwargs.pop("reward_adapter", None)
+        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_adapter")
+        is_trainable = kwargs.pop("is_trainable", False)
+        head_kwargs, pretrained_kwargs, kbit_kwargs = cls._split_kwargs(kwargs)
+        adapters.check_arguments(peft_config, reward_adapter)
+
+        source = pretrained_model_name_or_path
+        if isinstance(source, (str, os.PathLike)):
+            source = os.fspath(source)
+            adapter_found = adapters.find_adapter(source, pretrained_kwargs)
+            pretrained_model = cls._load_pretrained(source, adapter_found, is_trainable, model_args, pretrained_kwargs)
+            if adapter_found and peft_config is not None:
+                logger.warning("peft_config is ignored, since %s holds an adapter", source)
+            v_head_state = cls._read_v_head(source, pretrained_kwargs)
+        elif isinstance(source, PreTrainedModel) or adapters.is_peft_model(source):
+            pretrained_model = source
+            v_head_state = {name: t for name, t in source.state_dict().items() if name.startswith("v_head.")}
+        else:
+            raise TypeError(
+                f"{cls.__name__}: pretrained_model_name_or_path must be a path, a hub id or a PreTrainedModel, "
+                f"got {type(source).__name__}"
+            )
+        if peft_config is not None:
+            pretrained_model = adapters.wrap(pretrained_model, peft_config, kbit_kwargs)
+        adapters.refuse_prompt_learning(pretrained_model)
+        if reward_adapter is not None:
+            head_kwargs.update(adapters.add_reward_adapter(pretrained_model, reward_adapter, reward_adapter_name))
+        model = cls(pretrained_model, **head_kwargs)
+        model.post_init(v_head_state)
+        return model
+
+    @classmethod
+    def _split_kwargs(cls, kwargs):
+        """Returns the keywords of the value head, of transformers, and of peft's k-bit preparation."""
+        head = {name: value for name, value in kwargs.items() if name in cls.supported_args}
+        kbit = {name: value for name, value in kwargs.items() if name in adapters.KBIT_ARGUMENTS}
+        rest = {name: value for name, value in kwargs.items() if name not in head and name not in kbit}
+        return head, rest, kbit
+
+    @classmethod
+    def _load_pretrained(cls, source, adapter_found, is_trainable, model_args, kwargs):
+        checkpoint.check_source(source)
+        base = adapters.base_model_of(source, kwargs) if adapter_found else source
+        checkpoint.check_source(base)
+        if os.path.isdir(base):
+            checkpoint.weight_files(base)
+        if (kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit")) and "device_map" not in kwargs:
+            kwargs["device_map"] = {"": cls._get_current_device()}
+        # also from the hub: no file is ever unpickled
+        model = cls.transformers_parent_class.from_pretrained(base, *model_args, **{"use_safetensors": True, **kwargs})
+        return adapters.load(model, source, is_trainable, kwargs) if adapter_found else model
+
+    @classmethod
+    def _read_v_head(cls, source, kwargs):
+        files = checkpoint.weight_files(source) if os.path.isdir(source) else checkpoint.cached_weight_files(source, kwargs)
+        state = {}
+        for path in sorted({path for name, path in files.items() if name.startswith("v_head.")}):
+            state.update(checkpoint.read_tensors(path, "v_head."))
+        if not state:
+            logger.info("%s holds no v_head, so a new one is initialised, as expected before the first PPO run", source)
+        return state
+
+    @staticmethod
+    def _get_current_device():
+        return PartialState().local_process_index if torch.cuda.is_available() else "cpu"
+
+    def post_init(self, state_dict):
+        """Loads the v_head.* entries of a state dict, if any, and places the head of a model spread over devices."""
+        v_head_state = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
+        if v_head_state:
+            checkpoint.check_fits("v_head", self.v_head.state_dict(), v_head_state)
+            self.v_head.load_state_dict(v_head_state)
+        device_map = getattr(self.pretrained_model, "hf_device_map", None)
+        if device_map is not None:
+            self._place_v_head(list(dict.fromkeys(device_map.values())))
+
+    def _place_v_head(self, devices):
+        if len(devices) > 1 and any(str(device) in ("cpu", "disk") for device in devices):
+            raise ValueError(f"{type(self).__name__}: device_map must not offload to cpu or disk, got {devices}")
+        first = torch.device(devices[0])
+        self.v_head.to(self.pretrained_model.get_output_embeddings().weight.device)
+        if len(devices) > 1:
+            self.is_sequential_parallel = True
+            self.register_forward_hook(
+                lambda module, inputs, outputs: tuple(o.to(first) if isinstance(o, torch.Tensor) else o for o in outputs)
+            )
+
+    def forward(
+        self, input_ids=None, past_key_values=None, attention_mask=None, return_past_key_values=False, **kwargs
+    ):
+        """Returns (logits [B, T, V] in the backbone's dtype, loss or None, value [B, T] fp32), and the cache if asked."""
+        kwargs["output_hidden_states"] = True
+        kwargs["return_dict"] = True
+        if not return_past_key_values and past_key_values is None:
+            # a cache that nobody reads costs memory in training and switches gradient checkpointing off
+            kwargs.setdefault("use_cache", False)
+        output = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = output[self.hidden_states_name][-1].to(self.v_head.summary.weight.device)
+        value = self.v_head(hidden_states).squeeze(-1)
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()
+        outputs = (output.logits, output.loss, value)
+        return (*outputs, output.past_key_values) if return_past_key_values else outputs
+
+    def generate(self, *args, **kwargs):
+        """The wrapped model's `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """The wrapped model's `prepare_inputs_for_generation`."""
+        return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """Recomputes the layers in the backward pass, without reentrant autograd unless the keywords ask for it."""
+        enable = _first_method(self.pretrained_model, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self):
+        """Keeps all activations again."""
+        _first_method(self.pretrained_model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+    def enable_input_require_grads(self):
+        """Gives the embeddings' output a gradient, which reentrant checkpointing needs above frozen embeddings."""
+        self.pretrained_model.enable_input_require_grads()
+
+    def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
+        """Returns the reward adapter's scores [B, T, num_labels], without gradients, and leaves the policy as it was."""
+        if not self.supports_rm_adapter:
+            raise ValueError("compute_reward_score: the model must be loaded with reward_adapter, got none")
+        with adapters.active(self.pretrained_model, self.rm_adapter_name, self.policy_adapter_name):
+            output = self.pretrained_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                output_hidden_states=True,
+                return_dict=True,
+                use_cache=False,
+                **kwargs,
+            )
+            hidden_states = output[self.hidden_states_name][-1]
+            return self.score(hidden_states.to(self.score.weight.dtype))
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head."."""
+        if not self.is_peft_model:
+            destination = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.v_head.state_dict(destination=destination, prefix=f"{prefix}v_head.", keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Loads what `state_dict` returns, after checking all names (if strict) and shapes; changes nothing if one fails."""
+        state_dict = {name.removeprefix("pretrained_model."): tensor for name, tensor in state_dict.items()}
+        checkpoint.check_fits(type(self).__name__, self.state_dict(), state_dict, strict)
+        v_head = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
+        backbone = {name: tensor for name, tensor in state_dict.items() if not name.startswith("v_head.")}
+        self.v_head.load_state_dict(v_head, strict, assign)
+        if self.is_peft_model:
+            strict = False
+        return self.pretrained_model.load_state_dict(backbone, strict, assign)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Writes config, weights with v_head.* in the same file(s), safetensors and JSON only, whole or not at all.
+
+        state_dict: taken instead of the model's own (say, one gathered from all ranks); max_shard_size: see transformers.
+        A peft model gives adapter_config.json, adapter_model.safetensors, and model.safetensors with v_head.* alone.
+        """
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        state_dict = {name.removeprefix("pretrained_model."): tensor for name, tensor in state_dict.items()}
+        if not kwargs.pop("safe_serialization", True):
+            logger.warning("save_pretrained writes safetensors although safe_serialization is False: pickle can run code")
+        push = kwargs.pop("push_to_hub", False)
+        if not kwargs.pop("is_main_process", True):
+            return
+        with checkpoint.staged(os.fspath(save_directory)) as staging:
+            if self.is_peft_model:
+                v_head = {name: tensor for name, tensor in state_dict.items() if name.startswith("v_head.")}
+                checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), v_head)
+                if self.supports_rm_adapter:
+                    others = [name for name in self.pretrained_model.peft_config if name != self.rm_adapter_name]
+                    kwargs.setdefault("selected_adapters", others)
+                self.pretrained_model.save_pretrained(staging, **kwargs)
+            else:
+                self.pretrained_model.save_pretrained(staging, state_dict=state_dict, **kwargs)
+        if push:
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
+
+    def push_to_hub(self, *args, **kwargs):
+        """The wrapped model's `push_to_hub`, with the value head inside."""
+        self.pretrained_model.v_head = self.v_head
+        try:
+            return self.pretrained_model.push_to_hub(*args, **kwargs)
+        finally:
+            del self.pretrained_model.v_head
+
+
+def _first_method(model, *names):
+    """The first of these that the model has: transformers 5.23 renamed what 4.57 calls gradient checkpointing."""
+    return next(getattr(model, name) for name in names if hasattr(model, name))
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A causal language model with a value head. Source: TRL 0.11.4, the class of the same name."""
+
+    transformers_parent_class = AutoModelForCausalLM
+    lm_head_namings = ("lm_head", "embed_out")
+    hidden_states_name = "hidden_states"
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder language model with a value head on the decoder. Source: TRL 0.11.4, the class of this name."""
+
+    transformers_parent_class = AutoModelForSeq2SeqLM
+    hidden_states_name = "decoder_hidden_states"
+
+    def __init__(self, pretrained_model, **kwargs):
+        super().__init__(pretrained_model, **kwargs)
+        self.is_encoder_decoder = True

@@ -1,0 +1,54 @@
+"""The frozen reference of a policy, with its first layers shared if asked for."""
+import copy
+import logging
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+# TRL 0.11.4, `LAYER_PATTERNS`, and T5, whose whole encoder then counts as shared as BART's does
+LAYER_PATTERNS = (
+    "transformer.h.{layer}",
+    "model.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "model.layers.{layer}",
+    "decoder.block.{layer}",
+)
+logger = logging.getLogger(__name__)
+
+
+def create_reference_model(model, num_shared_layers=None, pattern=None):
+    """Returns a copy of the model in eval mode without gradients.
+
+    num_shared_layers: all parameters before layer number `num_shared_layers` (the embeddings and the layers 0 to
+    num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything and freezes
+    nothing in `model`.
+    pattern: the layers' name, such as "transformer.h.{layer}"; by default the first of `LAYER_PATTERNS` that matches.
+    Raises ValueError if no name matches, and under DeepSpeed ZeRO-3, where a rank has no whole parameter to copy.
+    Source: TRL 0.11.4, `create_reference_model`; there the shared layers are frozen copies.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "create_reference_model: the model must hold whole parameters, got DeepSpeed ZeRO-3; load the reference with "
+            "from_pretrained instead"
+        )
+    shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    # deepcopy takes what stands in its memo for already copied, so these tensors stay the same objects
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    for parameter in reference.parameters():
+        parameter.requires_grad_(False)
+    return reference.eval()
+
+
+def _parameters_before(model, num_shared_layers, pattern):
+    names = [name for name, _ in model.named_parameters()]
+    candidates = LAYER_PATTERNS if pattern is None else (pattern,)
+    for candidate in candidates:
+        layer = candidate.format(layer=num_shared_layers)
+        for position, name in enumerate(names):
+            if f".{layer}." in f".{name}.":
+                return [parameter for _, parameter in list(model.named_parameters())[:position]]
+    raise ValueError(
+        f"create_reference_model: num_shared_layers must name a layer of the model by one of {', '.join(candidates)}, "
+        f"got {num_shared_layers}"
+    )
