@@ -1,0 +1,55 @@
+// full_kl.h
+// Computes  kl[n] = sum_v p_nv (log p_nv - log q_nv),  p = softmax(x / T) of the policy, q = softmax(x' / T) of the reference
+//           in one read: with y = (x - m) / T, y' = (x' - m') / T, e = exp(y), s = sum e, s' = sum exp(y'), u = sum e (y - y')
+//           kl = u / s - log s + log s'
+// Backward  grad_x[n, v] = g_n / T * p_nv (log p_nv - log q_nv - kl[n]);  the reference gets none
+#pragma once
+
+#include "logprobs.h"
+
+namespace ppo_ext {
+
+template <class A>
+struct KLState {
+  A max, sum, ref_max, ref_sum, weighted;
+};
+
+template <class A>
+PPO_HD KLState<A> kl_empty() {
+  return {A(-INFINITY), A(0), A(-INFINITY), A(0), A(0)};
+}
+
+// The same part of the row relative to larger maxima of the two.
+template <class A>
+PPO_HD KLState<A> kl_rescale(KLState<A> state, A max, A ref_max, A inv_temperature) {
+  const A ref_shift = (state.ref_max - ref_max) * inv_temperature;
+  const A ref_sum = state.ref_sum == A(0) ? A(0) : A(exp(ref_shift)) * state.ref_sum;
+  if (state.sum == A(0)) return {max, A(0), ref_max, ref_sum, A(0)};
+  const A shift = (state.max - max) * inv_temperature;
+  const A factor = exp(shift);
+  if (factor == A(0) && state.sum == state.sum) return {max, A(0), ref_max, ref_sum, A(0)};
+  // With no probability in the reference so far, u is already +inf and no finite shift changes that.
+  const A moved = state.ref_sum == A(0) ? state.weighted : state.weighted + (shift - ref_shift) * state.sum;
+  return {max, factor * state.sum, ref_max, ref_sum, factor * moved};
+}
+
+template <class A>
+PPO_HD KLState<A> kl_merge(KLState<A> a, KLState<A> b, A inv_temperature) {
+  const A max = a.max > b.max ? a.max : b.max;
+  const A ref_max = a.ref_max > b.ref_max ? a.ref_max : b.ref_max;
+  a = kl_rescale(a, max, ref_max, inv_temperature);
+  b = kl_rescale(b, max, ref_max, inv_temperature);
+  return {max, a.sum + b.sum, ref_max, a.ref_sum + b.ref_sum, a.weighted + b.weighted};
+}
+
+template <class A>
+PPO_HD A row_kl(A sum, A log_sum, A ref_log_sum, A weighted) {
+  return weighted / sum - log_sum + ref_log_sum;
+}
+
+template <class A>
+PPO_HD A kl_logit_grad(A p, A log_p, A log_q, A kl, A grad_over_temperature) {
+  return grad_over_temperature * p * ((log_p - log_q) - kl);
+}
+
+}  // namespace ppo_ext

@@ -1,0 +1,33 @@
+// gae.h
+// Computes  delta_t = rewards_t + gamma values_{t+1} - values_t
+//           advantages_t = delta_t + gamma lam advantages_{t+1},  returns_t = advantages_t + values_t
+//           with t + 1 the next counted token; past the last one value and advantage are 0; masked tokens are passed over
+#pragma once
+
+#include "host_device.h"
+
+namespace ppo_ext {
+
+template <class A>
+PPO_HD A gae_delta(A reward, A value, A next_value, A gamma) {
+  return (reward + gamma * next_value) - value;
+}
+
+template <class A>
+PPO_HD A gae_step(A delta, A next_advantage, A gamma_lam) {
+  return delta + gamma_lam * next_advantage;
+}
+
+// advantage_t = scale * advantage_{after} + offset: what a run of tokens does to the advantage that follows it.
+template <class A>
+struct GAEMap {
+  A scale, offset;
+};
+
+// `earlier` applied after `later`, both read right to left.
+template <class A>
+PPO_HD GAEMap<A> gae_compose(GAEMap<A> earlier, GAEMap<A> later) {
+  return {earlier.scale * later.scale, earlier.offset + earlier.scale * later.offset};
+}
+
+}  // namespace ppo_ext

@@ -1,0 +1,32 @@
+// host_device.h: marks the scalar formulas that both the CPU and the CUDA files compile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PPO_HD __host__ __device__ __forceinline__
+#else
+#define PPO_HD inline __attribute__((always_inline))
+#endif
+
+namespace ppo_ext {
+
+// The larger of two numbers; NaN if either is, which fmax would drop.
+template <class A>
+PPO_HD A max_or_nan(A a, A b) {
+  return a != a ? a : (b != b ? b : (a > b ? a : b));
+}
+
+template <class A>
+PPO_HD A min_or_nan(A a, A b) {
+  return a != a ? a : (b != b ? b : (a < b ? a : b));
+}
+
+// How much of the gradient of max(a, b) goes to a: half at a tie, as in torch.
+template <class A>
+PPO_HD A share_of_max(A a, A b) {
+  return a > b ? A(1) : (a == b ? A(0.5) : A(0));
+}
+
+}  // namespace ppo_ext

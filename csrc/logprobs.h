@@ -1,0 +1,82 @@
+// logprobs.h
+// Computes  logprobs[n] = (x[n, y_n] - m_n) / T - log s_n,  m_n = max_v x[n, v],  s_n = sum_v exp((x[n, v] - m_n) / T)
+//           entropy[n]  = log s_n - t_n / s_n,  t_n = sum_v e_nv (x[n, v] - m_n) / T,  e_nv = exp((x[n, v] - m_n) / T)
+//           (both terms of the entropy are >= 0, so nothing cancels)
+// Backward  grad_x[n, v] = 1/T * (g_n (1[v = y_n] - p_nv) - h_n p_nv (log p_nv + entropy[n])),  g, h the incoming gradients
+// Saved     m_n and log s_n apart: their sum would lose the bits of log s_n under a large common offset
+#pragma once
+
+#include "host_device.h"
+
+namespace ppo_ext {
+
+// One part of a row, read so far: max m, sum s and weighted sum t as above.
+template <class A>
+struct SoftmaxState {
+  A max, sum, weighted;
+};
+
+template <class A>
+PPO_HD SoftmaxState<A> softmax_empty() {
+  return {A(-INFINITY), A(0), A(0)};
+}
+
+// The same part of the row, expressed relative to a larger maximum.
+template <class A>
+PPO_HD SoftmaxState<A> softmax_rescale(SoftmaxState<A> state, A max, A inv_temperature) {
+  if (state.sum == A(0)) return {max, A(0), A(0)};  // nothing but -inf so far: -inf - -inf must not spread
+  const A shift = (state.max - max) * inv_temperature;
+  const A factor = exp(shift);
+  if (factor == A(0) && state.sum == state.sum) return {max, A(0), A(0)};  // 0 * -inf would be NaN
+  return {max, factor * state.sum, factor * (state.weighted + shift * state.sum)};
+}
+
+template <class A>
+PPO_HD SoftmaxState<A> softmax_merge(SoftmaxState<A> a, SoftmaxState<A> b, A inv_temperature) {
+  const A max = a.max > b.max ? a.max : b.max;
+  a = softmax_rescale(a, max, inv_temperature);
+  b = softmax_rescale(b, max, inv_temperature);
+  return {max, a.sum + b.sum, a.weighted + b.weighted};
+}
+
+// A row with no probability anywhere has sum 0; its log becomes NaN, as in torch.
+template <class A>
+PPO_HD A softmax_log_sum(A sum) {
+  return sum == A(0) ? A(NAN) : A(log(sum));
+}
+
+// y is (x - m) / T: bounded so that e * y is 0 and not NaN where e is 0. A NaN stays.
+template <class A>
+PPO_HD A softmax_bounded(A y) {
+  return y < A(-1e4) ? A(-1e4) : y;
+}
+
+template <class A>
+PPO_HD A token_logprob(A x, A max, A log_sum, A inv_temperature) {
+  return (x - max) * inv_temperature - log_sum;
+}
+
+template <class A>
+PPO_HD A row_entropy(A sum, A log_sum, A weighted) {
+  return log_sum - weighted / sum;
+}
+
+// Every column's gradient is p (alpha - beta log p); the label's own column is token_logit_grad instead.
+template <class A>
+struct LogitGrad {
+  A alpha, beta;
+};
+
+template <class A>
+PPO_HD LogitGrad<A> logit_grad_of_row(A grad_logprob, A grad_entropy, A entropy, A inv_temperature) {
+  return {-inv_temperature * (grad_logprob + grad_entropy * entropy), inv_temperature * grad_entropy};
+}
+
+template <class A>
+PPO_HD A token_logit_grad(A logprob, A grad_logprob, A grad_entropy, A entropy, A inv_temperature) {
+  const A p = exp(logprob);
+  const A entropy_part = p == A(0) ? A(0) : grad_entropy * p * (logprob + entropy);
+  return inv_temperature * (-grad_logprob * A(expm1(logprob)) - entropy_part);  // 1 - p without cancellation
+}
+
+}  // namespace ppo_ext

@@ -1,0 +1,72 @@
+// ppo_loss.h
+// Computes  ratio = exp(logprobs - old_logprobs);  pg = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
+//           clipped = max(min(vpreds, values + cv), values - cv);  vf = 0.5 max((vpreds - R)^2, (clipped - R)^2)
+//           loss = mean pg + vf_coef mean vf over the counted tokens
+// Backward  by the chain rule, with torch's ties: half to each side of a max or min, everything at the bounds of the clip
+#pragma once
+
+#include "host_device.h"
+
+namespace ppo_ext {
+
+// The order of STAT_NAMES in ppo_ext/ppo_loss.py.
+enum PPOStat {
+  kLossPolicy, kLossValue, kLossTotal, kApproxKL, kPolicyKL, kClipFrac, kAdvantagesMean, kRatioMean, kSkipped,
+  kReturnsMean, kReturnsVar, kVPred, kValError, kValClipFrac, kValMean, kValVar,
+  kGradScale,  // what the saved per-token gradients still have to be multiplied by: 1 / count, or 0
+  kPPOStats
+};
+
+template <class A>
+struct PPOToken {
+  A logprob, old_logprob, advantage, vpred, value, ret;
+};
+
+template <class A>
+struct PPOTerms {
+  A ratio, pg, vf, grad_logprob, grad_vpred;  // grad_vpred without vf_coef
+  A pg_clipped, vf_clipped;                   // 1 where the clipped term is the larger one
+};
+
+template <class A>
+PPO_HD void policy_terms(const PPOToken<A>& x, A cliprange, PPOTerms<A>& out) {
+  const A low = A(1) - cliprange, high = A(1) + cliprange;
+  const A ratio = exp(x.logprob - x.old_logprob);
+  const A bounded = min_or_nan(max_or_nan(ratio, low), high);
+  const A pg1 = -x.advantage * ratio, pg2 = -x.advantage * bounded;
+  const A share = share_of_max(pg1, pg2);
+  const A through_clip = ratio >= low && ratio <= high ? A(1) - share : A(0);
+  const A grad_ratio = -x.advantage * (share + through_clip);
+  out.ratio = ratio;
+  out.pg = max_or_nan(pg1, pg2);
+  out.pg_clipped = pg2 > pg1 ? A(1) : A(0);
+  // 0 * inf would be NaN where an exploded ratio is clipped away; a NaN ratio must still show.
+  out.grad_logprob = grad_ratio == A(0) && ratio == ratio ? A(0) : grad_ratio * ratio;
+}
+
+template <class A>
+PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& out) {
+  const A high = x.value + cliprange_value, low = x.value - cliprange_value;
+  const A below = min_or_nan(x.vpred, high);
+  const A clipped = max_or_nan(below, low);
+  const A error1 = x.vpred - x.ret, error2 = clipped - x.ret;
+  const A vf1 = error1 * error1, vf2 = error2 * error2;
+  const A share = share_of_max(vf1, vf2);
+  const A through_clip = share_of_max(high, x.vpred) * share_of_max(below, low);
+  out.vf = A(0.5) * max_or_nan(vf1, vf2);
+  out.vf_clipped = vf2 > vf1 ? A(1) : A(0);
+  // 0 * inf again: a clipped-away error of infinite size has gradient 0, unless it is NaN.
+  const A part2 = (A(1) - share) * through_clip;
+  out.grad_vpred = (share == A(0) ? A(0) : share * error1) + (part2 == A(0) ? A(0) : part2 * error2);
+  if (out.vf != out.vf) out.grad_vpred = out.vf;
+}
+
+template <class A>
+PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A cliprange, A cliprange_value) {
+  PPOTerms<A> out;
+  policy_terms(x, cliprange, out);
+  value_terms(x, cliprange_value, out);
+  return out;
+}
+
+}  // namespace ppo_ext

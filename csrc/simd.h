@@ -1,0 +1,126 @@
+// simd.h: 16 floats at a time on the CPU, for whatever instruction set the caller is compiled for.
+#pragma once
+
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "host_device.h"
+
+// One copy of the function for each level, chosen when the library loads; everything it calls must inline into it.
+#if defined(__x86_64__) && !defined(PPO_EXT_NO_CLONES)
+#define PPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PPO_CLONES
+#endif
+#define PPO_INLINE inline __attribute__((always_inline))
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+
+namespace ppo_ext {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+constexpr int kLanes = 16;
+typedef float f32v __attribute__((vector_size(64)));
+typedef int32_t i32v __attribute__((vector_size(64)));
+typedef uint32_t u32v __attribute__((vector_size(64)));
+typedef uint16_t u16v __attribute__((vector_size(32)));
+
+PPO_INLINE f32v splat(float x) { return f32v{} + x; }
+
+PPO_INLINE f32v load(const float* p) {
+  f32v x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+PPO_INLINE f32v load(const BFloat16* p) {
+  u16v x;
+  std::memcpy(&x, p, sizeof(x));
+  return (f32v)(__builtin_convertvector(x, u32v) << 16);
+}
+
+PPO_INLINE f32v load(const Half* p) {
+  u16v x;
+  std::memcpy(&x, p, sizeof(x));
+  const u32v h = __builtin_convertvector(x, u32v);
+  // A half's exponent and mantissa, moved into a float's, are off by 2^112; the product also mends subnormals.
+  const f32v magnitude = (f32v)((h & 0x7fffu) << 13) * 0x1p112f;
+  const u32v infinite_or_nan = (u32v)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (f32v)((u32v)magnitude | infinite_or_nan | ((h & 0x8000u) << 16));
+}
+
+PPO_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
+
+PPO_INLINE void store(BFloat16* p, f32v x) {
+  const u32v bits = (u32v)x;
+  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32v nan = (u32v)(x != x);
+  const u16v out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), u16v);
+  std::memcpy(p, &out, sizeof(out));
+}
+
+PPO_INLINE void store(Half* p, f32v x) {
+  const u32v bits = (u32v)x;
+  const u32v sign = (bits >> 16) & 0x8000u, a = bits & 0x7fffffffu;
+  const u32v normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const u32v subnormal = (u32v)((f32v)a + 0.5f) - 0x3f000000u;  // adding 0.5 rounds to the half's smallest step
+  const u32v is_subnormal = (u32v)(a < 0x38800000u), overflows = (u32v)(a >= 0x477ff000u), nan = (u32v)(a > 0x7f800000u);
+  u32v h = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  h = (h & ~overflows) | (0x7c00u & overflows);
+  h = (h & ~nan) | (0x7e00u & nan);
+  const u16v out = __builtin_convertvector(h | sign, u16v);
+  std::memcpy(p, &out, sizeof(out));
+}
+
+PPO_INLINE f32v select(i32v condition, f32v yes, f32v no) {
+  return (f32v)(((i32v)yes & condition) | ((i32v)no & ~condition));
+}
+
+PPO_INLINE f32v max_ignoring_nan(f32v a, f32v x) { return select(x > a, x, a); }
+
+// exp(x): 1 ulp or so for x in [-87.3, 88.7], 0 below, inf above, NaN for NaN.
+PPO_INLINE f32v exp_vector(f32v x) {
+  const f32v low = splat(-87.33654f), high = splat(88.72284f);
+  const f32v bounded = select(x < low, low, select(x > high, high, x));
+  const f32v round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  const f32v shifted = bounded * 1.44269504f + round;
+  const f32v n = shifted - round;
+  f32v r = bounded - n * 0.693359375f;  // ln 2 in two parts
+  r = r - n * -2.12194440e-4f;
+  f32v p = splat(1.9875691500e-4f);  // Cephes' expf polynomial
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const i32v exponent = (i32v)shifted << 23;  // n in the exponent's place; the rounding constant shifts out
+  const f32v scaled = (f32v)((i32v)p + exponent);
+  const f32v finite = select(x < low, splat(0.0f), select(x > high, splat(INFINITY), scaled));
+  return select(x != x, x, finite);
+}
+
+PPO_INLINE float sum_lanes(f32v x) {
+  float parts[kLanes];
+  store(parts, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+PPO_INLINE float max_lanes(f32v x) {
+  float parts[kLanes];
+  store(parts, x);
+  float result = parts[0];
+  for (int i = 1; i < kLanes; ++i) result = parts[i] > result ? parts[i] : result;
+  return result;
+}
+
+}  // namespace ppo_ext
+
+#pragma GCC diagnostic pop
