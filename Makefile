@@ -1,0 +1,46 @@
+# On a fresh clone, with python3 >= 3.10 and g++ (nvcc is used if there), each of these does all its own set-up:
+#   make demo    SFT, reward model and PPO on a small task     (ARGS="--help" for its options)
+#   make test    the whole test suite                          (ARGS="tests/test_gae.py" for a part)
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# with a compiler, a kernel that does not compile is an error; without one, the reference implementation runs
+ifneq ($(shell command -v $(CXX) 2>/dev/null),)
+export PPO_EXT_REQUIRE_NATIVE ?= 1
+endif
+
+.PHONY: demo test build lint bench info clean
+
+demo: build
+	$(BIN)/python -m ppo_ext demo $(ARGS)
+
+test: build
+	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
+
+info: build
+	$(BIN)/python -m ppo_ext info
+
+build: $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("ppo_ext needs python >= 3.10, this is " + sys.version if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and what the tests need into $(VENV), once"
+	$(PIP) setuptools ninja torch
+	$(PIP) --no-build-isolation --editable '.[test,demo,bench,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist ppo_ext.egg-info ppo_ext/_C_*.so ppo_ext/_build_info.json

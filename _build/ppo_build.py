@@ -1,0 +1,46 @@
+"""PEP 517 backend: setuptools, plus one thing. It builds against the torch that is already installed.
+
+A plain `pip install .` isolates the build from the environment. Naming torch in `build-system.requires` would then
+download the newest torch, whatever is installed. This backend asks for torch only if the environment has none.
+`PPO_EXT_BUILD_TORCH="torch==2.13.0"` makes it fetch exactly that one.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import setuptools
+from find_tools import find_torch
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
+
+OLDEST_SETUPTOOLS = 77  # reads `license = "Apache-2.0"` in pyproject.toml
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"ppo_ext: setuptools must be {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
+        "run: pip install -U setuptools"
+    )
+
+
+def torch_requirement() -> list[str]:
+    """What the isolated build has to fetch to get torch's headers; nothing if the caller has them."""
+    wanted = os.environ.get("PPO_EXT_BUILD_TORCH", "")
+    if wanted:
+        return [wanted]
+    return [] if find_torch() else ["torch>=2.10"]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + torch_requirement()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + torch_requirement()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    # setuptools packs whatever an earlier build left here, modules deleted since included
+    for stale in Path("build").glob("lib*"):
+        shutil.rmtree(stale)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
