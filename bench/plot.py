@@ -1,0 +1,57 @@
+"""Two plots per machine: how much faster ours is, and how near every implementation comes to the memory floor."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
+
+from . import table  # noqa: E402
+from .suite import FLOOR, OURS  # noqa: E402
+
+
+def _timed(rows):
+    """(title, {implementation: row}) of the selected cases with times."""
+    for key, group in table.by_case(row for row in rows if row["selected"]).items():
+        timed = {row["implementation"]: row for row in group if row.get("p50_ms")}
+        if OURS in timed:
+            yield table.title(key), timed
+
+
+def _bars(labelled, path, xlabel, mark, log):
+    """Horizontal bars of (case, implementation, value), one colour per implementation."""
+    names = sorted({name for _, name, _ in labelled})
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.24 * len(labelled)), layout="constrained")
+    previous = None
+    ticks = []
+    for position, (case, name, value) in enumerate(labelled):
+        axes.barh(-position, value, color=colours[name], label=name)
+        axes.annotate(f" {table.number(value)}", (value, -position), va="center", fontsize=7)
+        ticks.append(case if case != previous else "")
+        previous = case
+    axes.set_yticks([-i for i in range(len(ticks))], ticks, fontsize=7)
+    axes.set_ylim(-len(labelled) + 0.5, 0.5)
+    if log:
+        axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.axvline(mark, color="black", linewidth=0.8)
+    axes.set_xlabel(xlabel)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    axes.legend(handles.values(), handles.keys(), fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # no version in the file: same rows, same bytes
+    pyplot.close(figure)
+
+
+def speedups(rows, path):
+    """How many times faster ours is than each baseline; left of the line is a loss."""
+    labelled = [(case, name, row["p50_ms"] / timed[OURS]["p50_ms"]) for case, timed in _timed(rows)
+                for name, row in timed.items() if not name.startswith((OURS, FLOOR))]
+    _bars(labelled, path, "time of the baseline / time of ppo_ext", mark=1.0, log=True)
+
+
+def floor_shares(rows, path):
+    """Share of the memory floor, for the ops on logits."""
+    labelled = [(case, name, 100 * row["share_of_floor"]) for case, timed in _timed(rows)
+                for name, row in timed.items() if row["op"].startswith(("logprobs", "full_kl"))
+                and not name.startswith(FLOOR)]
+    _bars(labelled, path, "% of the memory floor (a read or copy of the same bytes, same run)", mark=100.0, log=False)
