@@ -152,7 +152,8 @@ class NativeBuild:
         self.facts["nvcc_flags"] = " ".join(flags)
         host = [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []
         compile = [str(cuda.nvcc), *host, *flags, *gencode_flags(sass, ptx), *self._includes(torch)]
-        compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch)]
+        # nvcc splits what it hands on at blanks and commas
+        compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it
         # has not. The static runtime stays private: its symbols must not mix with those of torch's own runtime.
         libraries = [f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
