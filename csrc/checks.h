@@ -88,8 +88,13 @@ inline LogitRows logit_rows(const char* op, const char* argument, const Tensor& 
   return rows;
 }
 
+template <class T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
 inline const bool* mask_pointer(const std::optional<Tensor>& mask) {
-  return mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr;
+  return mask ? pointer<bool>(*mask) : nullptr;
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -156,6 +161,20 @@ inline void check_ppo_loss(const Tensor& logprobs, std::initializer_list<const T
   for (const Tensor* x : others)
     require_token_tensor("ppo_loss", "per-token inputs", *x, logprobs, logprobs.dim(), logprobs.scalar_type());
   require_token_tensor("ppo_loss", "mask", mask, logprobs, logprobs.dim(), ScalarType::Bool);
+}
+
+inline void check_ppo_loss_backward(const Tensor& grad_loss, const Tensor& stats, const Tensor& grad_logprobs,
+                                    const Tensor& grad_vpreds, int64_t stat_count) {
+  require_float_or_double("ppo_loss", "saved gradients", grad_logprobs);
+  const ScalarType dtype = grad_logprobs.scalar_type();
+  require_token_tensor("ppo_loss", "saved gradients", grad_logprobs, grad_logprobs, grad_logprobs.dim(), dtype);
+  require_token_tensor("ppo_loss", "saved gradients", grad_vpreds, grad_logprobs, grad_logprobs.dim(), dtype);
+  for (const Tensor* x : {&grad_loss, &stats}) {
+    require_same_device("ppo_loss", "saved statistics", *x, grad_logprobs);
+    require_dtype("ppo_loss", "saved statistics", *x, dtype);
+  }
+  if (grad_loss.numel() != 1) reject("ppo_loss", "grad_loss", "have 1 entry", grad_loss.numel());
+  if (stats.numel() != stat_count) reject("ppo_loss", "stats", "have " + std::to_string(stat_count) + " entries", stats.numel());
 }
 
 }  // namespace ppo_ext

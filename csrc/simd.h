@@ -16,8 +16,8 @@
 #endif
 #define PPO_INLINE inline __attribute__((always_inline))
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+// Vectors are passed between inlined functions only, so no call depends on the ABI this warns about.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace ppo_ext {
 
@@ -121,6 +121,41 @@ PPO_INLINE float max_lanes(f32v x) {
   return result;
 }
 
-}  // namespace ppo_ext
+// A stretch of a row as contiguous elements: the row itself, or a copy of it where its elements lie apart.
+template <class T>
+PPO_INLINE const T* contiguous_block(const T* row, int64_t begin, int n, int64_t stride, T* buffer) {
+  if (stride == 1) return row + begin;
+  for (int i = 0; i < n; ++i) buffer[i] = row[(begin + i) * stride];
+  return buffer;
+}
 
-#pragma GCC diagnostic pop
+// The last n < 16 elements of a block as a whole vector, filled up with `fill`.
+template <class T>
+PPO_INLINE f32v load_tail(const T* x, int n, float fill) {
+  T padded[kLanes];
+  for (int i = 0; i < kLanes; ++i) padded[i] = i < n ? x[i] : T(fill);
+  return load(padded);
+}
+
+template <class T>
+PPO_INLINE void store_tail(T* out, f32v x, int n) {
+  T padded[kLanes];
+  store(padded, x);
+  for (int i = 0; i < n; ++i) out[i] = padded[i];
+}
+
+// The largest of n elements; NaN does not count (it shows in the sums that follow).
+template <class T>
+PPO_INLINE float block_max(const T* x, int n) {
+  f32v a = splat(-INFINITY), b = a;
+  int i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    a = max_ignoring_nan(a, load(x + i));
+    b = max_ignoring_nan(b, load(x + i + kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) a = max_ignoring_nan(a, load(x + i));
+  if (i < n) a = max_ignoring_nan(a, load_tail(x + i, n - i, -INFINITY));
+  return max_lanes(max_ignoring_nan(a, b));
+}
+
+}  // namespace ppo_ext

@@ -1,0 +1,298 @@
+// logprobs_cpu.cpp
+// Computes  see logprobs.h
+// Bytes     forward N*V*s + 16N, backward 2*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
+// Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
+// Sums      16 lanes per block in fp32 (fp64 for fp64), in an order that depends on V only: same bits for any threads
+// Limits    a label outside [0, V) on a counted row is an error; masked rows are not read
+
+#include "checks.h"
+#include "logprobs.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace ppo_ext {
+namespace {
+
+constexpr int kBlock = 1024;
+
+// ---- one row, fp32 arithmetic ----
+
+template <bool WithEntropy>
+PPO_INLINE void add_terms(f32v x, float max, float inv_temperature, f32v& sum, f32v& weighted) {
+  const f32v y = (x - max) * inv_temperature;
+  const f32v e = exp_vector(y);
+  sum += e;
+  if (WithEntropy) weighted += e * select(y < -1e4f, splat(-1e4f), y);  // softmax_bounded
+}
+
+template <bool WithEntropy, class T>
+PPO_INLINE SoftmaxState<float> row_state(const T* row, int64_t V, int64_t stride, float inv_temperature) {
+  T buffer[kBlock];
+  float max = -INFINITY;
+  f32v sum[2] = {}, weighted[2] = {};
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int n = V - begin < kBlock ? int(V - begin) : kBlock;
+    const T* x = contiguous_block(row, begin, n, stride, buffer);
+    const float top = block_max(x, n);
+    if (top > max) {
+      if (max != -INFINITY) {
+        const float shift = (max - top) * inv_temperature, factor = std::exp(shift);
+        for (int k = 0; k < 2; ++k) {
+          if (WithEntropy) weighted[k] = factor * (weighted[k] + shift * sum[k]);
+          sum[k] *= factor;
+        }
+      }
+      max = top;
+    }
+    const float origin = max == -INFINITY ? 0.0f : max;  // nothing but -inf and NaN so far: -inf - -inf must not spread
+    int i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      add_terms<WithEntropy>(load(x + i), origin, inv_temperature, sum[0], weighted[0]);
+      add_terms<WithEntropy>(load(x + i + kLanes), origin, inv_temperature, sum[1], weighted[1]);
+    }
+    for (; i < n; i += kLanes) {
+      const f32v last = i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
+      add_terms<WithEntropy>(last, origin, inv_temperature, sum[0], weighted[0]);
+    }
+  }
+  return {max, sum_lanes(sum[0] + sum[1]), sum_lanes(weighted[0] + weighted[1])};
+}
+
+template <bool WithEntropy>
+PPO_INLINE f32v grad_terms(f32v x, float max, float log_sum, float inv_temperature, LogitGrad<float> row) {
+  const f32v log_p = (x - max) * inv_temperature - log_sum;
+  const f32v p = exp_vector(log_p);
+  if (!WithEntropy) return p * row.alpha;
+  return p * (row.alpha - row.beta * select(log_p < -1e4f, splat(-1e4f), log_p));
+}
+
+template <bool WithEntropy, class T>
+PPO_INLINE void row_grad(const T* row, int64_t stride, T* out, int64_t out_stride, int64_t V, float max, float log_sum,
+                         float inv_temperature, LogitGrad<float> coefficients) {
+  T in_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int n = V - begin < kBlock ? int(V - begin) : kBlock;
+    const T* x = contiguous_block(row, begin, n, stride, in_buffer);
+    T* y = out_stride == 1 ? out + begin : out_buffer;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      store(y + i, grad_terms<WithEntropy>(load(x + i), max, log_sum, inv_temperature, coefficients));
+    if (i < n)
+      store_tail(y + i, grad_terms<WithEntropy>(load_tail(x + i, n - i, 0.0f), max, log_sum, inv_temperature, coefficients),
+                 n - i);
+    if (out_stride != 1)
+      for (int j = 0; j < n; ++j) out[(begin + j) * out_stride] = out_buffer[j];
+  }
+}
+
+// ---- one row, fp64 arithmetic ----
+
+template <bool WithEntropy>
+SoftmaxState<double> row_state(const double* row, int64_t V, int64_t stride, double inv_temperature) {
+  double max = -INFINITY;
+  for (int64_t v = 0; v < V; ++v) max = row[v * stride] > max ? row[v * stride] : max;
+  const double origin = max == -INFINITY ? 0.0 : max;
+  SoftmaxState<double> state{max, 0.0, 0.0};
+  for (int64_t v = 0; v < V; ++v) {
+    const double y = (row[v * stride] - origin) * inv_temperature, e = std::exp(y);
+    state.sum += e;
+    if (WithEntropy) state.weighted += e * softmax_bounded(y);
+  }
+  return state;
+}
+
+template <bool WithEntropy>
+void row_grad(const double* row, int64_t stride, double* out, int64_t out_stride, int64_t V, double max, double log_sum,
+              double inv_temperature, LogitGrad<double> coefficients) {
+  for (int64_t v = 0; v < V; ++v) {
+    const double log_p = token_logprob(row[v * stride], max, log_sum, inv_temperature);
+    out[v * out_stride] = std::exp(log_p) * (coefficients.alpha - coefficients.beta * softmax_bounded(log_p));
+  }
+}
+
+// ---- ranges of rows ----
+
+template <class A>
+struct RowStats {
+  A *logprobs, *entropy, *max, *log_sum;
+};
+
+template <class T, class A>
+struct Forward {
+  const T* logits;
+  LogitRows rows;
+  const int64_t* labels;
+  const bool* mask;
+  A inv_temperature;
+  RowStats<A> out;
+};
+
+template <bool WithEntropy, class T, class A>
+PPO_INLINE void forward_rows(const Forward<T, A>& job, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    SoftmaxState<A> state{};
+    A logprob = 0, entropy = 0, log_sum = 0;
+    if (!job.mask || job.mask[n]) {
+      const T* row = job.logits + job.rows.offset(n);
+      state = row_state<WithEntropy>(row, job.rows.V, job.rows.stride_v, job.inv_temperature);
+      log_sum = softmax_log_sum(state.sum);
+      logprob = token_logprob(A(row[job.labels[n] * job.rows.stride_v]), state.max, log_sum, job.inv_temperature);
+      if (WithEntropy) entropy = row_entropy(state.sum, log_sum, state.weighted);
+    }
+    job.out.logprobs[n] = logprob;
+    if (WithEntropy) job.out.entropy[n] = entropy;
+    job.out.max[n] = state.max;
+    job.out.log_sum[n] = log_sum;
+  }
+}
+
+template <class T, class A>
+struct Backward {
+  const T* logits;
+  LogitRows rows;
+  T* grad;
+  LogitRows grad_rows;
+  const int64_t* labels;
+  const bool* mask;
+  const A *grad_logprobs, *grad_entropy;  // either may be null
+  RowStats<const A> saved;
+  A inv_temperature;
+};
+
+template <bool WithEntropy, class T, class A>
+PPO_INLINE void backward_rows(const Backward<T, A>& job, int64_t begin, int64_t end) {
+  const int64_t V = job.rows.V;
+  for (int64_t n = begin; n < end; ++n) {
+    const T* row = job.logits + job.rows.offset(n);
+    T* out = job.grad + job.grad_rows.offset(n);
+    const int64_t stride = job.grad_rows.stride_v;
+    if (job.mask && !job.mask[n]) {
+      for (int64_t v = 0; v < V; ++v) out[v * stride] = T(0);
+      continue;
+    }
+    const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0);
+    const A h = WithEntropy ? job.grad_entropy[n] : A(0), entropy = WithEntropy ? job.saved.entropy[n] : A(0);
+    const A max = job.saved.max[n], log_sum = job.saved.log_sum[n];
+    // Read before the row is overwritten, as the gradient may go there.
+    const A logprob = token_logprob(A(row[job.labels[n] * job.rows.stride_v]), max, log_sum, job.inv_temperature);
+    row_grad<WithEntropy>(row, job.rows.stride_v, out, stride, V, max, log_sum, job.inv_temperature,
+                          logit_grad_of_row(g, h, entropy, job.inv_temperature));
+    out[job.labels[n] * stride] = T(token_logit_grad(logprob, g, h, entropy, job.inv_temperature));
+  }
+}
+
+#define PPO_DEFINE_ROWS(T, A)                                                                                          \
+  PPO_CLONES void forward_range(const Forward<T, A>& job, int64_t begin, int64_t end) {                                \
+    job.out.entropy ? forward_rows<true>(job, begin, end) : forward_rows<false>(job, begin, end);                      \
+  }                                                                                                                    \
+  PPO_CLONES void backward_range(const Backward<T, A>& job, int64_t begin, int64_t end) {                              \
+    job.grad_entropy ? backward_rows<true>(job, begin, end) : backward_rows<false>(job, begin, end);                   \
+  }
+PPO_DEFINE_ROWS(float, float)
+PPO_DEFINE_ROWS(BFloat16, float)
+PPO_DEFINE_ROWS(Half, float)
+PPO_DEFINE_ROWS(double, double)
+
+// ---- entry points ----
+
+void check_labels(const Tensor& labels, const bool* mask, int64_t V) {
+  const int64_t* ids = pointer<int64_t>(labels);
+  for (int64_t n = 0; n < labels.numel(); ++n) {
+    if ((mask && !mask[n]) || (ids[n] >= 0 && ids[n] < V)) continue;
+    std::string position;
+    int64_t rest = n;
+    for (int64_t d = labels.dim() - 1; d >= 0; --d) {
+      position = std::to_string(rest % labels.size(d)) + (position.empty() ? "" : ", ") + position;
+      rest /= labels.size(d);
+    }
+    reject("logprobs", "labels[" + position + "]", "be an id in [0, " + std::to_string(V) + ")", ids[n]);
+  }
+}
+
+template <class T, class A>
+void forward(const Tensor& logits, const LogitRows& rows, const Tensor& labels, const bool* mask, double temperature,
+             const RowStats<A>& out) {
+  const Forward<T, A> job{pointer<T>(logits), rows, pointer<int64_t>(labels), mask, A(1.0 / temperature), out};
+  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { forward_range(job, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor labels, std::optional<Tensor> mask,
+                                                        double temperature, bool with_entropy) {
+  check_logprobs(logits, labels, mask);
+  const LogitRows rows = logit_rows("logprobs", "logits", logits);
+  check_labels(labels, mask_pointer(mask), rows.V);
+  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+  Tensor logprobs = new_token_tensor(labels, labels.dim(), dtype), max = new_token_tensor(labels, labels.dim(), dtype),
+         log_sum = new_token_tensor(labels, labels.dim(), dtype),
+         entropy = with_entropy ? new_token_tensor(labels, labels.dim(), dtype) : new_tensor(labels, {0}, dtype);
+  const auto stats = [&](auto zero) {
+    using A = decltype(zero);
+    return RowStats<A>{pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max), pointer<A>(log_sum)};
+  };
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: forward<float, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
+    case ScalarType::BFloat16: forward<BFloat16, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
+    case ScalarType::Half: forward<Half, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
+    case ScalarType::Double: forward<double, double>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0)); break;
+    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+  }
+  return {logprobs, entropy, max, log_sum};
+}
+
+struct BackwardInput {
+  const std::optional<Tensor>&grad_logprobs, &grad_entropy;
+  const Tensor& labels;
+  const std::optional<Tensor>& mask;
+  const Tensor &entropy, &max, &log_sum;
+  double temperature;
+};
+
+template <class T, class A>
+void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, const LogitRows& grad_rows, const BackwardInput& in) {
+  const Backward<T, A> job{
+      pointer<T>(logits), rows, pointer<T>(grad), grad_rows, pointer<int64_t>(in.labels), mask_pointer(in.mask),
+      in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr, in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
+      {nullptr, in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max), pointer<A>(in.log_sum)},
+      A(1.0 / in.temperature)};
+  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { backward_range(job, begin, end); });
+}
+
+void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
+  check_logprobs(logits, in.labels, in.mask);
+  check_row_stats("logprobs", logits, {&in.max, &in.log_sum});
+  if (in.grad_logprobs) check_row_stats("logprobs", logits, {&*in.grad_logprobs});
+  if (in.grad_entropy) check_row_stats("logprobs", logits, {&*in.grad_entropy, &in.entropy});
+  const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
+  check_labels(in.labels, mask_pointer(in.mask), rows.V);
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return backward<float, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::BFloat16: return backward<BFloat16, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::Half: return backward<Half, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::Double: return backward<double, double>(logits, rows, grad, grad_rows, in);
+    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+  }
+}
+
+Tensor logprobs_backward_cpu(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                             Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
+                             double temperature) {
+  Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
+  run_backward(logits, grad, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
+  return grad;
+}
+
+void logprobs_backward_inplace_cpu(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                                   Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
+                                   double temperature) {
+  run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CPU, m) {
+  m.impl("_logprobs", TORCH_BOX(&logprobs_cpu));
+  m.impl("_logprobs_backward", TORCH_BOX(&logprobs_backward_cpu));
+  m.impl("_logprobs_backward_", TORCH_BOX(&logprobs_backward_inplace_cpu));
+}
+
+}  // namespace ppo_ext

@@ -1,0 +1,23 @@
+// parallel.h: CPU threads, from libtorch's own pool.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+namespace ppo_ext {
+
+// Waking a thread costs as much as tens of thousands of elements of work.
+constexpr int64_t kGrain = 32768;
+
+// Calls f(begin, end) on ranges of `rows`, each row being `cost` elements of work. Nothing inside f may throw.
+template <class F>
+void parallel_rows(int64_t rows, int64_t cost, const F& f) {
+  if (rows == 0) return;
+  const int64_t grain = cost >= kGrain ? 1 : kGrain / (cost > 0 ? cost : 1);
+  if (rows <= grain) {
+    f(int64_t(0), rows);
+  } else {
+    torch::stable::parallel_for(0, rows, grain, f);
+  }
+}
+
+}  // namespace ppo_ext
