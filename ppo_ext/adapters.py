@@ -1,4 +1,5 @@
 """What the value-head models need of peft, which is imported only when an adapter is asked for or found."""
+
 import contextlib
 import os
 import sys
@@ -37,11 +38,10 @@ def check_arguments(peft_config, reward_adapter):
         raise TypeError(f"from_pretrained: reward_adapter must be a path, got {type(reward_adapter).__name__}")
 
 
-def find_adapter(source, hub_kwargs):
+def find_adapter(source, kwargs):
     """Returns whether a local folder or hub repository holds a peft adapter, whose files are checked if it is local."""
     if not os.path.isdir(source):
-        hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
-        return find_adapter_config_file(source, **hub_kwargs) is not None
+        return find_adapter_config_file(source, **_hub_arguments(kwargs)) is not None
     config_path = os.path.join(source, checkpoint.ADAPTER_CONFIG)
     if not os.path.exists(config_path):
         return False
@@ -52,17 +52,33 @@ def find_adapter(source, hub_kwargs):
     return True
 
 
-def base_model_of(source, hub_kwargs):
-    """Returns the base model's path or id from an adapter's config."""
-    hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
-    return import_peft(f"the adapter in {source}").PeftConfig.from_pretrained(source, **hub_kwargs).base_model_name_or_path
+def base_model_of(source, kwargs):
+    """Returns the base model's path or id from an adapter's config; raises ValueError if it names none."""
+    config = import_peft(f"the adapter in {source}").PeftConfig.from_pretrained(source, **_hub_arguments(kwargs))
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"checkpoint: {checkpoint.ADAPTER_CONFIG} in {source} must name its base_model_name_or_path, got "
+            f"{config.base_model_name_or_path!r}; load the base model and give from_pretrained a peft.PeftModel"
+        )
+    return config.base_model_name_or_path
 
 
-def load(base_model, source, is_trainable, hub_kwargs):
+def load(base_model, source, is_trainable, kwargs):
     """Returns the PeftModel of a base model and the adapter in `source`."""
-    hub_kwargs = {name: hub_kwargs[name] for name in HUB_ARGUMENTS if name in hub_kwargs}
     peft = import_peft(f"the adapter in {source}")
-    return peft.PeftModel.from_pretrained(base_model, source, is_trainable=is_trainable, **hub_kwargs)
+    return peft.PeftModel.from_pretrained(base_model, source, is_trainable=is_trainable, **_hub_arguments(kwargs))
+
+
+def save(model, directory, state_dict, rm_adapter_name, kwargs):
+    """Writes the adapters but the reward adapter, which is no part of the policy and whose score peft does not know."""
+    kwargs.setdefault("selected_adapters", [name for name in model.peft_config if name != rm_adapter_name])
+    if state_dict:
+        kwargs["state_dict"] = state_dict
+    model.save_pretrained(directory, **kwargs)
+
+
+def _hub_arguments(kwargs):
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def wrap(model, peft_config, kbit_kwargs):
@@ -132,9 +148,10 @@ def _kept_requires_grad(model):
 
 
 @contextlib.contextmanager
-def active(model, name, policy_name):
+def active(model, name):
     """Runs the block with another adapter, in eval mode and without gradients, and leaves the model as it was."""
     modes = {module: module.training for module in model.modules()}
+    policy_name = model.active_adapter
     with _kept_requires_grad(model), torch.no_grad():
         model.set_adapter(name)
         model.eval()

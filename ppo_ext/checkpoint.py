@@ -5,6 +5,7 @@ A save goes to a hidden staging folder inside the target folder first. Its files
 the old checkpoint, afterwards as the new one.
 Every reader checks the whole file before it returns, so nothing of a model is changed by a file that does not load.
 """
+
 import contextlib
 import json
 import os
@@ -173,7 +174,9 @@ def _opened(path):
             yield file
     except SafetensorError as error:
         size = os.path.getsize(path)
-        raise ValueError(f"checkpoint: {path} must be a whole safetensors file, got {size} bytes with {error}") from None
+        raise ValueError(
+            f"checkpoint: {path} must be a whole safetensors file, got {size} bytes with {error}"
+        ) from None
 
 
 def weight_files(directory, name=WEIGHTS):
@@ -184,7 +187,7 @@ def weight_files(directory, name=WEIGHTS):
     """
     path, index_path = os.path.join(directory, name), os.path.join(directory, WEIGHTS_INDEX)
     if os.path.exists(path):
-        return {tensor: path for tensor in tensor_names(path)}
+        return dict.fromkeys(tensor_names(path), path)
     if name == WEIGHTS and os.path.exists(index_path):
         return _sharded_files(directory, index_path)
     for pickle in PICKLE_OF[name]:
@@ -203,7 +206,9 @@ def _sharded_files(directory, index_path):
         names[shard] = set(tensor_names(os.path.join(directory, shard)))
     for tensor, shard in weight_map.items():
         if tensor not in names[shard]:
-            raise ValueError(f"checkpoint: {os.path.join(directory, shard)} must hold {tensor} as its index says, got none")
+            raise ValueError(
+                f"checkpoint: {os.path.join(directory, shard)} must hold {tensor} as its index says, got none"
+            )
     return {tensor: os.path.join(directory, shard) for tensor, shard in weight_map.items()}
 
 
@@ -233,24 +238,3 @@ def check_fits(owner, expected, found, strict=True):
             raise ValueError(
                 f"{owner}: {name} must have shape {list(expected[name].shape)}, got {list(found[name].shape)}"
             )
-
-
-def check_source(source):
-    """Raises ValueError for what looks like a path but is no folder, before anything asks the hub for it."""
-    looks_like_path = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count(os.sep) > 1
-    if not os.path.isdir(source) and (looks_like_path or os.path.exists(source)):
-        raise ValueError(f"from_pretrained: the model must be an existing folder or a hub id, got {source}")
-
-
-def cached_weight_files(source, kwargs):
-    """Returns {tensor name: file path} for a hub id whose weights transformers has just put into its cache."""
-    from transformers.utils import cached_file
-
-    hub_kwargs = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
-    for name in (WEIGHTS, WEIGHTS_INDEX):
-        path = cached_file(
-            source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
-        if path is not None:
-            return weight_files(os.path.dirname(path))
-    return {}

@@ -4,6 +4,7 @@ Different from TRL on purpose: logits keep the backbone's dtype (the ops accumul
 would buy nothing), values are fp32 also under autocast, no key/value cache is built when none is asked for, weights are
 only ever safetensors, and a model whose shared layers are asked for really shares them with its reference.
 """
+
 import logging
 import os
 
@@ -12,8 +13,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from . import adapters, checkpoint
+from . import adapters, checkpoint, loading
 from .reference_model import create_reference_model
+from .value_head import ValueHead
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
@@ -23,45 +25,6 @@ __all__ = [
     "create_reference_model",
 ]
 logger = logging.getLogger(__name__)
-
-
-class ValueHead(nn.Module):
-    """Dropout, then Linear(hidden_size, 1): [B, T, H] any float -> [B, T, 1] in the dtype of its own weight.
-
-    summary_dropout_prob: taken from the config if it has one, else from the keyword, else 0.1.
-    v_head_init_strategy: None keeps nn.Linear's own initialisation; "normal" draws the weight from
-    N(0, v_head_initializer_range) and sets the bias to 0. Raises ValueError for any other, and for a config from which
-    the hidden size cannot be told. Source: TRL 0.11.4, `ValueHead`, with the same draws from torch's generator.
-    """
-
-    def __init__(self, config, summary_dropout_prob=0.1, v_head_initializer_range=0.2, v_head_init_strategy=None):
-        super().__init__()
-        if v_head_init_strategy not in (None, "normal"):
-            raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
-        dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.summary = nn.Linear(_hidden_size(config), 1)
-        if v_head_init_strategy == "normal":
-            nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
-            nn.init.zeros_(self.summary.bias)
-
-    def forward(self, hidden_states):
-        hidden_states = self.dropout(hidden_states)
-        # autocast would compute the value in half precision, which GAE and the value loss then amplify
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.summary(hidden_states.to(self.summary.weight.dtype))
-
-
-def _hidden_size(config):
-    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
-    candidates = [(config, "word_embed_proj_dim")]
-    if getattr(config, "is_encoder_decoder", False):
-        candidates.append((getattr(config, "decoder", None), "hidden_size"))
-    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
-    for owner, name in candidates:
-        if hasattr(owner, name):
-            return getattr(owner, name)
-    raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -112,11 +75,14 @@ class PreTrainedModelWrapper(nn.Module):
         source = pretrained_model_name_or_path
         if isinstance(source, (str, os.PathLike)):
             source = os.fspath(source)
-            adapter_found = adapters.find_adapter(source, pretrained_kwargs)
-            pretrained_model = cls._load_pretrained(source, adapter_found, is_trainable, model_args, pretrained_kwargs)
+            if pretrained_kwargs.get("load_in_8bit") or pretrained_kwargs.get("load_in_4bit"):
+                pretrained_kwargs.setdefault("device_map", {"": cls._get_current_device()})
+            pretrained_model, adapter_found = loading.load_pretrained(
+                cls.transformers_parent_class, source, is_trainable, model_args, pretrained_kwargs
+            )
             if adapter_found and peft_config is not None:
                 logger.warning("peft_config is ignored, since %s holds an adapter", source)
-            v_head_state = cls._read_v_head(source, pretrained_kwargs)
+            v_head_state = loading.read_v_head(source, pretrained_kwargs)
         elif isinstance(source, PreTrainedModel) or adapters.is_peft_model(source):
             pretrained_model = source
             v_head_state = {name: t for name, t in source.state_dict().items() if name.startswith("v_head.")}
@@ -142,36 +108,13 @@ class PreTrainedModelWrapper(nn.Module):
         rest = {name: value for name, value in kwargs.items() if name not in head and name not in kbit}
         return head, rest, kbit
 
-    @classmethod
-    def _load_pretrained(cls, source, adapter_found, is_trainable, model_args, kwargs):
-        checkpoint.check_source(source)
-        base = adapters.base_model_of(source, kwargs) if adapter_found else source
-        checkpoint.check_source(base)
-        if os.path.isdir(base):
-            checkpoint.weight_files(base)
-        if (kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit")) and "device_map" not in kwargs:
-            kwargs["device_map"] = {"": cls._get_current_device()}
-        # also from the hub: no file is ever unpickled
-        model = cls.transformers_parent_class.from_pretrained(base, *model_args, **{"use_safetensors": True, **kwargs})
-        return adapters.load(model, source, is_trainable, kwargs) if adapter_found else model
-
-    @classmethod
-    def _read_v_head(cls, source, kwargs):
-        files = checkpoint.weight_files(source) if os.path.isdir(source) else checkpoint.cached_weight_files(source, kwargs)
-        state = {}
-        for path in sorted({path for name, path in files.items() if name.startswith("v_head.")}):
-            state.update(checkpoint.read_tensors(path, "v_head."))
-        if not state:
-            logger.info("%s holds no v_head, so a new one is initialised, as expected before the first PPO run", source)
-        return state
-
     @staticmethod
     def _get_current_device():
         return PartialState().local_process_index if torch.cuda.is_available() else "cpu"
 
     def post_init(self, state_dict):
         """Loads the v_head.* entries of a state dict, if any, and places the head of a model spread over devices."""
-        v_head_state = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
+        v_head_state, _ = _split_state(state_dict)
         if v_head_state:
             checkpoint.check_fits("v_head", self.v_head.state_dict(), v_head_state)
             self.v_head.load_state_dict(v_head_state)
@@ -187,7 +130,9 @@ class PreTrainedModelWrapper(nn.Module):
         if len(devices) > 1:
             self.is_sequential_parallel = True
             self.register_forward_hook(
-                lambda module, inputs, outputs: tuple(o.to(first) if isinstance(o, torch.Tensor) else o for o in outputs)
+                lambda module, inputs, outputs: tuple(
+                    o.to(first) if isinstance(o, torch.Tensor) else o for o in outputs
+                )
             )
 
     def forward(
@@ -219,7 +164,9 @@ class PreTrainedModelWrapper(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """Recomputes the layers in the backward pass, without reentrant autograd unless the keywords ask for it."""
-        enable = _first_method(self.pretrained_model, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = _first_method(
+            self.pretrained_model, "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        )
         enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self):
@@ -234,7 +181,7 @@ class PreTrainedModelWrapper(nn.Module):
         """Returns the reward adapter's scores [B, T, num_labels], without gradients, and leaves the policy as it was."""
         if not self.supports_rm_adapter:
             raise ValueError("compute_reward_score: the model must be loaded with reward_adapter, got none")
-        with adapters.active(self.pretrained_model, self.rm_adapter_name, self.policy_adapter_name):
+        with adapters.active(self.pretrained_model, self.rm_adapter_name):
             output = self.pretrained_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -247,47 +194,48 @@ class PreTrainedModelWrapper(nn.Module):
             return self.score(hidden_states.to(self.score.weight.dtype))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head."."""
-        if not self.is_peft_model:
-            destination = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return self.v_head.state_dict(destination=destination, prefix=f"{prefix}v_head.", keep_vars=keep_vars)
+        """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head.".
+
+        Inside another module (DDP, FSDP) the names are the parameters' own, so that the outer state dict loads again.
+        """
+        if destination is not None or prefix:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        state = {} if self.is_peft_model else self.pretrained_model.state_dict(keep_vars=keep_vars)
+        state.update({f"v_head.{name}": tensor for name, tensor in self.v_head.state_dict(keep_vars=keep_vars).items()})
+        return state
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Loads what `state_dict` returns, after checking all names (if strict) and shapes; changes nothing if one fails."""
-        state_dict = {name.removeprefix("pretrained_model."): tensor for name, tensor in state_dict.items()}
-        checkpoint.check_fits(type(self).__name__, self.state_dict(), state_dict, strict)
-        v_head = {name.removeprefix("v_head."): t for name, t in state_dict.items() if name.startswith("v_head.")}
-        backbone = {name: tensor for name, tensor in state_dict.items() if not name.startswith("v_head.")}
-        self.v_head.load_state_dict(v_head, strict, assign)
-        if self.is_peft_model:
-            strict = False
-        return self.pretrained_model.load_state_dict(backbone, strict, assign)
+        """Loads what `state_dict` returns. Names (if strict) and shapes are checked first: nothing changes if one fails."""
+        v_head, backbone = _split_state(state_dict)
+        checkpoint.check_fits(type(self).__name__, self.state_dict(), {**backbone, **_prefixed(v_head)}, strict)
+        loaded = self.v_head.load_state_dict(v_head, strict, assign)
+        return loaded if self.is_peft_model else self.pretrained_model.load_state_dict(backbone, strict, assign)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Writes config, weights with v_head.* in the same file(s), safetensors and JSON only, whole or not at all.
 
-        state_dict: taken instead of the model's own (say, one gathered from all ranks); max_shard_size: see transformers.
+        state_dict: taken instead of the model's own (say, one gathered from all ranks). max_shard_size and other keywords
+        go to the wrapped model. Only the main process writes, unless is_main_process says otherwise.
         A peft model gives adapter_config.json, adapter_model.safetensors, and model.safetensors with v_head.* alone.
         """
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-        state_dict = {name.removeprefix("pretrained_model."): tensor for name, tensor in state_dict.items()}
+        v_head, backbone = _split_state(kwargs.pop("state_dict", None) or self.state_dict())
         if not kwargs.pop("safe_serialization", True):
-            logger.warning("save_pretrained writes safetensors although safe_serialization is False: pickle can run code")
+            logger.warning(
+                "save_pretrained writes safetensors although safe_serialization is False: pickle can run code"
+            )
         push = kwargs.pop("push_to_hub", False)
-        if not kwargs.pop("is_main_process", True):
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        if not kwargs.pop("is_main_process", PartialState().is_main_process):
             return
         with checkpoint.staged(os.fspath(save_directory)) as staging:
             if self.is_peft_model:
-                v_head = {name: tensor for name, tensor in state_dict.items() if name.startswith("v_head.")}
-                checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), v_head)
-                if self.supports_rm_adapter:
-                    others = [name for name in self.pretrained_model.peft_config if name != self.rm_adapter_name]
-                    kwargs.setdefault("selected_adapters", others)
-                self.pretrained_model.save_pretrained(staging, **kwargs)
+                checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), _prefixed(v_head))
+                adapters.save(self.pretrained_model, staging, backbone, self.rm_adapter_name, kwargs)
             else:
+                state_dict = {**backbone, **_prefixed(v_head)}
                 self.pretrained_model.save_pretrained(staging, state_dict=state_dict, **kwargs)
         if push:
-            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id)
 
     def push_to_hub(self, *args, **kwargs):
         """The wrapped model's `push_to_hub`, with the value head inside."""
@@ -296,6 +244,17 @@ class PreTrainedModelWrapper(nn.Module):
             return self.pretrained_model.push_to_hub(*args, **kwargs)
         finally:
             del self.pretrained_model.v_head
+
+
+def _split_state(state_dict):
+    """Returns the head's entries and the wrapped model's, both without the wrapper's own prefixes."""
+    v_head = {name.removeprefix("v_head."): tensor for name, tensor in state_dict.items() if name.startswith("v_head.")}
+    others = {name: tensor for name, tensor in state_dict.items() if not name.startswith(("v_head.", "score."))}
+    return v_head, {name.removeprefix("pretrained_model."): tensor for name, tensor in others.items()}
+
+
+def _prefixed(v_head):
+    return {f"v_head.{name}": tensor for name, tensor in v_head.items()}
 
 
 def _first_method(model, *names):

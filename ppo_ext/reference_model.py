@@ -1,4 +1,5 @@
 """The frozen reference of a policy, with its first layers shared if asked for."""
+
 import copy
 import logging
 

@@ -1,0 +1,43 @@
+"""The head that turns hidden states into values."""
+
+import torch
+from torch import nn
+
+
+class ValueHead(nn.Module):
+    """Dropout, then Linear(hidden_size, 1): [B, T, H] any float -> [B, T, 1] in the dtype of its own weight.
+
+    summary_dropout_prob: taken from the config if it has one, else from the keyword, else 0.1.
+    v_head_init_strategy: None keeps nn.Linear's own initialisation; "normal" draws the weight from
+    N(0, v_head_initializer_range) and sets the bias to 0. Raises ValueError for any other, and for a config from which
+    the hidden size cannot be told. Source: TRL 0.11.4, `ValueHead`, with the same draws from torch's generator.
+    """
+
+    def __init__(self, config, summary_dropout_prob=0.1, v_head_initializer_range=0.2, v_head_init_strategy=None):
+        super().__init__()
+        if v_head_init_strategy not in (None, "normal"):
+            raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
+        dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.summary = nn.Linear(_hidden_size(config), 1)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
+            nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_states):
+        hidden_states = self.dropout(hidden_states)
+        # autocast would compute the value in half precision, which GAE and the value loss then amplify
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.summary(hidden_states.to(self.summary.weight.dtype))
+
+
+def _hidden_size(config):
+    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
+    candidates = [(config, "word_embed_proj_dim")]
+    if getattr(config, "is_encoder_decoder", False):
+        candidates.append((getattr(config, "decoder", None), "hidden_size"))
+    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
+    for owner, name in candidates:
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
