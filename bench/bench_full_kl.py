@@ -45,7 +45,7 @@ def _case(shape, dtype, pass_name):
         "full_kl", pass_name, shape, dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
         reference=lambda inputs: by_rows(lambda rows: run(rows, reference.full_kl), inputs),
-        implementations=implementations | trl_baseline.baselines(run, _trl_full_kl),
+        implementations=implementations | trl_baseline.baselines(run, _trl_full_kl, upcast=dtype != torch.float32),
         traffic=Traffic(read=2 * size) if run is forward else Traffic(read=3 * size, copy=size))
 
 

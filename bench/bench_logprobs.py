@@ -69,7 +69,7 @@ def _case(name, shape, dtype, pass_name):
         name, pass_name, shape, dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
         reference=lambda inputs: by_rows(lambda rows: run(rows, exact), inputs),
-        implementations=implementations | trl_baseline.baselines(run, trl_op),
+        implementations=implementations | trl_baseline.baselines(run, trl_op, upcast=dtype != torch.float32),
         traffic=Traffic(read=size) if run is forward else Traffic(read=size, copy=size))
 
 

@@ -31,16 +31,16 @@ def _arguments(argv):
 
 
 def folder_of(row):
-    """The folder of one machine: its device's name and, on a CPU, the number of threads."""
+    """The name of one machine's folder: its device and, on a CPU, the number of threads."""
     name = row["device"] if "NVIDIA" in row["device"] else f"{row['device']} {row['threads']} threads"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def save(rows):
+def save(rows, results=RESULTS):
     """One file per op; a new run replaces the rows of the cases that it measured."""
     for op in sorted({row["op"] for row in rows}):
         new = [row for row in rows if row["op"] == op]
-        path = folder_of(new[0]) / f"{op}.jsonl"
+        path = results / folder_of(new[0]) / f"{op}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         measured = {table.case_key(row) for row in new}
@@ -67,5 +67,5 @@ def main(argv=None):
     print(table.text(rows))
     if arguments.save:
         save(rows)
-        print(f"rows saved under {folder_of(rows[0])}; now `python -m bench.render`")
+        print(f"rows saved under {RESULTS / folder_of(rows[0])}; now `python -m bench.render`")
     return rows

@@ -19,9 +19,11 @@ def _timed(rows):
 
 def _bars(labelled, path, xlabel, mark, log):
     """Horizontal bars of (case, implementation, value), one colour per implementation."""
+    if not labelled:
+        return
     names = sorted({name for _, name, _ in labelled})
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.24 * len(labelled)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.3 + 0.24 * len(labelled)), layout="constrained")
     previous = None
     ticks = []
     for position, (case, name, value) in enumerate(labelled):
@@ -37,7 +39,7 @@ def _bars(labelled, path, xlabel, mark, log):
     axes.axvline(mark, color="black", linewidth=0.8)
     axes.set_xlabel(xlabel)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles.keys(), fontsize=7, loc="lower right")
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110, metadata={"Software": None})  # no version in the file: same rows, same bytes
     pyplot.close(figure)
 

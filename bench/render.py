@@ -4,7 +4,6 @@
 """
 
 import json
-import pathlib
 
 from . import table
 from .command import RESULTS
@@ -13,15 +12,21 @@ from .trl_baseline import NAME as TRL
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_COLUMNS = ("op", "pass", "shape", "dtype", "ours, ms", "of the floor", "TRL, ms", "ours vs TRL", "ours vs the fastest other",
-            "max error, ours / TRL")
+_COLUMNS = ("op", "pass", "shape", "dtype", "ours, ms", "of the floor", "TRL, ms", "ours vs TRL",
+            "ours vs the fastest other", "max error, ours / TRL")
+_ORDER = ("logprobs", "logprobs_and_entropy", "full_kl", "kl_rewards", "gae", "gae+masked_whiten", "masked_whiten",
+          "ppo_loss", "loss_head")
 
 
-def load(results=RESULTS):
+def _place(path):
+    return _ORDER.index(path.stem) if path.stem in _ORDER else len(_ORDER), path.stem
+
+
+def load(results):
     """Rows by machine folder, in a fixed order."""
-    return {folder.name: [json.loads(line) for path in sorted(folder.glob("*.jsonl"))
+    return {folder.name: [json.loads(line) for path in sorted(folder.glob("*.jsonl"), key=_place)
                           for line in path.read_text().splitlines()]
-            for folder in sorted(path for path in pathlib.Path(results).iterdir() if path.is_dir())}
+            for folder in sorted(path for path in results.glob("*") if path.is_dir())}
 
 
 def _markdown(header, lines):
@@ -60,10 +65,10 @@ def summary(machines):
             continue
         timed = [(key, group) for key, group in chosen.items() if "peak_buffers" not in group[0]]
         memory = [(key, group) for key, group in chosen.items() if "peak_buffers" in group[0]]
-        first = rows[0]
-        parts.append(f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
-                     f"{first['date'][:10]}; median over interleaved rounds. The floor is a read or copy of the same "
-                     "bytes in the same run.")
+        stamp = "; ".join(f"{name} {', '.join(sorted({str(row[name]) for row in rows}))}"
+                          for name in ("device", "threads", "torch", "commit"))
+        parts.append(f"{stamp}. Median over interleaved rounds; the floor is a read or copy of the same bytes in the "
+                     "same run.")
         parts.append(_markdown(_COLUMNS, [_summary_line(key, group) for key, group in timed]))
         parts += _memory_lines(memory)
     return "\n\n".join(parts) if parts else "No results are saved yet; run `python -m bench --save`."
@@ -85,15 +90,16 @@ def replace_block(text, block):
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
-def main():
+def main(results=RESULTS, readme=README):
+    """Writes every page and plot, and replaces the README's block."""
     from . import plot  # matplotlib is needed for nothing else
 
-    machines = load()
+    machines = load(results)
     for name, rows in machines.items():
-        (RESULTS / name / "README.md").write_text(full_table(rows))
-        plot.speedups(rows, RESULTS / name / "speedup.png")
-        plot.floor_shares(rows, RESULTS / name / "floor.png")
-    README.write_text(replace_block(README.read_text(), summary(machines)))
+        (results / name / "README.md").write_text(full_table(rows))
+        plot.speedups(rows, results / name / "speedup.png")
+        plot.floor_shares(rows, results / name / "floor.png")
+    readme.write_text(replace_block(readme.read_text(), summary(machines)))
 
 
 if __name__ == "__main__":

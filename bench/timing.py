@@ -68,8 +68,6 @@ def _sampler(calls, device):
     """A function from a competitor's name to one sample in milliseconds; warms every competitor up."""
     first_ms = {}
     for name, call in calls.items():
-        call()
-        _synchronize(device)
         first_ms[name] = min(_sample_cpu(call, 1) for _ in range(2))
         _synchronize(device)
     if device.type == "cuda":

@@ -11,6 +11,8 @@ from .suite import Implementation, compiled
 
 NAME = "TRL"
 COMPILED = "TRL, torch.compile"
+UPCAST = "TRL on logits.float()"
+UPCAST_COMPILED = "TRL on logits.float(), torch.compile"
 KL_COEF = 0.2
 
 
@@ -60,12 +62,20 @@ def _without_entropy(method):
                               method.__name__, method.__defaults__)
 
 
-def baselines(run, pick):
-    """TRL's op, `pick(functions())`, called as `run(inputs, op)`: eager and compiled, or the reason why there is none."""
+def baselines(run, pick, *, upcast=False):
+    """TRL's op, `pick(functions())`, called as `run(inputs, op)`: eager and compiled, or the reason why there is none.
+
+    `upcast` adds both on float32 copies of what they get: TRL's value-head models return `logits.float()`, and only so
+    are low-precision results as accurate as ours.
+    """
+    names = (NAME, COMPILED, UPCAST, UPCAST_COMPILED) if upcast else (NAME, COMPILED)
     try:
         op = pick(functions())
     except Unavailable as error:
-        return {NAME: str(error), COMPILED: str(error)}
-    fast = compiled(op)
-    return {NAME: Implementation(lambda inputs: run(inputs, op)),
-            COMPILED: Implementation(lambda inputs: run(inputs, fast))}
+        return dict.fromkeys(names, str(error))
+
+    def upcast_op(*arguments):
+        return op(*(x.float() if x.is_floating_point() else x for x in arguments))
+
+    ops = (op, compiled(op), upcast_op, compiled(upcast_op))
+    return {name: Implementation(lambda inputs, op=op: run(inputs, op)) for name, op in zip(names, ops)}
