@@ -1,0 +1,5 @@
+"""The demo; see cli.py."""
+
+from .cli import main
+
+__all__ = ["main"]

@@ -1,0 +1,50 @@
+"""`python -m ppo_ext demo`: SFT, preference pairs, reward model and PPO on real text, offline, in minutes."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+RUNNERS = """\
+The labeller is a stand-in for people: it votes by Flesch reading ease with noise, so the result can be judged by the
+same formula. PPO only sees the reward model. A second run into the same folder is refused unless --overwrite (start
+over) or --resume (keep the finished stages) is given."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ppo_ext demo", description=__doc__, epilog=RUNNERS)
+    parser.add_argument("--out", type=Path, default=Path("ppo_ext_demo"), help="output folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="a UTF-8 text instead of Python's language reference")
+    parser.add_argument(
+        "--scorer", metavar="MODULE:FUNCTION",
+        help="the gold metric instead of Flesch reading ease: text -> number, or list of texts -> list of numbers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--control", action=argparse.BooleanOptionalAction, default=True,
+        help="also run PPO without a KL penalty, for comparison (default: yes)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="every stage in seconds; no pass gate")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+    again.add_argument("--resume", action="store_true", help="keep the finished stages of an earlier run in --out")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo. Returns 0, or 1 if the pass gate fails, 2 after an error that was said, 130 after Ctrl-C."""
+    options = parse(argv)
+    missing = [name for name in ("rich", "matplotlib") if not _installed(name)]
+    if missing:
+        print(f"demo: {' and '.join(missing)} must be installed; run: pip install 'ppo_ext[demo]'", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from .run import run  # after the settings above, as it imports torch
+
+    return run(options)
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None

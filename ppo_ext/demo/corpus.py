@@ -1,0 +1,129 @@
+"""The demo's text: Python's own language reference as prose paragraphs, or a file of the user's."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+MIN_CHARACTERS = 4000  # below this neither a tokenizer nor held-out prompts can be had
+_RULE = re.compile(r"\s*[*=~^+|-]{3,}[-+=|* ]*")
+
+
+class Corpus(NamedTuple):
+    """Token ids of one text, split by paragraph so that nothing held out was ever trained on."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: torch.Tensor  # [N] int64
+    held_out: torch.Tensor  # [M] int64
+    paragraphs: int
+
+
+def python_reference() -> list[str]:
+    """Prose paragraphs of the Python language reference, from the standard library's `pydoc_data.topics`."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError(
+            "demo: this Python must have the standard module pydoc_data.topics, got an installation without it; "
+            "pass your own text with --corpus FILE"
+        ) from error
+    found = (_prose(p) for topic in sorted(topics) for p in re.split(r"\n\s*\n", topics[topic]))
+    return list(dict.fromkeys(p for p in found if p))  # the reference repeats itself across topics
+
+
+def _prose(block: str) -> str | None:
+    """A block as one line of prose, or None for code, grammar, tables and headings."""
+    lines = block.strip("\n").split("\n")
+    if any(_RULE.fullmatch(line) for line in lines):
+        return None
+    text = re.sub(r'[*"]', "", " ".join(lines))
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"^(\[\d+\]|\d+\.|-|•)\s+", "", text)
+    letters = sum(c.isalpha() or c == " " for c in text) / max(len(text), 1)
+    is_prose = len(text) >= 60 and letters >= 0.88 and re.search(r"[.:!?]\)?$", text)
+    return text if is_prose and ">>>" not in text and "::=" not in text else None
+
+
+def read_paragraphs(path: Path) -> list[str]:
+    """Paragraphs of a UTF-8 text file: blocks between blank lines, or single lines where it has few blank lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"demo: --corpus must be a readable file, got {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"demo: --corpus must be UTF-8 text, got {path} with byte 0x{error.object[error.start]:02x} at position {error.start}"
+        ) from error
+    for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+"):
+        paragraphs = [re.sub(r"\s+", " ", p).strip() for p in re.split(pattern, text)]
+        paragraphs = list(dict.fromkeys(p for p in paragraphs if p))
+        if len(paragraphs) >= 20:
+            break
+    characters = sum(map(len, paragraphs))
+    if len(paragraphs) < 20 or characters < MIN_CHARACTERS:
+        raise ValueError(
+            f"demo: --corpus must hold at least 20 different paragraphs, lines or sentences and {MIN_CHARACTERS} characters, "
+            f"got {len(paragraphs)} and {characters} in {path}"
+        )
+    return paragraphs
+
+
+def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the paragraphs."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(paragraphs, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, padding_side="left")
+
+
+def build_corpus(paragraphs: list[str], vocab_size: int, held_out_fraction: float, seed: int) -> Corpus:
+    """Splits paragraphs at random, trains the tokenizer on the training part and encodes both parts."""
+    order = torch.randperm(len(paragraphs), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = max(1, round(held_out_fraction * len(paragraphs)))
+    train = [paragraphs[i] for i in order[cut:]]
+    held_out = [paragraphs[i] for i in order[:cut]]
+    tokenizer = train_tokenizer(train, vocab_size)
+    return Corpus(tokenizer, _stream(tokenizer, train), _stream(tokenizer, held_out), len(paragraphs))
+
+
+def _stream(tokenizer: PreTrainedTokenizerFast, paragraphs: list[str]) -> torch.Tensor:
+    ids = tokenizer([p + "\n" for p in paragraphs])["input_ids"]
+    return torch.tensor([token for paragraph in ids for token in paragraph], dtype=torch.long)
+
+
+def windows(stream: torch.Tensor, length: int, stride: int) -> list[torch.Tensor]:
+    """Every `stride`-th window of `length` tokens; the whole stream where it is shorter."""
+    if len(stream) <= length:
+        return [stream]
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, stride)]
+
+
+def prompts(corpus: Corpus, stream: torch.Tensor, length: int, count: int, seed: int) -> list[torch.Tensor]:
+    """`count` prompts of `length` tokens, from the start of a clause to the end of a word.
+
+    A text with few such places gives prompts between any two words, then anywhere. None repeats before all were used.
+    """
+    pieces = corpus.tokenizer.convert_ids_to_tokens(stream.tolist())
+    anywhere = range(max(len(stream) - length, 1))
+    words = [i for i in anywhere if _starts_word(pieces, i) and _starts_word(pieces, i + length)]
+    clauses = [i for i in words if i == 0 or pieces[i - 1].endswith(tuple(".?!,;:Ċ"))]
+    starts = next((s for s in (clauses, words) if len(s) >= min(count, 256)), anywhere)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(starts), generator=generator) for _ in range(-(-count // len(starts)))])
+    return [stream[starts[i] : starts[i] + length] for i in order[:count].tolist()]
+
+
+def _starts_word(pieces: list[str], i: int) -> bool:
+    # Byte-level BPE writes a space as Ġ and a line break as Ċ.
+    return i == 0 or pieces[i - 1].endswith("Ċ") or pieces[i].startswith("Ġ")

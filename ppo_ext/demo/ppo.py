@@ -1,0 +1,108 @@
+"""The last stage: PPO against the reward model, with a KL penalty, and again without one as the control."""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import ppo_ext
+
+from ..reward import score
+from .corpus import Corpus, prompts
+from .display import Display
+from .evaluate import evaluate, generation_kwargs, sample
+from .folder import RunFolder
+from .gold import GoldMetric
+from .settings import Settings
+from .stages import default_device, save
+
+
+def train_ppo(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunFolder, display: Display) -> dict:
+    """PPO with an adaptive KL penalty; writes ppo_model."""
+    config = ppo_config(
+        settings,
+        learning_rate=settings.ppo_learning_rate,
+        init_kl_coef=settings.kl_coef,
+        target=settings.kl_target,
+        horizon=settings.kl_horizon,
+    )
+    return _run("ppo", "PPO", config, settings.ppo_steps, corpus, settings, gold, folder, display)
+
+
+def train_control(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunFolder, display: Display) -> dict:
+    """The same without a KL penalty and with a larger learning rate: what the penalty keeps away. Writes control_model."""
+    config = ppo_config(
+        settings, learning_rate=settings.control_learning_rate, init_kl_coef=0.0, adap_kl_ctrl=False
+    )
+    return _run("control", "control, no KL", config, settings.control_steps, corpus, settings, gold, folder, display)
+
+
+def ppo_config(settings: Settings, **changes) -> "ppo_ext.PPOConfig":
+    return ppo_ext.PPOConfig(
+        seed=settings.seed,
+        batch_size=settings.ppo_batch,
+        mini_batch_size=settings.ppo_mini_batch,
+        ppo_epochs=settings.ppo_epochs,
+        vf_coef=settings.vf_coef,
+        **changes,
+    )
+
+
+def _run(stage, title, config, steps, corpus, settings, gold, folder, display) -> dict:
+    """Trains, logs each step to metrics.jsonl, saves the policy and returns its held-out figures."""
+    device = default_device()
+    model = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(str(folder / "sft_model"))
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model").to(device).eval()
+    trainer = ppo_ext.PPOTrainer(config, model, tokenizer=corpus.tokenizer)
+    asked = prompts(corpus, corpus.train, settings.prompt_tokens, steps * settings.ppo_batch, settings.seed + 3)
+    with display.bar(title, steps) as advance:
+        for step in range(1, steps + 1):
+            queries = asked[(step - 1) * settings.ppo_batch : step * settings.ppo_batch]
+            record = ppo_step(trainer, reward_model, queries, corpus.tokenizer, settings)
+            # Gold is logged for the plot; nothing of it goes back into training.
+            record["gold"] = gold(record.pop("texts")).mean().item()
+            folder.log(stage, {"step": step} | record)
+            advance(f"score {record['rm_score']:+.2f}  KL {record['kl']:.1f}")
+    policy = model.pretrained_model
+    save(policy, corpus, folder, f"{stage}_model")
+    return held_out_figures(stage, policy, reward_model, corpus, settings, gold, folder)
+
+
+def ppo_step(trainer, reward_model, queries: list[torch.Tensor], tokenizer, settings: Settings) -> dict:
+    """Generate, score, step: one PPO iteration. Returns what is logged, and the texts."""
+    device = trainer.accelerator.device
+    queries = [query.to(device) for query in queries]
+    responses = trainer.generate(
+        queries, batch_size=len(queries), return_prompt=False, **generation_kwargs(tokenizer, settings.response_tokens)
+    )
+    sequences = [torch.cat([query, response]) for query, response in zip(queries, responses, strict=True)]
+    scores = score(reward_model, sequences)
+    stats = trainer.step(queries, responses, list(scores))
+    return {
+        "rm_score": scores.mean().item(),
+        "kl": float(stats["objective/kl"]),
+        "kl_coef": float(stats["objective/kl_coef"]),
+        "policy_loss": float(stats["ppo/loss/policy"]),
+        "value_loss": float(stats["ppo/loss/value"]),
+        "clipfrac": float(stats["ppo/policy/clipfrac"]),
+        "var_explained": float(stats["ppo/val/var_explained"]),
+        "seconds": float(stats["time/ppo/total"]),
+        "texts": tokenizer.batch_decode(responses),
+    }
+
+
+def evaluate_sft(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunFolder, display: Display) -> dict:
+    """The figures before PPO."""
+    policy = AutoModelForCausalLM.from_pretrained(folder / "sft_model").to(default_device())
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model").to(default_device())
+    return held_out_figures("before", policy, reward_model, corpus, settings, gold, folder)
+
+
+def held_out_figures(stage, policy, reward_model, corpus: Corpus, settings: Settings, gold: GoldMetric, folder) -> dict:
+    """`evaluate` on prompts that no stage trained on, with the SFT model as reference; writes samples/<stage>.jsonl."""
+    reference = AutoModelForCausalLM.from_pretrained(folder / "sft_model").to(default_device()).eval()
+    policy.eval()
+    # The same prompts and the same random draws for each policy: the comparison is of policies alone.
+    torch.manual_seed(settings.seed + 4)
+    asked = prompts(corpus, corpus.held_out, settings.prompt_tokens, settings.eval_prompts, settings.seed + 4)
+    samples = sample(policy, corpus.tokenizer, asked, settings.response_tokens)
+    folder.write_samples(stage, corpus.tokenizer.batch_decode(samples.prompts), samples.texts, gold(samples.texts).tolist())
+    return evaluate(policy, reference, reward_model, gold, samples)

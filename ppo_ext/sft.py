@@ -1,0 +1,159 @@
+"""Supervised fine-tuning of a causal language model: next-token prediction on texts or token sequences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .logprobs import logprobs
+from .sequences import Sample, encode, right_pad
+
+
+@dataclass
+class SFTConfig:
+    """Settings of `SFTTrainer`.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    max_steps: int = 1000  # optimizer updates
+    batch_size: int = 32  # sequences per update and process
+    eval_batch_size: int = 128
+    learning_rate: float = 2e-5  # the peak of the one-cycle schedule
+    warmup_ratio: float = 0.1  # share of the steps spent rising to the peak
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int | None = None  # longer samples are cut; None: the model's context
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "eval_batch_size", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"SFTConfig: {name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"SFTConfig: warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"SFTConfig: max_length must be >= 2 or None, got {self.max_length}")
+
+
+class SFTTrainer:
+    """AdamW on the mean negative log-probability per token, with a one-cycle learning rate.
+
+    Args:
+        model: any transformers causal LM.
+        config: see `SFTConfig`.
+        train_dataset, eval_dataset: texts (needs `tokenizer`; its EOS is appended) or token ids, each of length >= 2.
+        tokenizer: a transformers tokenizer; not needed for token ids.
+    Raises:
+        ValueError: an empty dataset, a sample under 2 tokens, or a text without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: SFTConfig,
+        train_dataset: Sequence[Sample],
+        eval_dataset: Sequence[Sample] | None = None,
+        tokenizer=None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length or getattr(model.config, "max_position_embeddings", None)
+        self.train_dataset = self._encode(train_dataset, "train_dataset")
+        self.eval_dataset = self._encode(eval_dataset, "eval_dataset") if eval_dataset is not None else None
+        self.accelerator = Accelerator()
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def train(self, on_step: Callable[[dict], None] | None = None) -> dict[str, float]:
+        """Runs `max_steps` updates, in place on the model; leaves it in eval mode.
+
+        Args:
+            on_step: called with {"step", "loss", "learning_rate"} after each update; without it a tqdm bar is shown.
+        Returns:
+            {"loss": of the last update, "eval_loss": held-out nats per token, if there is an eval_dataset}
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are then those of the last finite update.
+        """
+        config = self.config
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer.optimizer,
+            max_lr=config.learning_rate,
+            total_steps=config.max_steps + 1,
+            pct_start=config.warmup_ratio,
+        )
+        bar = tqdm(total=config.max_steps, desc="SFT", disable=on_step is not None)
+        self.model.train()
+        for step, (input_ids, mask) in zip(range(1, config.max_steps + 1), self._batches(), strict=False):
+            loss = self.loss(input_ids, mask)
+            self._check_finite(loss, step)
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            record = {"step": step, "loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]}
+            scheduler.step()
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.3f}")
+            if on_step is not None:
+                on_step(record)
+        bar.close()
+        self.model.eval()
+        return {"loss": record["loss"]} | (self.evaluate() if self.eval_dataset is not None else {})
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """{"eval_loss": mean nats per token over the whole eval_dataset}."""
+        if self.eval_dataset is None:
+            raise ValueError("SFTTrainer.evaluate: eval_dataset must be given at construction, got None")
+        was_training = self.model.training
+        self.model.eval()
+        nats, tokens = 0.0, 0
+        for i in range(0, len(self.eval_dataset), self.config.eval_batch_size):
+            input_ids, mask = right_pad(self.eval_dataset[i : i + self.config.eval_batch_size])
+            count = int(mask[:, 1:].sum())
+            nats += self.loss(input_ids, mask).item() * count
+            tokens += count
+        self.model.train(was_training)
+        return {"eval_loss": nats / tokens}
+
+    def loss(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-probability per token. input_ids, mask: [B, T] int64, mask 1 on tokens. Returns 0-d float32."""
+        device = self.accelerator.device
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        logits = self.model(input_ids=input_ids, attention_mask=mask).logits
+        target_logprobs = logprobs(logits[:, :-1], input_ids[:, 1:], mask=mask[:, 1:])
+        return -target_logprobs.sum() / mask[:, 1:].sum()
+
+    def _batches(self):
+        # Each process draws its own order: with a few tokens per update, an exact partition of an epoch buys nothing.
+        generator = torch.Generator().manual_seed(self.config.seed + self.accelerator.process_index)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=min(self.config.batch_size, len(self.train_dataset)),
+            shuffle=True,
+            drop_last=True,
+            generator=generator,
+            collate_fn=right_pad,
+        )
+        while True:
+            yield from loader
+
+    def _encode(self, dataset: Sequence[Sample], name: str) -> list[torch.Tensor]:
+        # A sample of one token has nothing to predict.
+        return encode(
+            f"SFTTrainer: {name}", dataset, self.tokenizer, max_length=self.max_length, min_length=2, append_eos=True
+        )
+
+    @staticmethod
+    def _check_finite(loss: torch.Tensor, step: int) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"SFTTrainer: loss must be finite, got {loss.item()} at step {step}; lower learning_rate or max_grad_norm"
+            )
