@@ -16,7 +16,7 @@ from find_tools import Cuda, Torch, find_cuda, find_cxx, find_torch, run_text
 TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every torch from here on
 SASS = ("8.0", "9.0", "10.0", "12.0")
 PTX = ("9.0", "12.0")  # 9.0 for the families between those of SASS, 12.0 for the ones to come
-WARNINGS = ["-Wall", "-Wextra"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
 HIDE = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 
@@ -131,7 +131,7 @@ class NativeBuild:
         flags += ["-Werror"] * self.options.require_native
         self.facts["cxx_flags"] = " ".join(flags)
         compile = [*cxx, *flags, *self._includes(torch), *self._hide_paths(torch)]
-        libraries = [f"-L{torch.folder / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+        libraries = [*self._link_torch(torch, "-ltorch_cpu", "-lc10"), "-Wl,--no-undefined"]
         return Library("_C_cpu.so", self._sources("*_cpu.cpp"), compile, self._link(cxx), libraries)
 
     def cuda_library(self) -> Library:
@@ -156,8 +156,8 @@ class NativeBuild:
         compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it
         # has not. The static runtime stays private: its symbols must not mix with those of torch's own runtime.
-        libraries = [f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
-        libraries += ["-lc10", str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
+        libraries = [*self._link_torch(torch, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")]
+        libraries += [str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
         return Library("_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries)
 
     def _sources(self, pattern: str) -> list[Path]:
@@ -194,6 +194,10 @@ class NativeBuild:
         # error texts carry __FILE__; a wheel should not tell where it was built
         places = (torch.folder / "include", self.root)
         return [] if self.options.debug else [f"-ffile-prefix-map={place}/=" for place in places]
+
+    def _link_torch(self, torch: Torch, *libraries: str) -> list[str]:
+        # libtorch exports parts of libstdc++ without their versions; naming libstdc++ first keeps them out of ours
+        return [f"-L{torch.folder / 'lib'}", "-Wl,--as-needed", "-lstdc++", *libraries]
 
     def _link(self, cxx: list[str]) -> list[str]:
         return [*cxx, "-shared", *([] if self.options.debug else ["-s"])]
