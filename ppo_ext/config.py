@@ -1,0 +1,176 @@
+"""PPOConfig: every number a PPO run needs, under TRL's names and with TRL's defaults."""
+
+import json
+import math
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Optional
+
+from .stats import flatten_dict
+
+KL_PENALTIES = ("kl", "abs", "mse", "full")
+
+_COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
+_POSITIVE = ("horizon", "target_kl", "ratio_threshold")
+_NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef")
+_UNIT_INTERVAL = ("gamma", "lam")
+_POSITIVE_OR_NONE = ("max_grad_norm", "score_clip")
+_JSON_DICTS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
+
+
+@dataclass
+class PPOConfig:
+    """Settings of `PPOTrainer`. Names and defaults are those of TRL 0.11.4, `PPOConfig`.
+
+    Fields may be set after construction; `check()` runs at construction and again at the start of each
+    `PPOTrainer.step`, so a bad value is named before a weight changes.
+
+    Raises: ValueError for a value out of range, TypeError for a value of the wrong type, ImportError if
+    `log_with="wandb"` and wandb is not installed.
+    """
+
+    # --- the run
+    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]  # name of the run, for you; nothing reads it
+    seed: int = 0  # seeds random, numpy and torch when the trainer is built
+    steps: int = 20000  # samples in the whole run; only total_ppo_epochs is made from it
+
+    # --- batches, in samples of one process
+    batch_size: int = 128  # samples per step()
+    mini_batch_size: int = 128  # samples per forward pass
+    gradient_accumulation_steps: int = 1  # mini batches per optimizer update
+    ppo_epochs: int = 4  # passes over the batch per step()
+
+    # --- optimizer
+    learning_rate: float = 1.41e-5  # of the Adam that is made when no optimizer is passed
+    max_grad_norm: Optional[float] = None  # L2 norm the gradient is clipped to at every update; None: no clipping
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, one more forward
+    inplace_logits_grad: bool = True  # write the logits' gradient over the logits; off by itself if you override loss
+
+    # --- KL penalty, in nats
+    adap_kl_ctrl: bool = True  # adapt the KL coefficient to `target`; False: keep init_kl_coef
+    init_kl_coef: float = 0.2  # reward taken off per nat of KL
+    kl_penalty: str = "kl"  # per token: "kl" d, "abs" |d|, "mse" d^2/2, d = logprob - ref_logprob; "full" KL(policy||ref)
+    target: float = 6.0  # KL per sequence the adaptive controller aims at, nats
+    horizon: float = 10000.0  # samples over which the adaptive controller acts
+
+    # --- advantages
+    gamma: float = 1.0  # discount per token, in [0, 1]
+    lam: float = 0.95  # GAE lambda per token, in [0, 1]
+    whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
+
+    # --- loss
+    cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
+    cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
+    vf_coef: float = 0.1  # weight of the value loss in the total
+    ratio_threshold: float = 10.0  # a mini batch whose mean ratio exceeds this is skipped
+
+    # --- early stopping
+    early_stopping: bool = False  # end the PPO epochs once the policy has moved too far
+    target_kl: float = 1.0  # nats per token; training stops above 1.5 times this
+
+    # --- scores
+    use_score_scaling: bool = False  # divide scores by their running standard deviation
+    use_score_norm: bool = False  # and subtract their running mean first; needs use_score_scaling
+    score_clip: Optional[float] = None  # clamp scores to +- this, after scaling
+
+    # --- data and bookkeeping
+    remove_unused_columns: bool = True  # drop dataset columns that the model's forward does not take
+    dataset_num_proc: Optional[int] = None  # accepted, nothing reads it
+    compare_steps: int = 1  # steps between two looks for a new best mean score
+    push_to_hub_if_best_kwargs: Optional[dict] = field(default_factory=dict)  # repo_id, ...: push the best model
+    optimize_device_cache: bool = False  # empty the device cache after each part of a step: slower, less memory
+
+    # --- trackers and devices, handed to accelerate
+    log_with: Optional[str] = None  # "wandb", "tensorboard" or any other tracker accelerate knows
+    tracker_project_name: str = "trl"  # project the tracker files the run under
+    tracker_kwargs: Optional[dict] = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
+    accelerator_kwargs: Optional[dict] = field(default_factory=dict)  # keyword arguments of Accelerator
+    project_kwargs: Optional[dict] = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
+
+    # --- labels that reach the tracker and nothing else
+    task_name: Optional[str] = None  # label
+    model_name: str = "gpt2"  # label
+    query_dataset: str = "stanfordnlp/imdb"  # label
+    reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"  # label
+
+    # --- older spellings
+    forward_batch_size: Optional[int] = None  # deprecated: overwrites mini_batch_size
+    optimize_cuda_cache: Optional[bool] = None  # deprecated: overwrites optimize_device_cache
+
+    # --- computed; what you pass here is overwritten
+    backward_batch_size: Optional[int] = None  # samples per optimizer update: mini_batch_size * accumulation
+    total_ppo_epochs: Optional[int] = None  # step() calls in the run: ceil(steps / batch_size)
+    world_size: Optional[int] = None  # processes, set by the trainer
+    global_backward_batch_size: Optional[int] = None  # backward_batch_size * world_size
+    global_batch_size: Optional[int] = None  # batch_size * world_size
+    is_encoder_decoder: Optional[bool] = None  # set by the trainer from the model
+    is_peft_model: Optional[bool] = None  # set by the trainer from the model
+
+    def __post_init__(self):
+        if self.forward_batch_size is not None:
+            warnings.warn(
+                "PPOConfig: forward_batch_size is deprecated and overwrites mini_batch_size; use mini_batch_size",
+                FutureWarning,
+                stacklevel=3,
+            )
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            self.optimize_device_cache = self.optimize_cuda_cache
+        for name in _JSON_DICTS:
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):  # a command line hands over JSON text
+                setattr(self, name, json.loads(value) if value else {})
+        if self.log_with == "wandb":
+            _require_wandb()
+        self.check()
+
+    def check(self) -> None:
+        """Raise if a field is out of range; recompute the derived fields."""
+        for name in _COUNTS:
+            self._require_count(name)
+        self._require(_POSITIVE, lambda x: x > 0, "be positive")
+        self._require(_NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "be finite and not negative")
+        self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
+        given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
+        self._require(given, lambda x: x > 0, "be positive or None")
+        if self.adap_kl_ctrl:
+            self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
+        if self.kl_penalty not in KL_PENALTIES:
+            raise ValueError(f"PPOConfig: kl_penalty must be one of {', '.join(KL_PENALTIES)}, got {self.kl_penalty!r}")
+        self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                "PPOConfig: batch_size must be a multiple of mini_batch_size * gradient_accumulation_steps, got "
+                f"{self.batch_size} and {self.mini_batch_size} * {self.gradient_accumulation_steps} = "
+                f"{self.backward_batch_size}"
+            )
+        self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+
+    def to_dict(self) -> dict:
+        """All fields in one flat dict, nested keys joined by "/"."""
+        return flatten_dict(dict(vars(self)))
+
+    def _require_count(self, name):
+        value = getattr(self, name)
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"PPOConfig: {name} must be an int, got {value!r} ({type(value).__name__})")
+        if value < 1:
+            raise ValueError(f"PPOConfig: {name} must be at least 1, got {value}")
+
+    def _require(self, names, holds, condition):
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"PPOConfig: {name} must be a number, got {value!r} ({type(value).__name__})")
+            if not holds(value):  # false for NaN as well
+                raise ValueError(f"PPOConfig: {name} must {condition}, got {value}")
+
+
+def _require_wandb():
+    from importlib.util import find_spec
+
+    if find_spec("wandb") is None:
+        raise ImportError("PPOConfig: log_with='wandb' needs wandb, which is not installed; run pip install wandb")

@@ -1,0 +1,120 @@
+"""Checks on what a user hands to `PPOTrainer.step`: one sentence that names argument, index, expectation and value."""
+
+from numbers import Real
+
+import torch
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def fail(argument, condition, got, kind=ValueError):
+    raise kind(f"PPOTrainer.step: {argument} must {condition}, got {got}")
+
+
+def check_lengths(batch_size, **lists):
+    """Every argument is a list, all of one length: batch_size, unless that is None."""
+    expected, of = batch_size, "config.batch_size"
+    for name, items in lists.items():
+        if not isinstance(items, (list, tuple)):
+            fail(name, "be a list with one entry per sample", type(items).__name__, TypeError)
+        if expected is None:
+            expected, of = len(items), f"len({name})"
+        if len(items) != expected:
+            fail(name, f"have {of} = {expected} entries", len(items))
+
+
+def token_ids(name, items, device):
+    """1-D integer tensors of at least one token each, as int64 on the device."""
+    for i, item in enumerate(items):
+        if not isinstance(item, torch.Tensor):
+            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", type(item).__name__, TypeError)
+        if item.dtype not in _INTEGERS:
+            fail(f"{name}[{i}]", "hold integer token ids", item.dtype, TypeError)
+        if item.dim() != 1:
+            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", f"shape {list(item.shape)}")
+        if item.numel() == 0:
+            fail(f"{name}[{i}]", "hold at least one token", 0)
+    return [item.to(device=device, dtype=torch.int64) for item in items]
+
+
+def score_tensors(scores, device):
+    """Numbers, or tensors of one element with at most one dimension, as 0-d float32 tensors on the device."""
+    result = []
+    for i, score in enumerate(scores):
+        if isinstance(score, torch.Tensor):
+            if score.dim() > 1 or score.numel() != 1:
+                fail(f"scores[{i}]", "be a single number", f"a tensor of shape {list(score.shape)}")
+            if score.is_complex():
+                fail(f"scores[{i}]", "be a real number", score.dtype, TypeError)
+            result.append(score.detach().reshape(()).to(device=device, dtype=torch.float32))
+        elif isinstance(score, Real):
+            result.append(torch.tensor(float(score), device=device))
+        else:
+            fail(f"scores[{i}]", "be a number or a tensor of one element", type(score).__name__, TypeError)
+    return result
+
+
+def mask_tensors(masks, responses, device):
+    """One 1-D mask per response, of its length, on the device; None stays None."""
+    if masks is None:
+        return None
+    for i, (mask, response) in enumerate(zip(masks, responses)):
+        if not isinstance(mask, torch.Tensor):
+            fail(f"response_masks[{i}]", "be a 1-D tensor", type(mask).__name__, TypeError)
+        if mask.shape != response.shape:
+            fail(f"response_masks[{i}]", f"have the shape {list(response.shape)} of responses[{i}]", list(mask.shape))
+    return [mask.to(device) for mask in masks]
+
+
+def check_contents(queries, responses, scores, masks, vocab_size, is_encoder_decoder):
+    """Token ids lie in the vocabulary, scores are finite, and in each response a token counts.
+
+    The device is asked once; only a bad batch is looked at again, to name the sample.
+    """
+    ids = torch.cat([*queries, *responses])
+    counted = [_counted(i, responses, masks, is_encoder_decoder) for i in range(len(responses))]
+    facts = [ids.min(), ids.max(), torch.isfinite(torch.stack(scores)).all(), torch.stack(counted).all()]
+    low, high, finite, every_row_counts = torch.stack([fact.long() for fact in facts]).tolist()
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        _name_bad_id(vocab_size, queries=queries, responses=responses)
+    for i, score in enumerate([] if finite else scores):
+        if not torch.isfinite(score):
+            fail(f"scores[{i}]", "be finite in float32", score.item())
+    for i, counts in enumerate([] if every_row_counts else counted):
+        if not counts:
+            _fail_uncounted(i, responses, masks)
+
+
+def _counted(i, responses, masks, is_encoder_decoder):
+    """Whether any token of response i counts; the first two of an encoder-decoder response never do."""
+    mask = torch.ones_like(responses[i]) if masks is None else masks[i]
+    return (mask[2 if is_encoder_decoder else 0 :] != 0).any()
+
+
+def _fail_uncounted(i, responses, masks):
+    if masks is None:
+        fail(f"responses[{i}]", "hold at least 3 tokens for an encoder-decoder model", len(responses[i]))
+    fail(f"response_masks[{i}]", "leave at least one token that counts", masks[i].tolist())
+
+
+def _name_bad_id(vocab_size, **lists):
+    limit = "not be negative" if vocab_size is None else f"lie in the vocabulary [0, {vocab_size})"
+    for name, items in lists.items():
+        for i, item in enumerate(items):
+            for t, token in enumerate(item.tolist()):
+                if token < 0 or (vocab_size is not None and token >= vocab_size):
+                    fail(f"{name}[{i}][{t}]", limit, token)
+
+
+def check_context(queries, responses, context, is_encoder_decoder):
+    """Query plus response (each alone for an encoder-decoder model) fit the model's context, in tokens."""
+    for i, (query, response) in enumerate(zip(queries, responses)):
+        if not is_encoder_decoder and len(query) + len(response) > context:
+            fail(
+                f"queries[{i}] and responses[{i}]",
+                f"together fit the model's context of {context} tokens",
+                f"{len(query)} + {len(response)} = {len(query) + len(response)}",
+            )
+        for name, ids in (("queries", query), ("responses", response)) if is_encoder_decoder else ():
+            if len(ids) > context:
+                fail(f"{name}[{i}]", f"fit the model's context of {context} tokens", len(ids))

@@ -1,0 +1,96 @@
+"""One batch of scored responses as tensors, which of their tokens count, and at which position each stands."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B queries with their responses. T is the padded length; column t of a [B, T-1] field is about token t + 1.
+
+    `mask` is 1 where that token belongs to the response and counts.
+    """
+
+    queries: list  # B tensors [query_length] int64
+    responses: list  # B tensors [response_length] int64
+    response_masks: Optional[list]  # B tensors [response_length], or None: every response token counts
+    model_inputs: dict  # input_ids, attention_mask, ...: each [B, T]
+    logprobs: torch.Tensor  # [B, T-1] float32, of the policy that wrote the responses
+    values: torch.Tensor  # [B, T-1] float32
+    mask: torch.Tensor  # [B, T-1] int64
+    advantages: torch.Tensor  # [B, T-1] float32
+    returns: torch.Tensor  # [B, T-1] float32
+
+    def __getitem__(self, rows):
+        """The rollout of some of the samples; `rows` is a list of indices."""
+        index = torch.as_tensor(rows, device=self.mask.device)
+        pick = lambda samples: None if samples is None else [samples[row] for row in rows]
+        return Rollout(
+            queries=pick(self.queries),
+            responses=pick(self.responses),
+            response_masks=pick(self.response_masks),
+            model_inputs={name: tensor[index] for name, tensor in self.model_inputs.items()},
+            logprobs=self.logprobs[index],
+            values=self.values[index],
+            mask=self.mask[index],
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+        )
+
+
+def token_mask(attention_mask, query_lengths, response_lengths, response_masks=None, is_encoder_decoder=False):
+    """Which columns are about a response token that counts.
+
+    Column t is about token t + 1, so a response that starts at token q fills columns q - 1 and on, and the last column is
+    always 0. An encoder-decoder response starts with the decoder's start token, which nothing predicts; as in TRL the
+    token after it does not count either.
+
+    Args:
+        attention_mask: [B, T] int64, 1 where a token is no padding, on either side.
+        query_lengths, response_lengths: B ints each. response_masks: B tensors [response_length], nonzero where a token
+            counts, or None.
+
+    Returns: [B, T] in the dtype of attention_mask, 0 or 1. Nothing here waits for the device.
+
+    Source: TRL 0.11.4, `PPOTrainer.batched_forward_pass`.
+    """
+    device = attention_mask.device
+    first = attention_mask.argmax(dim=1)  # 0 unless the row is padded on the left
+    if is_encoder_decoder:
+        token_0 = first - 1
+        start, end = first + 1, first + attention_mask.sum(dim=1) - 1
+    else:
+        token_0 = start = first + torch.tensor(query_lengths, device=device) - 1
+        end = start + torch.tensor(response_lengths, device=device)
+    column = torch.arange(attention_mask.shape[1], device=device)
+    counts = (column >= start[:, None]) & (column < end[:, None])
+    if response_masks is not None:
+        chosen = pad_sequence([mask != 0 for mask in response_masks], batch_first=True)
+        index = (column - token_0[:, None]).clamp(0, chosen.shape[1] - 1)
+        counts &= chosen.gather(1, index)
+    return counts.to(attention_mask.dtype)
+
+
+def next_tokens(input_ids):
+    """[B, T] -> [B, T]: the token after each; the last column has none and holds 0, which the mask leaves out."""
+    return torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
+
+
+def position_ids(attention_mask):
+    """[B, T]: 0, 1, 2, ... from the first token that is no padding, so that left padding moves no position."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def takes_position_ids(model):
+    """Whether the forward of a transformers model, or of the one inside a peft model, has a position_ids argument."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def join(tensors):
+    """torch.cat along the batch; a single tensor is returned as it is, since a copy of logits would be large."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
