@@ -50,7 +50,7 @@ class Case:
         torch.manual_seed(0)
         inputs = self.make(device)
         expected = self.select(inputs, self.reference(inputs))
-        attempts = {name: self._attempt(implementation, inputs, expected)
+        attempts = {name: self.attempt(implementation, inputs, expected)
                     for name, implementation in self.implementations.items()}
         del expected
         calls = {name: call for name, (call, _, _) in attempts.items() if call is not None}
@@ -65,8 +65,8 @@ class Case:
         return rows + [_row(common, name, traffic, timings[name], timings[name], None, "")
                        for name, traffic in floors.items()]
 
-    def _attempt(self, implementation, inputs, expected):
-        """(call to time or None, largest absolute error, note)"""
+    def attempt(self, implementation, inputs, expected):
+        """(call to time or None, largest absolute error, note): checks one implementation before anyone times it."""
         if isinstance(implementation, str):
             return None, None, implementation
         if implementation.destroys_logits:
