@@ -1,8 +1,9 @@
 """Checkpoint files: safetensors and JSON only, written so that a crash never leaves half a file.
 
 A save goes to a hidden staging folder inside the target folder first. Its files are then moved in one by one with
-`os.replace`, the file that a loader opens first (the index, or the one weight file) last: until then the folder loads as
-the old checkpoint, afterwards as the new one.
+`os.replace`, the file that a loader opens first (the index, or the one weight file) last: until then the folder loads
+as the old checkpoint, afterwards as the new one. Only an adapter that overwrites another has two weight files: a kill
+between their two moves leaves the new adapter with the old head. A killed save also leaves its `.tmp-*` folder behind.
 Every reader checks the whole file before it returns, so nothing of a model is changed by a file that does not load.
 """
 
@@ -28,7 +29,7 @@ PICKLE_OF = {
 _SHARD = re.compile(r"model-(?:\w+-)?\d{5}-of-\d{5}\.safetensors")
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_json(path, content):
@@ -41,7 +42,7 @@ def write_json(path, content):
 def write_tensors(path, tensors, metadata=None):
     """Writes a flat dict of tensors as safetensors to `path`, whole or not at all.
 
-    Tensors that share memory are stored once each. metadata: dict of str to str, kept in the file's header.
+    Tensors that share memory are stored separately. metadata: dict of str to str, kept in the file's header.
     """
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as temporary:
@@ -73,6 +74,18 @@ def staged(directory):
         _publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(directory, is_adapter):
+    """Raises ValueError if a save would mix an adapter with the full model in the folder: neither would load again."""
+    has_adapter = os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
+    has_model = not has_adapter and any(
+        os.path.exists(os.path.join(directory, name)) for name in (WEIGHTS, WEIGHTS_INDEX)
+    )
+    if is_adapter and has_model:
+        raise ValueError(f"save_pretrained: an adapter must go to a folder without a full model, got {directory}")
+    if not is_adapter and has_adapter:
+        raise ValueError(f"save_pretrained: a full model must go to a folder without an adapter, got {directory}")
 
 
 def _publish(staging, directory):
@@ -136,7 +149,7 @@ def _flush(path):
         os.close(descriptor)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_json(path):
@@ -182,8 +195,8 @@ def _opened(path):
 def weight_files(directory, name=WEIGHTS):
     """Checks every weight file of a local checkpoint and returns {tensor name: file path}; {} if there is none.
 
-    name: WEIGHTS, single or sharded, or ADAPTER_WEIGHTS. Raises ValueError for a missing, truncated or corrupt file, for
-    an index that names what is not there, and for weights that exist only as pickle, which are never opened.
+    name: WEIGHTS, single or sharded, or ADAPTER_WEIGHTS. Raises ValueError for a missing, truncated or corrupt file,
+    for an index that names what is not there, and for weights that exist only as pickle, which are never opened.
     """
     path, index_path = os.path.join(directory, name), os.path.join(directory, WEIGHTS_INDEX)
     if os.path.exists(path):
@@ -215,8 +228,8 @@ def _sharded_files(directory, index_path):
 def _refuse_pickle(pickle, path):
     if os.path.exists(pickle):
         raise ValueError(
-            f"checkpoint: weights must be safetensors, got the pickle file {pickle}, which can run code when read; convert "
-            "one that you trust with safetensors.torch.save_file({k: v.clone() for k, v in "
+            f"checkpoint: weights must be safetensors, got the pickle file {pickle}, which can run code when read; "
+            "convert one that you trust with safetensors.torch.save_file({k: v.clone() for k, v in "
             f"torch.load({pickle!r}, weights_only=True).items()}}, {path!r}, metadata={{'format': 'pt'}})"
         )
 

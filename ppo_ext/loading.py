@@ -1,4 +1,4 @@
-"""From a path or hub id to a backbone and the state of its value head; every local file is checked before it is used."""
+"""From a path or hub id to a backbone and the state of its value head; local files are checked before they are used."""
 
 import contextlib
 import logging

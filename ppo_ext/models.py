@@ -1,8 +1,9 @@
 """Value-head models with the names, parameters and files of TRL 0.11.4 (`trl/models`).
 
-Different from TRL on purpose: logits keep the backbone's dtype (the ops accumulate in fp32, so the fp32 copy of [B, T, V]
-would buy nothing), values are fp32 also under autocast, no key/value cache is built when none is asked for, weights are
-only ever safetensors, and a model whose shared layers are asked for really shares them with its reference.
+Different from TRL on purpose: logits keep the backbone's dtype (the ops accumulate in fp32, so an fp32 copy of
+[B, T, V] would buy nothing), values are fp32 also under autocast, no key/value cache is built when none is asked for,
+weights are only ever safetensors, `compute_reward_score` leaves modes and gradients as they were, and layers shared
+with the reference model are the same tensors.
 """
 
 import logging
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """A transformers or peft model in `pretrained_model`, and a value head in `v_head`; base of the two classes below."""
+    """A transformers or peft model in `pretrained_model` and a value head in `v_head`; base of the classes below."""
 
     transformers_parent_class = None
     lm_head_namings = ("lm_head", "embed_out", "output_projection")
@@ -39,10 +40,8 @@ class PreTrainedModelWrapper(nn.Module):
 
     def __init__(self, pretrained_model, score_module=None, supports_rm_adapter=False, rm_adapter_name=None, **kwargs):
         super().__init__()
-        if not any(name.rpartition(".")[2] in self.lm_head_namings for name, _ in pretrained_model.named_modules()):
-            wanted, got = " or ".join(self.lm_head_namings), type(pretrained_model).__name__
-            raise ValueError(f"{type(self).__name__}: the model must have a language model head ({wanted}), got {got}")
         self.pretrained_model = pretrained_model
+        lm_head = self._find_lm_head()
         self.config = pretrained_model.config
         self.is_peft_model = adapters.is_peft_model(pretrained_model)
         self.is_loaded_in_8bit = getattr(pretrained_model, "is_loaded_in_8bit", False)
@@ -54,7 +53,14 @@ class PreTrainedModelWrapper(nn.Module):
         self.policy_adapter_name = "default"
         if score_module is not None:
             self.score = score_module
-        self.v_head = ValueHead(self.config, **kwargs)
+        self.v_head = ValueHead(self.config, **kwargs).to(next(lm_head.parameters()).device)
+
+    def _find_lm_head(self):
+        for name, module in self.pretrained_model.named_modules():
+            if name.rpartition(".")[2] in self.lm_head_namings:
+                return module
+        wanted, got = " or ".join(self.lm_head_namings), type(self.pretrained_model).__name__
+        raise ValueError(f"{type(self).__name__}: the model must have a language model head ({wanted}), got {got}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -113,21 +119,20 @@ class PreTrainedModelWrapper(nn.Module):
         return PartialState().local_process_index if torch.cuda.is_available() else "cpu"
 
     def post_init(self, state_dict):
-        """Loads the v_head.* entries of a state dict, if any, and places the head of a model spread over devices."""
+        """Loads the v_head.* entries of a state dict, if any; outputs of a model spread over devices are gathered."""
         v_head_state, _ = _split_state(state_dict)
         if v_head_state:
             checkpoint.check_fits("v_head", self.v_head.state_dict(), v_head_state)
             self.v_head.load_state_dict(v_head_state)
         device_map = getattr(self.pretrained_model, "hf_device_map", None)
         if device_map is not None:
-            self._place_v_head(list(dict.fromkeys(device_map.values())))
+            self._gather_outputs(list(dict.fromkeys(device_map.values())))
 
-    def _place_v_head(self, devices):
-        if len(devices) > 1 and any(str(device) in ("cpu", "disk") for device in devices):
-            raise ValueError(f"{type(self).__name__}: device_map must not offload to cpu or disk, got {devices}")
-        first = torch.device(devices[0])
-        self.v_head.to(self.pretrained_model.get_output_embeddings().weight.device)
+    def _gather_outputs(self, devices):
         if len(devices) > 1:
+            if any(str(device) in ("cpu", "disk") for device in devices):
+                raise ValueError(f"{type(self).__name__}: device_map must not offload to cpu or disk, got {devices}")
+            first = torch.device(devices[0])
             self.is_sequential_parallel = True
             self.register_forward_hook(
                 lambda module, inputs, outputs: tuple(
@@ -138,15 +143,18 @@ class PreTrainedModelWrapper(nn.Module):
     def forward(
         self, input_ids=None, past_key_values=None, attention_mask=None, return_past_key_values=False, **kwargs
     ):
-        """Returns (logits [B, T, V] in the backbone's dtype, loss or None, value [B, T] fp32), and the cache if asked."""
-        kwargs["output_hidden_states"] = True
-        kwargs["return_dict"] = True
-        if not return_past_key_values and past_key_values is None:
-            # a cache that nobody reads costs memory in training and switches gradient checkpointing off
+        """Returns (logits [B, T, V] in the backbone's dtype, loss or None, value [B, T] fp32) and the cache if asked.
+
+        input_ids, attention_mask: [B, T] int64; other keywords go to the wrapped model. Values of a float64 head are
+        float64.
+        """
+        kwargs.update(output_hidden_states=True, return_dict=True)
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        elif not return_past_key_values:
+            # a cache that nobody reads costs memory, and transformers gives it up under checkpointing with a warning
             kwargs.setdefault("use_cache", False)
-        output = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden_states = output[self.hidden_states_name][-1].to(self.v_head.summary.weight.device)
         value = self.v_head(hidden_states).squeeze(-1)
         if value.dtype in (torch.float16, torch.bfloat16):
@@ -178,7 +186,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model.enable_input_require_grads()
 
     def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
-        """Returns the reward adapter's scores [B, T, num_labels], without gradients, and leaves the policy as it was."""
+        """Returns the reward adapter's scores [B, T, num_labels] without gradients; leaves the policy as it was."""
         if not self.supports_rm_adapter:
             raise ValueError("compute_reward_score: the model must be loaded with reward_adapter, got none")
         with adapters.active(self.pretrained_model, self.rm_adapter_name):
@@ -191,7 +199,7 @@ class PreTrainedModelWrapper(nn.Module):
                 **kwargs,
             )
             hidden_states = output[self.hidden_states_name][-1]
-            return self.score(hidden_states.to(self.score.weight.dtype))
+            return self.score(hidden_states.to(self.score.weight))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head.".
@@ -205,7 +213,7 @@ class PreTrainedModelWrapper(nn.Module):
         return state
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Loads what `state_dict` returns. Names (if strict) and shapes are checked first: nothing changes if one fails."""
+        """Loads what `state_dict` returns; changes nothing if a name (when strict) or a shape does not fit."""
         v_head, backbone = _split_state(state_dict)
         checkpoint.check_fits(type(self).__name__, self.state_dict(), {**backbone, **_prefixed(v_head)}, strict)
         loaded = self.v_head.load_state_dict(v_head, strict, assign)
@@ -214,9 +222,10 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory, **kwargs):
         """Writes config, weights with v_head.* in the same file(s), safetensors and JSON only, whole or not at all.
 
-        state_dict: taken instead of the model's own (say, one gathered from all ranks). max_shard_size and other keywords
-        go to the wrapped model. Only the main process writes, unless is_main_process says otherwise.
+        state_dict: taken instead of the model's own (say, one gathered from all ranks). max_shard_size and other
+        keywords go to the wrapped model. Only the main process writes, unless is_main_process says otherwise.
         A peft model gives adapter_config.json, adapter_model.safetensors, and model.safetensors with v_head.* alone.
+        Raises ValueError for an adapter in the folder of a full model and the other way round.
         """
         v_head, backbone = _split_state(kwargs.pop("state_dict", None) or self.state_dict())
         if not kwargs.pop("safe_serialization", True):
@@ -227,6 +236,7 @@ class PreTrainedModelWrapper(nn.Module):
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         if not kwargs.pop("is_main_process", PartialState().is_main_process):
             return
+        checkpoint.check_target(os.fspath(save_directory), self.is_peft_model)
         with checkpoint.staged(os.fspath(save_directory)) as staging:
             if self.is_peft_model:
                 checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), _prefixed(v_head))
@@ -271,7 +281,7 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
-    """An encoder-decoder language model with a value head on the decoder. Source: TRL 0.11.4, the class of this name."""
+    """An encoder-decoder model with a value head on the decoder. Source: TRL 0.11.4, the class of the same name."""
 
     transformers_parent_class = AutoModelForSeq2SeqLM
     hidden_states_name = "decoder_hidden_states"

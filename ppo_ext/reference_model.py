@@ -20,16 +20,16 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     """Returns a copy of the model in eval mode without gradients.
 
     num_shared_layers: all parameters before layer number `num_shared_layers` (the embeddings and the layers 0 to
-    num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything and freezes
-    nothing in `model`.
+    num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything and
+    freezes nothing in `model`.
     pattern: the layers' name, such as "transformer.h.{layer}"; by default the first of `LAYER_PATTERNS` that matches.
     Raises ValueError if no name matches, and under DeepSpeed ZeRO-3, where a rank has no whole parameter to copy.
     Source: TRL 0.11.4, `create_reference_model`; there the shared layers are frozen copies.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "create_reference_model: the model must hold whole parameters, got DeepSpeed ZeRO-3; load the reference with "
-            "from_pretrained instead"
+            "create_reference_model: the model must hold whole parameters, got DeepSpeed ZeRO-3; load the reference "
+            "with from_pretrained instead"
         )
     shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
     for parameter in shared:

@@ -1,0 +1,72 @@
+"""create_reference_model: what is shared, what is frozen, what never changes."""
+
+import copy
+
+import pytest
+import torch
+from conftest import require_trl
+from head_models import ARCHITECTURES, LAYER_LISTS, assert_same_outputs, inputs, wrapped
+
+from ppo_ext import models
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "neox", "opt"])
+def test_reference_freezes_what_trl_freezes(arch):
+    trl = require_trl()
+    ours, theirs = wrapped(arch), wrapped(arch)
+    models.create_reference_model(ours, num_shared_layers=2)
+    trl.create_reference_model(theirs, num_shared_layers=2)
+    frozen = [{name for name, p in model.named_parameters() if not p.requires_grad} for model in (ours, theirs)]
+    assert frozen[0] == frozen[1] != set()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_reference_shares_exactly_the_first_layers(arch):
+    model = wrapped(arch)
+    reference = models.create_reference_model(model, num_shared_layers=2)
+    layers = LAYER_LISTS[arch]
+    shared = {name for name, p in model.named_parameters() if p is reference.get_parameter(name)}
+    in_layers = {int(name.split(f"{layers}.")[1].split(".")[0]) for name in shared if f"{layers}." in name}
+    assert in_layers == {0, 1}
+    assert (
+        model.pretrained_model.get_input_embeddings().weight is reference.pretrained_model.get_input_embeddings().weight
+    )
+    assert all(p.requires_grad != (name in shared) for name, p in model.named_parameters())
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not any(module.training for module in reference.modules())
+    assert_same_outputs(model, reference, inputs(arch), atol=0)
+
+
+@pytest.mark.parametrize("num_shared_layers", [None, 1])
+def test_training_never_changes_the_reference(num_shared_layers):
+    model = wrapped()
+    reference = models.create_reference_model(model, num_shared_layers)
+    assert (num_shared_layers is None) == all(p.requires_grad for p in model.parameters())
+    before = reference(**inputs())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    logits, _, value = model(**inputs())
+    (logits.square().mean() + value.mean()).backward()
+    optimizer.step()
+    after = reference(**inputs())
+    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
+    assert not torch.equal(model(**inputs())[0], after[0])
+
+
+def test_reference_takes_a_pattern_and_rejects_what_matches_nothing():
+    model = wrapped("t5")
+    reference = models.create_reference_model(model, 1, pattern="encoder.block.{layer}")
+    assert model.pretrained_model.encoder.block[0] is not reference.pretrained_model.encoder.block[0]
+    shared = [name for name, p in model.named_parameters() if p is reference.get_parameter(name)]
+    assert shared and not [name for name in shared if "decoder" in name or "block.1" in name]
+    with pytest.raises(ValueError, match="num_shared_layers must name a layer of the model .* got 3"):
+        models.create_reference_model(wrapped(), 3)
+    with pytest.raises(ValueError, match=r"by one of layers\.\{layer\}, got 1"):
+        models.create_reference_model(wrapped(), 1, pattern="layers.{layer}")
+
+
+def test_copied_wrapper_owns_its_methods():
+    model = wrapped()
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    flags = [[getattr(m, "gradient_checkpointing", False) for m in each.modules()] for each in (model, other)]
+    assert not any(flags[0]) and any(flags[1])
