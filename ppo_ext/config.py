@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Optional
+from typing import Optional, Union
 
 from .stats import flatten_dict
 
@@ -80,15 +80,15 @@ class PPOConfig:
     remove_unused_columns: bool = True  # drop dataset columns that the model's forward does not take
     dataset_num_proc: Optional[int] = None  # accepted, nothing reads it
     compare_steps: int = 1  # steps between two looks for a new best mean score
-    push_to_hub_if_best_kwargs: Optional[dict] = field(default_factory=dict)  # repo_id, ...: push the best model
+    push_to_hub_if_best_kwargs: Union[dict, str, None] = field(default_factory=dict)  # repo_id, ...: push the best model
     optimize_device_cache: bool = False  # empty the device cache after each part of a step: slower, less memory
 
     # --- trackers and devices, handed to accelerate
     log_with: Optional[str] = None  # "wandb", "tensorboard" or any other tracker accelerate knows
     tracker_project_name: str = "trl"  # project the tracker files the run under
-    tracker_kwargs: Optional[dict] = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
-    accelerator_kwargs: Optional[dict] = field(default_factory=dict)  # keyword arguments of Accelerator
-    project_kwargs: Optional[dict] = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
+    tracker_kwargs: Union[dict, str, None] = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
+    accelerator_kwargs: Union[dict, str, None] = field(default_factory=dict)  # keyword arguments of Accelerator
+    project_kwargs: Union[dict, str, None] = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
 
     # --- labels that reach the tracker and nothing else
     task_name: Optional[str] = None  # label
