@@ -26,8 +26,8 @@ def forward_backward(inputs, op, **options):
     """The gradient of the logits for the incoming gradients in `inputs`."""
     logits = inputs["logits"].detach().requires_grad_()
     outputs = forward({**inputs, "logits": logits}, op, **options)
-    incoming = (inputs["grad_logprobs"], inputs["grad_entropy"])[:len(outputs)]
-    return torch.autograd.grad(outputs, logits, [g.to(o.dtype) for g, o in zip(incoming, outputs)])
+    incoming = [inputs[name].to(x.dtype) for name, x in zip(("grad_logprobs", "grad_entropy"), outputs)]
+    return torch.autograd.grad(outputs, logits, incoming)
 
 
 def by_rows(run, inputs):

@@ -15,7 +15,7 @@ from ppo_ext import _native
 
 from . import table, timing
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "head_memory")
+MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -25,7 +25,7 @@ def _arguments(argv):
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, metavar="OP", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time for each implementation of a case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each implementation of a case")
     parser.add_argument("--save", action="store_true", help=f"write the rows under {RESULTS.name}/<machine>/")
     return parser.parse_args(argv)
 
