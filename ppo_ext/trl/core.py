@@ -51,7 +51,7 @@ def entropy_from_logits(logits):
 def masked_whiten(values, mask, shift_mean=True):
     """(values - mean) / sqrt(var + 1e-8) with the moments of the tokens that count.
 
-    As in TRL masked entries are transformed too, and so are finite garbage; `ppo_ext.masked_whiten` sets them to 0.
+    As in TRL masked entries are transformed as well; `ppo_ext.masked_whiten` sets them to 0.
     """
     mean, var = masked_mean(values, mask), masked_var(values, mask)
     whitened = (values - mean) * torch.rsqrt(var + 1e-8)
