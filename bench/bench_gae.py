@@ -1,4 +1,4 @@
-"""gae alone, and gae followed by whitening, which is what TRL's `compute_advantages` does. Floor: 4 arrays and the mask.
+"""gae alone, and gae followed by whitening, as in TRL's `compute_advantages`. Floor: 4 arrays and the mask.
 
 Reads values and rewards, 8 bytes per token, and the int64 mask; writes advantages and returns, 8 bytes per token.
 Advantages are compared where the mask counts: elsewhere TRL lets the recursion run on, and we give 0.
@@ -68,13 +68,13 @@ def _case(name, shape, implementations, exact):
 def suite(device, full):
     ops = {OURS: lambda *inputs: ppo_ext.gae(*inputs, gamma=GAMMA, lam=LAM), "TRL's loop": _loop,
            "torch, one matrix product": _product, "torch, one matrix product, compiled": compiled(_product)}
+    both = _with_whitening(ppo_ext)
     for shape in cases.token_shapes("gae", full):
         yield _case("gae", shape,
                     {name: Implementation(lambda inputs, op=op: run(inputs, op)) for name, op in ops.items()},
                     lambda *inputs: reference.gae(*inputs, gamma=GAMMA, lam=LAM))
-        ours = _with_whitening(ppo_ext)
         trl = trl_baseline.baselines(run, lambda trl: lambda values, rewards, mask: trl.compute_advantages(
             values, rewards, mask)[1:])
         trl[trl_baseline.COMPILED] = "torch.compile unrolls the loop over tokens; compiling takes minutes"
-        yield _case("gae+masked_whiten", shape, {OURS: Implementation(lambda inputs: run(inputs, ours)), **trl},
+        yield _case("gae+masked_whiten", shape, {OURS: Implementation(lambda inputs: run(inputs, both)), **trl},
                     _with_whitening(reference))

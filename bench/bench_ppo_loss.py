@@ -1,4 +1,4 @@
-"""ppo_loss with all its statistics, forward and backward. Floor: 6 arrays and the mask in, 2 gradients and 2 arrays out.
+"""ppo_loss with all its statistics, forward and backward. Floor: 6 arrays and the mask in, 4 arrays out.
 
 Reads 24 bytes per token and the int64 mask; writes the gradients of logprobs and vpreds and the two per-token
 statistics, 16. TRL's loss also takes the entropy of the logits; that is timed with logprobs_and_entropy and left out

@@ -4,7 +4,7 @@ import torch
 
 from tests.cases import GPT2, LLAMA, QWEN, logits_inputs, token_inputs
 
-__all__ = ["LOGIT_DTYPES", "head_shape", "logits_inputs", "logits_shapes", "token_inputs", "token_shapes"]
+__all__ = ["LOGIT_DTYPES", "STEP", "head_shape", "logits_inputs", "logits_shapes", "token_inputs", "token_shapes"]
 
 # [rows, vocabulary] of the ops on logits: (selection, full)
 LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
@@ -17,6 +17,7 @@ TOKENS = {"gae": ([(64, 512)], [(64, 512), (8, 128), (512, 1024), (8, 8192)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
 HEAD = {"cpu": (8, 128, GPT2), "cuda": (16, 512, LLAMA)}
+STEP = (4, 64, GPT2)  # [batch size, tokens of query and response, vocabulary] of a whole PPO step
 
 
 def logits_shapes(device, full):

@@ -15,13 +15,13 @@ from ppo_ext import _native
 
 from . import table, timing
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head")
+MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every shape, dtype and pass (about half an hour on 2 cores)")
+    parser.add_argument("--full", action="store_true", help="every shape, dtype and pass; half an hour on 2 cores")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, metavar="OP", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")

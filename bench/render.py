@@ -15,7 +15,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _COLUMNS = ("op", "pass", "shape", "dtype", "ours, ms", "of the floor", "TRL, ms", "ours vs TRL",
             "ours vs the fastest other", "max error, ours / TRL")
 _ORDER = ("logprobs", "logprobs_and_entropy", "full_kl", "kl_rewards", "gae", "gae+masked_whiten", "masked_whiten",
-          "ppo_loss", "loss_head")
+          "ppo_loss", "loss_head", "step")
 
 
 def _place(path):
@@ -41,7 +41,7 @@ def _summary_line(key, group):
     others = [row for name, row in rows.items() if not name.startswith((OURS, FLOOR)) and row.get("p50_ms")]
     fastest = min(others, key=lambda row: row["p50_ms"], default=None)
     error = " / ".join(table.number(row.get("error")) or "-" for row in (ours, trl))
-    share = f"{100 * ours['share_of_floor']:.0f} %" if ours.get("p50_ms") else ours["note"]
+    share = f"{100 * ours['share_of_floor']:.0f} %" if "share_of_floor" in ours else ours["note"]
     best = f"{table.speedup(fastest, ours)} ({fastest['implementation']})" if fastest else ""
     fallback = "" if ours["backend"] == "native" else " (reference fallback)"
     return (op, pass_name, "x".join(map(str, shape)), dtype, table.number(ours.get("p50_ms")) + fallback, share,
@@ -50,10 +50,10 @@ def _summary_line(key, group):
 
 def _memory_lines(groups):
     for key, group in groups:
-        cells = [f"{row['implementation']} {table.number(row['peak_buffers'])}" for row in group
-                 if row["peak_buffers"] is not None]
-        yield (f"Peak memory of a training minibatch's loss head above its logits ({'x'.join(map(str, key[2]))} {key[3]}, "
-               f"unit: one buffer of that size; a gradient of its own is 1.0): {', '.join(cells)}.")
+        cells = "; ".join(f"{row['implementation']} {table.number(row['peak_buffers'])}" for row in group
+                          if row["peak_buffers"] is not None)
+        yield (f"Peak memory of a training minibatch's loss head above its logits, {'x'.join(map(str, key[2]))} "
+               f"{key[3]}, in buffers of that size (a gradient of its own is 1): {cells}.")
 
 
 def summary(machines):

@@ -1,4 +1,4 @@
-"""What a benchmark case is, and the order that keeps it honest: check against float64 first, time only what is right."""
+"""What a benchmark case is, and the order that keeps it honest: first check against float64, then time the right."""
 
 import collections.abc
 import dataclasses
@@ -37,7 +37,7 @@ class Case:
     make: collections.abc.Callable       # device -> inputs, a dict of tensors
     reference: collections.abc.Callable  # inputs -> the right tensors in float64
     implementations: dict
-    traffic: timing.Traffic
+    traffic: timing.Traffic | None  # None where no floor says anything
     select: collections.abc.Callable = lambda inputs, outputs: outputs  # what of the outputs is defined, for the check
 
     @property
@@ -55,15 +55,13 @@ class Case:
         del expected
         calls = {name: call for name, (call, _, _) in attempts.items() if call is not None}
         traffics = {name: getattr(self.implementations[name], "traffic", None) or self.traffic for name in attempts}
-        floors = {_floor_name(traffic): traffic for traffic in traffics.values()}
+        floors = {_floor_name(traffic): traffic for traffic in traffics.values() if traffic is not None}
         calls |= {name: timing.floor_call(traffic, device) for name, traffic in floors.items()}
         timings = timing.measure(calls, device, seconds=seconds)
         common = {"op": self.op, "pass": self.pass_name, "shape": list(self.shape), "dtype": dtype_name(self.dtype),
                   "backend": backend(device), **timing.stamp(device)}
-        rows = [_row(common, name, traffics[name], timings.get(name), timings[_floor_name(traffics[name])], error, note)
-                for name, (_, error, note) in attempts.items()]
-        return rows + [_row(common, name, traffic, timings[name], timings[name], None, "")
-                       for name, traffic in floors.items()]
+        rows = [_row(common, name, traffics[name], timings, error, note) for name, (_, error, note) in attempts.items()]
+        return rows + [_row(common, name, traffic, timings, None, "") for name, traffic in floors.items()]
 
     def attempt(self, implementation, inputs, expected):
         """(call to time or None, largest absolute error, note): checks one implementation before anyone times it."""
@@ -120,9 +118,11 @@ def _floor_name(traffic):
     return f"{FLOOR}, in place" if traffic.update else FLOOR
 
 
-def _row(common, name, traffic, spread, floor, error, note):
-    row = {**common, "implementation": name, "bytes": traffic.bytes, "error": error, "note": note}
-    if spread is None:
-        return row
-    return {**row, **dataclasses.asdict(spread), "gb_per_s": traffic.bytes / spread.p50_ms / 1e6,
-            "share_of_floor": floor.p50_ms / spread.p50_ms}
+def _row(common, name, traffic, timings, error, note):
+    row = {**common, "implementation": name, "error": error, "note": note}
+    if name in timings:
+        row |= dataclasses.asdict(timings[name])
+    if name in timings and traffic is not None:
+        row |= {"bytes": traffic.bytes, "gb_per_s": traffic.bytes / timings[name].p50_ms / 1e6,
+                "share_of_floor": timings[_floor_name(traffic)].p50_ms / timings[name].p50_ms}
+    return row

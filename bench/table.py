@@ -21,12 +21,14 @@ def number(value):
     """Three significant digits, without an exponent where that reads better."""
     if value is None:
         return ""
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.0f}" if value >= 1e3 else f"{value:.1e}"
+    if value >= 1e3:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def speedup(row, ours):
     """How many times faster ours is than `row`; below 1 is a loss."""
-    if row is ours or row["implementation"].startswith((FLOOR, OURS)) or not ours.get("p50_ms") or not row.get("p50_ms"):
+    if row.get("implementation", OURS).startswith((FLOOR, OURS)) or not ours.get("p50_ms") or not row.get("p50_ms"):
         return ""
     return f"{number(row['p50_ms'] / ours['p50_ms'])}x"
 
@@ -48,7 +50,7 @@ def cells(group):
             lines.append((name, f"{number(row['peak_buffers'])} buffers", "", _less(row, ours), "", "", row["note"]))
             continue
         spread = f"{number(row['p20_ms'])}-{number(row['p80_ms'])}" if row.get("p50_ms") else ""
-        share = "" if not row.get("p50_ms") or name.startswith(FLOOR) else f"{100 * row['share_of_floor']:.0f} %"
+        share = f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row and not name.startswith(FLOOR) else ""
         lines.append((name, number(row.get("p50_ms")), spread, speedup(row, ours), share, number(row["error"]),
                       row["note"]))
     return lines

@@ -37,6 +37,7 @@ def functions():
     if not hasattr(PPOTrainer, "loss"):
         raise Unavailable(f"trl {trl.__version__} has no PPOTrainer.loss; pip install trl==0.11.4 rich")
     return types.SimpleNamespace(
+        PPOTrainer=PPOTrainer, PPOConfig=trl.PPOConfig, ValueHeadModel=trl.AutoModelForCausalLMWithValueHead,
         logprobs_from_logits=core.logprobs_from_logits, entropy_from_logits=core.entropy_from_logits,
         masked_whiten=core.masked_whiten,
         kl_penalty=functools.partial(PPOTrainer._kl_penalty, _trainer(PPOTrainer, kl_penalty="full")),

@@ -1,4 +1,4 @@
-"""The benchmark suite itself: it refuses to time what is wrong, says why a baseline is missing, and renders the same."""
+"""The benchmark suite itself: it refuses to time what is wrong, says why a row is empty, and renders the same."""
 
 import pathlib
 import sys
@@ -6,8 +6,23 @@ import sys
 import pytest
 import torch
 
-from bench import cases, command, render, suite, table, timing, trl_baseline
-from bench import bench_full_kl, bench_gae, bench_logprobs, bench_loss_head, bench_ppo_loss, bench_rewards, bench_whiten
+from bench import (
+    bench_full_kl,
+    bench_gae,
+    bench_logprobs,
+    bench_loss_head,
+    bench_ppo_loss,
+    bench_rewards,
+    bench_step,
+    bench_whiten,
+    cases,
+    command,
+    render,
+    suite,
+    table,
+    timing,
+    trl_baseline,
+)
 
 CPU = torch.device("cpu")
 
@@ -107,12 +122,14 @@ def test_peak_memory_sees_a_temporary():
 def tiny_shapes(monkeypatch):
     monkeypatch.setitem(cases.LOGITS, "cpu", ([(12, 37)], [(12, 37)]))
     monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
+    monkeypatch.setattr(cases, "STEP", (4, 16, 67))
     for op in cases.TOKENS:
         monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
 
 
 @pytest.mark.parametrize("module", [bench_logprobs, bench_full_kl, bench_gae, bench_rewards, bench_whiten,
-                                    bench_ppo_loss, bench_loss_head], ids=lambda module: module.__name__.split("_", 1)[1])
+                                    bench_ppo_loss, bench_loss_head, bench_step],
+                         ids=lambda module: module.__name__.split("_", 1)[1])
 def test_every_eager_implementation_is_right(module, tiny_shapes):
     torch.manual_seed(0)
     for case in module.suite(CPU, full=True):
