@@ -108,11 +108,10 @@ class NativeBuild:
         say(str(self.options))
         for backend, describe in (("cpu", self.cpu_library), ("cuda", self.cuda_library)):
             library = target / f"_C_{backend}.so"
-            library.unlink(missing_ok=True)  # one from an earlier build would not fit these sources
             try:
-                built = compile_library(describe(), self.folder, self.options.max_jobs)
-                install(built, library)
+                install(compile_library(describe(), self.folder, self.options.max_jobs), library)
                 self.facts[backend] = "built"
+                continue
             except NotWanted as reason:
                 self.facts[backend] = f"not built: {reason}"
                 say(f"{library.name} {self.facts[backend]}")
@@ -122,6 +121,7 @@ class NativeBuild:
                 self.facts[backend] = f"not built: {error}"
                 say(f"WARNING: {library.name} {self.facts[backend]}")
                 say(f"WARNING: without it ppo_ext runs its slow reference implementation on {backend} tensors")
+            library.unlink(missing_ok=True)  # one from an earlier build would not fit these sources
         info = {"version": version, "git": git_sha(self.root), "date": build_date(), **self.facts}
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
@@ -213,8 +213,11 @@ def target_macro(version: str) -> str:
 
 
 def install(built: Path, target: Path) -> None:
+    """Copy by renaming: a process that has the old library loaded keeps it whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(built, target)
+    fresh = target.with_suffix(".new")
+    shutil.copy2(built, fresh)
+    os.replace(fresh, target)
 
 
 def git_sha(root: Path) -> str | None:

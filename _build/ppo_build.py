@@ -40,7 +40,17 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools packs whatever an earlier build left here, modules deleted since included
-    for stale in Path("build").glob("lib*"):
-        shutil.rmtree(stale)
+    forget_earlier_builds()
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_sdist(sdist_directory, config_settings=None):
+    forget_earlier_builds()
+    return build_meta.build_sdist(sdist_directory, config_settings)
+
+
+def forget_earlier_builds() -> None:
+    """Remove what setuptools would pack again although its source is gone; compiled objects stay."""
+    for folder in Path("build").glob("lib*"):
+        shutil.rmtree(folder)
+    Path("ppo_ext.egg-info/SOURCES.txt").unlink(missing_ok=True)
