@@ -42,9 +42,11 @@ PPO_HD KLState<A> kl_merge(KLState<A> a, KLState<A> b, A inv_temperature) {
   return {max, a.sum + b.sum, ref_max, a.ref_sum + b.ref_sum, a.weighted + b.weighted};
 }
 
+// In fp64, once a row: the divergence is small beside the terms it is the difference of.
 template <class A>
-PPO_HD A row_kl(A sum, A log_sum, A ref_log_sum, A weighted) {
-  return weighted / sum - log_sum + ref_log_sum;
+PPO_HD A row_kl(const KLState<A>& state) {
+  if (state.sum == A(0) || state.ref_sum == A(0)) return A(NAN);  // a row without any probability, as in torch
+  return A(double(state.weighted) / double(state.sum) + log(double(state.ref_sum) / double(state.sum)));
 }
 
 template <class A>

@@ -2,7 +2,7 @@
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      16 lanes per block in fp32 (fp64 for fp64), in an order that depends on V only: same bits for any threads
+// Sums      16 lanes in fp32 within a block, fp64 across blocks, in an order that depends on V only: same bits for any threads
 // Limits    masked rows are not read
 
 #include "checks.h"
@@ -22,50 +22,48 @@ struct KLSums {
 };
 
 PPO_INLINE void add_terms(f32v x, f32v ref_x, float max, float ref_max, float inv_temperature, KLSums& sums) {
-  const f32v y = (x - max) * inv_temperature, ref_y = (ref_x - ref_max) * inv_temperature;
-  const f32v e = exp_vector(y);
+  const f32v e = exp_vector((x - max) * inv_temperature);
   sums.sum += e;
-  sums.ref_sum += exp_vector(ref_y);
-  // Where the policy has no probability the term is 0, even against a -inf of the reference; a NaN stays.
-  sums.weighted += select(e == 0.0f, splat(0.0f), e * (y - ref_y));
+  sums.ref_sum += exp_vector((ref_x - ref_max) * inv_temperature);
+  // y - y' from x - x', which loses nothing where the two are close. Where the policy has no probability the term is 0,
+  // even against a -inf of the reference; a NaN stays.
+  const f32v gap = ((x - ref_x) - (max - ref_max)) * inv_temperature;
+  sums.weighted += select(e == 0.0f, splat(0.0f), e * gap);
 }
 
-PPO_INLINE void rescale(KLSums& sums, float max, float new_max, float ref_max, float new_ref_max, float inv_temperature) {
-  const bool any = max != -INFINITY, ref_any = ref_max != -INFINITY;
-  const float shift = any ? (max - new_max) * inv_temperature : 0.0f;
-  const float ref_shift = ref_any ? (ref_max - new_ref_max) * inv_temperature : 0.0f;
-  const float factor = std::exp(shift);
-  const f32v moved = sums.weighted + (shift - ref_shift) * sums.sum;
-  // Everything so far fell below the smallest float: drop it, as 0 * inf would be NaN.
-  sums.weighted = factor == 0.0f ? splat(0.0f) : factor * moved;
-  sums.sum *= factor;
-  sums.ref_sum *= std::exp(ref_shift);
+// One block's sums relative to the two origins, added to the row's.
+template <class T>
+PPO_INLINE void add_block(const T* x, const T* ref_x, int n, float inv_temperature, KLState<double>& row) {
+  // Nothing but -inf and NaN so far: -inf - -inf must not spread.
+  const float origin = row.max == -INFINITY ? 0.0f : float(row.max), ref_origin = row.ref_max == -INFINITY ? 0.0f : float(row.ref_max);
+  KLSums sums{};
+  for (int i = 0; i < n; i += kLanes) {
+    const bool whole = i + kLanes <= n;
+    const f32v a = whole ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
+    const f32v b = whole ? load(ref_x + i) : load_tail(ref_x + i, n - i, -INFINITY);
+    add_terms(a, b, origin, ref_origin, inv_temperature, sums);
+  }
+  row.sum += sum_lanes(sums.sum);
+  row.ref_sum += sum_lanes(sums.ref_sum);
+  row.weighted += sum_lanes(sums.weighted);
 }
 
 template <class T>
-PPO_INLINE KLState<float> row_state(const T* row, int64_t stride, const T* ref_row, int64_t ref_stride, int64_t V,
-                                    float inv_temperature) {
+PPO_INLINE KLState<double> row_state(const T* row, int64_t stride, const T* ref_row, int64_t ref_stride, int64_t V,
+                                     float inv_temperature) {
   T buffer[kBlock], ref_buffer[kBlock];
-  float max = -INFINITY, ref_max = -INFINITY;
-  KLSums sums{};
+  KLState<double> state = kl_empty<double>();
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int n = V - begin < kBlock ? int(V - begin) : kBlock;
     const T* x = contiguous_block(row, begin, n, stride, buffer);
     const T* ref_x = contiguous_block(ref_row, begin, n, ref_stride, ref_buffer);
-    const float block_top = block_max(x, n), ref_block_top = block_max(ref_x, n);
-    const float top = block_top > max ? block_top : max, ref_top = ref_block_top > ref_max ? ref_block_top : ref_max;
-    if (top > max || ref_top > ref_max) rescale(sums, max, top, ref_max, ref_top, inv_temperature);
-    max = top;
-    ref_max = ref_top;
-    const float origin = max == -INFINITY ? 0.0f : max, ref_origin = ref_max == -INFINITY ? 0.0f : ref_max;
-    for (int i = 0; i < n; i += kLanes) {
-      const bool whole = i + kLanes <= n;
-      const f32v a = whole ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
-      const f32v b = whole ? load(ref_x + i) : load_tail(ref_x + i, n - i, -INFINITY);
-      add_terms(a, b, origin, ref_origin, inv_temperature, sums);
-    }
+    const double top = block_max(x, n), ref_top = block_max(ref_x, n);
+    if (top > state.max || ref_top > state.ref_max)
+      state = kl_rescale(state, top > state.max ? top : state.max, ref_top > state.ref_max ? ref_top : state.ref_max,
+                         double(inv_temperature));
+    add_block(x, ref_x, n, inv_temperature, state);
   }
-  return {max, sum_lanes(sums.sum), ref_max, sum_lanes(sums.ref_sum), sum_lanes(sums.weighted)};
+  return state;
 }
 
 template <class A>
@@ -113,12 +111,18 @@ KLState<double> row_state(const double* row, int64_t stride, const double* ref_r
     state.ref_max = ref_row[v * ref_stride] > state.ref_max ? ref_row[v * ref_stride] : state.ref_max;
   }
   const double origin = state.max == -INFINITY ? 0.0 : state.max, ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
-  for (int64_t v = 0; v < V; ++v) {
-    const double y = (row[v * stride] - origin) * inv_temperature, ref_y = (ref_row[v * ref_stride] - ref_origin) * inv_temperature;
-    const double e = std::exp(y);
-    state.sum += e;
-    state.ref_sum += std::exp(ref_y);
-    state.weighted += e == 0.0 ? 0.0 : e * (y - ref_y);
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    double sum = 0, ref_sum = 0, weighted = 0;  // per block, so that rounding grows with the block and not with V
+    for (int64_t v = begin; v < begin + kBlock && v < V; ++v) {
+      const double y = (row[v * stride] - origin) * inv_temperature, ref_y = (ref_row[v * ref_stride] - ref_origin) * inv_temperature;
+      const double e = std::exp(y);
+      sum += e;
+      ref_sum += std::exp(ref_y);
+      weighted += e == 0.0 ? 0.0 : e * (y - ref_y);
+    }
+    state.sum += sum;
+    state.ref_sum += ref_sum;
+    state.weighted += weighted;
   }
   return state;
 }
@@ -150,19 +154,19 @@ struct Job {
 template <class T, class A>
 PPO_INLINE void forward_rows(const Job<T, A>& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    KLState<A> state{};
+    KLState<double> state{};
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!job.mask || job.mask[n]) {
       state = row_state(job.logits + job.rows.offset(n), job.rows.stride_v, job.ref_logits + job.ref_rows.offset(n),
                         job.ref_rows.stride_v, job.rows.V, job.inv_temperature);
-      log_sum = softmax_log_sum(state.sum);
-      ref_log_sum = softmax_log_sum(state.ref_sum);
-      kl = row_kl(state.sum, log_sum, ref_log_sum, state.weighted);
+      log_sum = A(softmax_log_sum(state.sum));
+      ref_log_sum = A(softmax_log_sum(state.ref_sum));
+      kl = A(row_kl(state));
     }
     job.stats.kl[n] = kl;
-    job.stats.max[n] = state.max;
+    job.stats.max[n] = A(state.max);
     job.stats.log_sum[n] = log_sum;
-    job.stats.ref_max[n] = state.ref_max;
+    job.stats.ref_max[n] = A(state.ref_max);
     job.stats.ref_log_sum[n] = ref_log_sum;
   }
 }

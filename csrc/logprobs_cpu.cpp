@@ -2,7 +2,7 @@
 // Computes  see logprobs.h
 // Bytes     forward N*V*s + 16N, backward 2*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      16 lanes per block in fp32 (fp64 for fp64), in an order that depends on V only: same bits for any threads
+// Sums      16 lanes in fp32 within a block, fp64 across blocks, in an order that depends on V only: same bits for any threads
 // Limits    a label outside [0, V) on a counted row is an error; masked rows are not read
 
 #include "checks.h"
@@ -25,37 +25,36 @@ PPO_INLINE void add_terms(f32v x, float max, float inv_temperature, f32v& sum, f
   if (WithEntropy) weighted += e * select(y < -1e4f, splat(-1e4f), y);  // softmax_bounded
 }
 
+// One block's sums relative to `origin`, added to the row's.
 template <bool WithEntropy, class T>
-PPO_INLINE SoftmaxState<float> row_state(const T* row, int64_t V, int64_t stride, float inv_temperature) {
-  T buffer[kBlock];
-  float max = -INFINITY;
+PPO_INLINE void add_block(const T* x, int n, float origin, float inv_temperature, SoftmaxState<double>& row) {
   f32v sum[2] = {}, weighted[2] = {};
+  int i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    add_terms<WithEntropy>(load(x + i), origin, inv_temperature, sum[0], weighted[0]);
+    add_terms<WithEntropy>(load(x + i + kLanes), origin, inv_temperature, sum[1], weighted[1]);
+  }
+  for (; i < n; i += kLanes) {
+    const f32v last = i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
+    add_terms<WithEntropy>(last, origin, inv_temperature, sum[0], weighted[0]);
+  }
+  row.sum += sum_lanes(sum[0] + sum[1]);
+  if (WithEntropy) row.weighted += sum_lanes(weighted[0] + weighted[1]);
+}
+
+template <bool WithEntropy, class T>
+PPO_INLINE SoftmaxState<double> row_state(const T* row, int64_t V, int64_t stride, float inv_temperature) {
+  T buffer[kBlock];
+  SoftmaxState<double> state = softmax_empty<double>();
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int n = V - begin < kBlock ? int(V - begin) : kBlock;
     const T* x = contiguous_block(row, begin, n, stride, buffer);
-    const float top = block_max(x, n);
-    if (top > max) {
-      if (max != -INFINITY) {
-        const float shift = (max - top) * inv_temperature, factor = std::exp(shift);
-        for (int k = 0; k < 2; ++k) {
-          if (WithEntropy) weighted[k] = factor * (weighted[k] + shift * sum[k]);
-          sum[k] *= factor;
-        }
-      }
-      max = top;
-    }
-    const float origin = max == -INFINITY ? 0.0f : max;  // nothing but -inf and NaN so far: -inf - -inf must not spread
-    int i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      add_terms<WithEntropy>(load(x + i), origin, inv_temperature, sum[0], weighted[0]);
-      add_terms<WithEntropy>(load(x + i + kLanes), origin, inv_temperature, sum[1], weighted[1]);
-    }
-    for (; i < n; i += kLanes) {
-      const f32v last = i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
-      add_terms<WithEntropy>(last, origin, inv_temperature, sum[0], weighted[0]);
-    }
+    const double top = block_max(x, n);
+    if (top > state.max) state = softmax_rescale(state, top, double(inv_temperature));
+    // Nothing but -inf and NaN so far: -inf - -inf must not spread.
+    add_block<WithEntropy>(x, n, state.max == -INFINITY ? 0.0f : float(state.max), inv_temperature, state);
   }
-  return {max, sum_lanes(sum[0] + sum[1]), sum_lanes(weighted[0] + weighted[1])};
+  return state;
 }
 
 template <bool WithEntropy>
@@ -89,14 +88,18 @@ PPO_INLINE void row_grad(const T* row, int64_t stride, T* out, int64_t out_strid
 
 template <bool WithEntropy>
 SoftmaxState<double> row_state(const double* row, int64_t V, int64_t stride, double inv_temperature) {
-  double max = -INFINITY;
-  for (int64_t v = 0; v < V; ++v) max = row[v * stride] > max ? row[v * stride] : max;
-  const double origin = max == -INFINITY ? 0.0 : max;
-  SoftmaxState<double> state{max, 0.0, 0.0};
-  for (int64_t v = 0; v < V; ++v) {
-    const double y = (row[v * stride] - origin) * inv_temperature, e = std::exp(y);
-    state.sum += e;
-    if (WithEntropy) state.weighted += e * softmax_bounded(y);
+  SoftmaxState<double> state = softmax_empty<double>();
+  for (int64_t v = 0; v < V; ++v) state.max = row[v * stride] > state.max ? row[v * stride] : state.max;
+  const double origin = state.max == -INFINITY ? 0.0 : state.max;
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    double sum = 0, weighted = 0;  // per block, so that rounding grows with the block and not with V
+    for (int64_t v = begin; v < begin + kBlock && v < V; ++v) {
+      const double y = (row[v * stride] - origin) * inv_temperature, e = std::exp(y);
+      sum += e;
+      if (WithEntropy) weighted += e * softmax_bounded(y);
+    }
+    state.sum += sum;
+    state.weighted += weighted;
   }
   return state;
 }
@@ -130,18 +133,19 @@ struct Forward {
 template <bool WithEntropy, class T, class A>
 PPO_INLINE void forward_rows(const Forward<T, A>& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    SoftmaxState<A> state{};
+    SoftmaxState<double> state{};
     A logprob = 0, entropy = 0, log_sum = 0;
     if (!job.mask || job.mask[n]) {
       const T* row = job.logits + job.rows.offset(n);
       state = row_state<WithEntropy>(row, job.rows.V, job.rows.stride_v, job.inv_temperature);
-      log_sum = softmax_log_sum(state.sum);
-      logprob = token_logprob(A(row[job.labels[n] * job.rows.stride_v]), state.max, log_sum, job.inv_temperature);
-      if (WithEntropy) entropy = row_entropy(state.sum, log_sum, state.weighted);
+      const double exact_log_sum = softmax_log_sum(state.sum), inv_temperature = job.inv_temperature;
+      log_sum = A(exact_log_sum);
+      logprob = A(token_logprob(double(row[job.labels[n] * job.rows.stride_v]), state.max, exact_log_sum, inv_temperature));
+      if (WithEntropy) entropy = A(row_entropy(state.sum, exact_log_sum, state.weighted));
     }
     job.out.logprobs[n] = logprob;
     if (WithEntropy) job.out.entropy[n] = entropy;
-    job.out.max[n] = state.max;
+    job.out.max[n] = A(state.max);
     job.out.log_sum[n] = log_sum;
   }
 }

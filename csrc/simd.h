@@ -105,12 +105,15 @@ PPO_INLINE f32v exp_vector(f32v x) {
   return select(x != x, x, finite);
 }
 
-PPO_INLINE float sum_lanes(f32v x) {
+// The lanes of x, added in pairs in fp64.
+PPO_INLINE double sum_lanes(f32v x) {
   float parts[kLanes];
   store(parts, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  return parts[0];
+  double sums[kLanes / 2];
+  for (int i = 0; i < kLanes / 2; ++i) sums[i] = double(parts[i]) + parts[i + kLanes / 2];
+  for (int width = kLanes / 4; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return sums[0];
 }
 
 PPO_INLINE float max_lanes(f32v x) {

@@ -46,6 +46,8 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 6
         logits, labels, mask, entropy, row_max, log_sum = ctx.saved_tensors
         arguments = (None if grad_logprobs is None else grad_logprobs.contiguous(),
                      None if grad_entropy is None else grad_entropy.contiguous(),

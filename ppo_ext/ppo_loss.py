@@ -44,6 +44,8 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _stats, _ratio):
+        if grad_loss is None:
+            return (None,) * 11
         return *_backward(grad_loss, *ctx.saved_tensors), *(None,) * 9
 
 

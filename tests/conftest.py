@@ -1,0 +1,60 @@
+"""Devices, seeds, the oracle, and the one way in which a test compares numbers."""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        chosen = os.environ.get("PPO_EXT_TEST_DEVICE")
+        metafunc.parametrize("device", [chosen] if chosen else ["cpu"] + ["cuda"] * torch.cuda.is_available())
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def require_trl():
+    """TRL 0.11.4, the oracle. Where it is not installed the test is skipped loudly; PPO_EXT_REQUIRE_ORACLE=1 fails it."""
+    try:
+        trl = importlib.import_module("trl")
+        importlib.import_module("trl.core")
+    except ImportError as error:
+        missing = f"THE ORACLE IS MISSING: {error}; pip install trl==0.11.4 rich"
+    else:
+        if trl.__version__ == "0.11.4":
+            return trl
+        missing = f"THE ORACLE IS ANOTHER VERSION: trl {trl.__version__} instead of 0.11.4"
+    if os.environ.get("PPO_EXT_REQUIRE_ORACLE") == "1":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def assert_within_torch_error(name, ours, torchs, exact, factor=1.0):
+    """Our error against float64 is at most `factor` of torch's own in the root mean square and 2 `factor` at the worst
+    entry, plus one unit in the last place of the largest entry.
+
+    A float64 result has no better oracle than float64 itself, so there both may be off by many units.
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}"
+    assert torch.isfinite(exact).all(), f"{name}: the exact values are not finite, so nothing would be compared"
+    if exact.numel() == 0:
+        return
+    unit = torch.finfo(ours.dtype).eps * exact.abs().max().item() * (1000 if ours.dtype == torch.float64 else 1)
+    error, torch_error = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
+    worst = error.flatten().argmax().item()
+    where = (f"worst at entry {worst}: ours {ours.flatten()[worst].item()!r}, torch {torchs.flatten()[worst].item()!r}, "
+             f"exact {exact.flatten()[worst].item()!r}")
+    rms, torch_rms = error.square().mean().sqrt().item(), torch_error.square().mean().sqrt().item()
+    assert rms <= factor * torch_rms + unit, f"{name}: mean error {rms:.3g}, torch's {torch_rms:.3g}; {where}"
+    assert error.max().item() <= 2 * factor * torch_error.max().item() + unit, f"{name}: largest error; {where}"
+
+
+def assert_same_bits(name, a, b):
+    assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
+    different = ~((a == b) | (a.isnan() & b.isnan()))
+    assert not different.any(), f"{name}: {int(different.sum())} of {a.numel()} entries differ"
