@@ -15,7 +15,8 @@ from ppo_ext import _native
 
 from . import table, timing
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step")
+MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step",
+           "binding_overhead")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -64,8 +65,8 @@ def main(argv=None):
     for item in (bar := tqdm.tqdm(items, unit="case", file=sys.stderr)):
         bar.set_description(item.title)
         rows += [{**row, "selected": item.title in selection} for row in item.rows(device, seconds=arguments.seconds)]
-    print(table.text(rows))
-    if arguments.save:
+    print(table.text(rows) if rows else "nothing of this is in the selection; add --full")
+    if arguments.save and rows:
         save(rows)
         print(f"rows saved under {RESULTS / folder_of(rows[0])}; now `python -m bench.render`")
     return rows

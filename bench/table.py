@@ -23,7 +23,7 @@ def number(value):
         return ""
     if value >= 1e3:
         return f"{value:.0f}"
-    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
+    return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
 def speedup(row, ours):
