@@ -112,3 +112,20 @@ def batch(size, seed, *, first_token=3, start_token=None, equal_lengths=False):
         responses.append(torch.cat([*start, ids(response)]))
     scores = list(torch.randn(size, generator=generator).unbind())
     return queries, responses, scores
+
+
+def trainer(name="gpt2", *, padding_side="right", peft_config=None, changes=None, kind=None, optimizer=None, **config):
+    """A PPOTrainer (or a subclass, `kind`) on a tiny model, for batches of 4."""
+    import ppo_ext
+
+    base = build(name, **(changes or {}))
+    torch.manual_seed(7)
+    wrapper = ppo_ext.AutoModelForSeq2SeqLMWithValueHead if name == "t5" else ppo_ext.AutoModelForCausalLMWithValueHead
+    model = wrapper.from_pretrained(base, **({"peft_config": peft_config} if peft_config else {}))
+    defaults = dict(batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-3)
+    return (kind or ppo_ext.PPOTrainer)(ppo_ext.PPOConfig(**{**defaults, **config}), model, None, tokenizer(padding_side),
+                                        optimizer=optimizer and optimizer(model.parameters()))
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
