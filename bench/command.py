@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -15,8 +16,7 @@ from ppo_ext import _native
 
 from . import table, timing
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step",
-           "binding_overhead")
+MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step", "binding_overhead")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -29,6 +29,14 @@ def _arguments(argv):
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each implementation of a case")
     parser.add_argument("--save", action="store_true", help=f"write the rows under {RESULTS.name}/<machine>/")
     return parser.parse_args(argv)
+
+
+def warn_if_busy():
+    """Other work on the cores makes thread pools wait for each other, by far more than a fair share would cost."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        print(f"WARNING: load average {load:.1f} on {os.cpu_count()} cores: wait until the machine is quiet before you "
+              "trust or save these numbers")
 
 
 def folder_of(row):
@@ -57,6 +65,7 @@ def main(argv=None):
     device = torch.device(arguments.device)
     print(f"ppo_ext backends: {_native.status()}")
     print("; ".join(f"{name} {value}" for name, value in timing.stamp(device).items()))
+    warn_if_busy()
     modules = [importlib.import_module(f"bench.bench_{name}") for name in arguments.only]
     items = [item for module in modules for item in module.suite(device, arguments.full)]
     selection = {item.title for module in modules for item in module.suite(device, False)}
