@@ -52,7 +52,7 @@ def _trl_logprobs_and_entropy(trl):
     return lambda logits, labels: (logprobs(logits, labels), trl.entropy_from_logits(logits))
 
 
-def _case(name, shape, dtype, pass_name):
+def _case(name, shape, dtype, pass_name, *, upcast):
     run = forward if pass_name == "forward" else forward_backward
     ours, exact = getattr(ppo_ext, name), getattr(reference, name)
     size = shape[0] * shape[1] * dtype.itemsize
@@ -69,15 +69,16 @@ def _case(name, shape, dtype, pass_name):
         name, pass_name, shape, dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
         reference=lambda inputs: by_rows(lambda rows: run(rows, exact), inputs),
-        implementations=implementations | trl_baseline.baselines(run, trl_op, upcast=dtype != torch.float32),
+        implementations=implementations | trl_baseline.baselines(run, trl_op, upcast=upcast),
         traffic=Traffic(read=size) if run is forward else Traffic(read=size, copy=size))
 
 
 def suite(device, full):
     for shape in cases.logits_shapes(device, full):
         for dtype in cases.LOGIT_DTYPES:
-            yield _case("logprobs", shape, dtype, "forward")
-            yield _case("logprobs_and_entropy", shape, dtype, "forward")
-            yield _case("logprobs", shape, dtype, "forward+backward")
+            low_precision = dtype != torch.float32
+            yield _case("logprobs", shape, dtype, "forward", upcast=low_precision)
+            yield _case("logprobs_and_entropy", shape, dtype, "forward", upcast=low_precision)
+            yield _case("logprobs", shape, dtype, "forward+backward", upcast=low_precision and full)
             if full:
-                yield _case("logprobs_and_entropy", shape, dtype, "forward+backward")
+                yield _case("logprobs_and_entropy", shape, dtype, "forward+backward", upcast=low_precision)
