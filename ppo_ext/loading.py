@@ -56,15 +56,22 @@ def _load_backbone(auto_class, base, model_args, kwargs):
             **{"use_safetensors": True, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True},
         )
     if info["mismatched_keys"] and not ignore_mismatched_sizes:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"checkpoint: {name} in {base} must have shape {list(expected)} as its config says, got {list(found)}"
-        )
+        name, found, expected = _mismatch(min(info["mismatched_keys"]), model, base)
+        raise ValueError(f"checkpoint: {name} in {base} must have shape {expected} as its config says, got {found}")
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("v_head."))
     for names, fate in ((unexpected, "not used"), (sorted(info["missing_keys"]), "initialised anew")):
         if names and len(unexpected) < len(info["unexpected_keys"]):
             logger.warning("%s: %s", base, f"{', '.join(names)}: {fate}")
     return model
+
+
+def _mismatch(entry, model, base):
+    """Returns name, found and expected shape; transformers 4.57 gives the name alone where 5.23 gives all three."""
+    if not isinstance(entry, str):
+        return entry[0], list(entry[1]), list(entry[2])
+    path = checkpoint.weight_files(base).get(entry) if os.path.isdir(base) else None
+    found = list(checkpoint.read_tensors(path, entry)[entry].shape) if path else "another"
+    return entry, found, list(model.state_dict()[entry].shape)
 
 
 @contextlib.contextmanager

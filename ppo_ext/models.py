@@ -1,9 +1,9 @@
 """Value-head models with the names, parameters and files of TRL 0.11.4 (`trl/models`).
 
 Different from TRL on purpose: logits keep the backbone's dtype (the ops accumulate in fp32, so an fp32 copy of
-[B, T, V] would buy nothing), values are fp32 also under autocast, no key/value cache is built when none is asked for,
-weights are only ever safetensors, `compute_reward_score` leaves modes and gradients as they were, and layers shared
-with the reference model are the same tensors.
+[B, T, V] would buy nothing), values are fp32 also under autocast, a key/value cache and the hidden states of all layers
+are kept only if asked for, weights are only ever safetensors, `compute_reward_score` leaves modes and gradients as they
+were, and layers shared with the reference model are the same tensors.
 """
 
 import logging
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from . import adapters, checkpoint, loading
 from .reference_model import create_reference_model
-from .value_head import ValueHead
+from .value_head import ValueHead, last_hidden_states
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
@@ -36,7 +36,6 @@ class PreTrainedModelWrapper(nn.Module):
     supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
     supported_modules = ("v_head",)
     supported_rm_modules = adapters.SCORE_MODULES
-    hidden_states_name = None
 
     def __init__(self, pretrained_model, score_module=None, supports_rm_adapter=False, rm_adapter_name=None, **kwargs):
         super().__init__()
@@ -53,7 +52,11 @@ class PreTrainedModelWrapper(nn.Module):
         self.policy_adapter_name = "default"
         if score_module is not None:
             self.score = score_module
-        self.v_head = ValueHead(self.config, **kwargs).to(next(lm_head.parameters()).device)
+        self.v_head = ValueHead(self.config, **kwargs)
+        device = next(lm_head.parameters()).device
+        # ranks that wait for FSDP to send them the weights hold the backbone on meta, where the head would be lost
+        if device.type != "meta":
+            self.v_head.to(device)
 
     def _find_lm_head(self):
         for name, module in self.pretrained_model.named_modules():
@@ -148,15 +151,16 @@ class PreTrainedModelWrapper(nn.Module):
         input_ids, attention_mask: [B, T] int64; other keywords go to the wrapped model. Values of a float64 head are
         float64.
         """
-        kwargs.update(output_hidden_states=True, return_dict=True)
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         elif not return_past_key_values:
             # a cache that nobody reads costs memory, and transformers gives it up under checkpointing with a warning
             kwargs.setdefault("use_cache", False)
-        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        hidden_states = output[self.hidden_states_name][-1].to(self.v_head.summary.weight.device)
-        value = self.v_head(hidden_states).squeeze(-1)
+        with last_hidden_states(self.pretrained_model) as captured:
+            output = self.pretrained_model(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+        value = self.v_head(captured[-1].to(self.v_head.summary.weight.device)).squeeze(-1)
         if value.dtype in (torch.float16, torch.bfloat16):
             value = value.float()
         outputs = (output.logits, output.loss, value)
@@ -189,17 +193,10 @@ class PreTrainedModelWrapper(nn.Module):
         """Returns the reward adapter's scores [B, T, num_labels] without gradients; leaves the policy as it was."""
         if not self.supports_rm_adapter:
             raise ValueError("compute_reward_score: the model must be loaded with reward_adapter, got none")
-        with adapters.active(self.pretrained_model, self.rm_adapter_name):
-            output = self.pretrained_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                output_hidden_states=True,
-                return_dict=True,
-                use_cache=False,
-                **kwargs,
-            )
-            hidden_states = output[self.hidden_states_name][-1]
-            return self.score(hidden_states.to(self.score.weight))
+        model = self.pretrained_model
+        with adapters.active(model, self.rm_adapter_name), last_hidden_states(model) as captured:
+            model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, use_cache=False, **kwargs)
+            return self.score(captured[-1].to(self.score.weight))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head.".
@@ -277,14 +274,12 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 
     transformers_parent_class = AutoModelForCausalLM
     lm_head_namings = ("lm_head", "embed_out")
-    hidden_states_name = "hidden_states"
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder model with a value head on the decoder. Source: TRL 0.11.4, the class of the same name."""
 
     transformers_parent_class = AutoModelForSeq2SeqLM
-    hidden_states_name = "decoder_hidden_states"
 
     def __init__(self, pretrained_model, **kwargs):
         super().__init__(pretrained_model, **kwargs)

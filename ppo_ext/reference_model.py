@@ -32,9 +32,7 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
             "with from_pretrained instead"
         )
     shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
-    for parameter in shared:
-        parameter.requires_grad_(False)
-    # deepcopy takes what stands in its memo for already copied, so these tensors stay the same objects
+    # deepcopy takes what stands in its memo for already copied, so these stay the model's own and are frozen there too
     reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
     for parameter in reference.parameters():
         parameter.requires_grad_(False)

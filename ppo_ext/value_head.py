@@ -1,4 +1,6 @@
-"""The head that turns hidden states into values."""
+"""The head that turns hidden states into values, and where it gets them."""
+
+import contextlib
 
 import torch
 from torch import nn
@@ -41,3 +43,37 @@ def _hidden_size(config):
         if hasattr(owner, name):
             return getattr(owner, name)
     raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
+
+
+@contextlib.contextmanager
+def last_hidden_states(model):
+    """Yields a list that a forward pass of the model inside the block fills; its last entry is what a head reads.
+
+    That is [B, T, H], the same tensor as `hidden_states[-1]` (`decoder_hidden_states[-1]`) of
+    `output_hidden_states=True`, which would keep every layer's until the end of the pass: without gradients, as much
+    memory as the logits of an 8B model.
+    """
+    captured = []
+
+    def capture(module, inputs, output):
+        captured.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+
+    handles = [module.register_forward_hook(capture) for module in _backbones(model)]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _backbones(model):
+    """The modules below the language model head that may feed it; of those that run, the outermost ends last.
+
+    OPT for one calls its decoder and passes by the base model around it, T5 has no base model.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    candidates = (model.base_model, getattr(model.base_model, "decoder", None))
+    backbones = [module for module in candidates if module is not None and module is not model]
+    if not backbones:
+        raise ValueError(f"ValueHead: the model must have a base_model or a decoder, got {type(model).__name__}")
+    return backbones

@@ -150,6 +150,20 @@ def test_gradient_checkpointing_recomputes_in_train_mode(arch, adapter):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_value_reads_the_last_hidden_states_and_keeps_no_others(arch):
+    model, batch = wrapped(arch), inputs(arch)
+    kept, modules = [], list(model.pretrained_model.modules())[1:]
+    model.pretrained_model.register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        value = model(**batch)[2]
+        assert "hidden_states" not in kept[0] and "decoder_hidden_states" not in kept[0]
+        assert not any(module._forward_hooks for module in modules)
+        output = model.pretrained_model(**batch, output_hidden_states=True)
+        hidden_states = output["decoder_hidden_states" if arch == "t5" else "hidden_states"]
+        assert torch.equal(value, model.v_head(hidden_states[-1]).squeeze(-1))
+
+
 def test_no_cache_is_built_when_none_is_asked_for():
     model, seen = wrapped(), []
     model.pretrained_model.register_forward_pre_hook(

@@ -22,7 +22,7 @@ def test_reference_freezes_what_trl_freezes(arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_reference_shares_exactly_the_first_layers(arch):
-    model = wrapped(arch)
+    model = wrapped(arch).train()
     reference = models.create_reference_model(model, num_shared_layers=2)
     layers = LAYER_LISTS[arch]
     shared = {name for name, p in model.named_parameters() if p is reference.get_parameter(name)}
@@ -34,7 +34,8 @@ def test_reference_shares_exactly_the_first_layers(arch):
     assert all(p.requires_grad != (name in shared) for name, p in model.named_parameters())
     assert not any(p.requires_grad for p in reference.parameters())
     assert not any(module.training for module in reference.modules())
-    assert_same_outputs(model, reference, inputs(arch), atol=0)
+    assert model.training
+    assert_same_outputs(model.eval(), reference, inputs(arch), atol=0)
 
 
 @pytest.mark.parametrize("num_shared_layers", [None, 1])
