@@ -1,0 +1,142 @@
+// gae_cuda.cu
+// Computes  see gae.h
+// Bytes     17 per token in fp32: values, rewards, advantages, returns and the mask
+// Launch    one warp per sequence up to T = 512, else one block of 256 threads; 4 tokens a thread, tiles from the
+//           right; 16-byte accesses where T and the pointers allow them
+// Sums      runs of tokens as affine maps, composed from the right in an order that depends on T only
+// Limits    none
+
+#include "gae.h"
+#include "launch.h"
+#include "load.cuh"
+#include "reduce.cuh"
+
+namespace ppo_ext {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int kTokens = 4;  // of one thread in one tile
+constexpr int64_t kWarpPerSequence = 512;
+
+template <class A>
+struct Job {
+  const A *values, *rewards;
+  const bool* mask;
+  A *advantages, *returns;
+  int64_t B, T;
+  A gamma, gamma_lam;
+  bool packed;  // every run of kTokens starts at a multiple of 16 bytes and is whole
+};
+
+// The value of the nearest counted token at or to the right, if there is one.
+template <class A>
+struct NextValue {
+  A value, found;
+};
+
+// ---- device helpers ----
+
+// The first `present` of kTokens neighbouring tokens; the others are 0.
+template <class A>
+__device__ __forceinline__ void load_tokens(const A* p, int present, bool packed, A (&x)[kTokens]) {
+  if (packed && present > 0) {
+#pragma unroll
+    for (int k = 0; k < kTokens; k += kPack<A>) unpack<A>(load_pack(reinterpret_cast<const Pack*>(p + k)), x + k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) x[k] = k < present ? p[k] : A(0);
+  }
+}
+
+template <class A>
+__device__ __forceinline__ void store_tokens(const A (&x)[kTokens], int present, bool packed, A* p) {
+  if (packed && present > 0) {
+#pragma unroll
+    for (int k = 0; k < kTokens; k += kPack<A>) store_pack(reinterpret_cast<Pack*>(p + k), pack_of<A>(x + k));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k)
+      if (k < present) p[k] = x[k];
+  }
+}
+
+// ---- kernels ----
+
+template <int kThreads, class A>
+__global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
+  constexpr int kGroups = kBlock / kThreads;
+  constexpr int kTile = kThreads * kTokens;
+  const int thread = thread_of_group<kThreads>();
+  const auto nearer = [](const NextValue<A>& earlier, const NextValue<A>& later) { return earlier.found != A(0) ? earlier : later; };
+  const auto compose = [](const GAEMap<A>& earlier, const GAEMap<A>& later) { return gae_compose(earlier, later); };
+  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B; b += int64_t(gridDim.x) * kGroups) {
+    A next_value = 0, advantage = 0;  // of the first counted token right of the tile
+    for (int64_t begin = (job.T - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
+      const int64_t t0 = begin + thread * kTokens, i0 = b * job.T + t0;
+      const int present = int(job.T - t0 < kTokens ? job.T - t0 : kTokens);
+      A value[kTokens], delta[kTokens], returns[kTokens];  // delta holds the reward until the next value is known
+      load_tokens(job.values + i0, present, job.packed, value);
+      load_tokens(job.rewards + i0, present, job.packed, delta);
+      unsigned counted = 0;
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) counted |= unsigned(k < present && (!job.mask || job.mask[i0 + k])) << k;
+      NextValue<A> first{A(0), A(0)};
+#pragma unroll
+      for (int k = kTokens - 1; k >= 0; --k)
+        if (counted >> k & 1) first = {value[k], A(1)};
+      const Scan<NextValue<A>> values = scan_from_right<kThreads>(first, NextValue<A>{A(0), A(0)}, nearer);
+
+      A after = values.after.found != A(0) ? values.after.value : next_value;
+      GAEMap<A> map{A(1), A(0)};
+#pragma unroll
+      for (int k = kTokens - 1; k >= 0; --k) {
+        if (!(counted >> k & 1)) continue;
+        delta[k] = gae_delta(delta[k], value[k], after, job.gamma);
+        after = value[k];
+        map = gae_compose(GAEMap<A>{job.gamma_lam, delta[k]}, map);
+      }
+      const Scan<GAEMap<A>> maps = scan_from_right<kThreads>(map, GAEMap<A>{A(1), A(0)}, compose);
+
+      A running = gae_step(maps.after.offset, advantage, maps.after.scale);
+#pragma unroll
+      for (int k = kTokens - 1; k >= 0; --k) {
+        const bool counts = counted >> k & 1;
+        if (counts) running = gae_step(delta[k], running, job.gamma_lam);
+        delta[k] = counts ? running : A(0);
+        returns[k] = counts ? running + value[k] : A(0);
+      }
+      store_tokens(delta, present, job.packed, job.advantages + i0);
+      store_tokens(returns, present, job.packed, job.returns + i0);
+      advantage = gae_step(maps.total.offset, advantage, maps.total.scale);
+      if (values.total.found != A(0)) next_value = values.total.value;
+    }
+  }
+}
+
+// ---- entry points ----
+
+std::tuple<Tensor, Tensor> gae_cuda(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma, double lam) {
+  check_gae(values, rewards, mask);
+  const Launcher launch("gae", values);
+  Tensor advantages = new_token_tensor(values, 2, values.scalar_type()), returns = new_token_tensor(values, 2, values.scalar_type());
+  dispatch_floats(values.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    Job<A> job{pointer<A>(values),  pointer<A>(rewards), mask_pointer(mask), pointer<A>(advantages),
+               pointer<A>(returns), values.size(0),      values.size(1),     A(gamma),
+               A(gamma * lam),      false};
+    job.packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) && is_aligned(job.advantages) &&
+                 is_aligned(job.returns);
+    if (job.T <= kWarpPerSequence) {
+      launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
+    } else {
+      launch(gae_kernel<kBlock, A>, job.B, kBlock, job);
+    }
+  });
+  return {advantages, returns};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_gae", TORCH_BOX(&gae_cuda)); }
+
+}  // namespace ppo_ext

@@ -1,0 +1,216 @@
+// logprobs_cuda.cu
+// Computes  see logprobs.h
+// Bytes     forward N*V*s + 24N, backward 2*N*V*s + 32N   (s = size of a logit; each logit once per pass)
+// Launch    forward one block of 256 threads per row, one warp per row up to V = 1024; backward one block per 64 KiB of
+//           a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
+// Sums      online max and sums in fp32 (fp64 for fp64), merged in an order that depends on V and on the row's alignment
+// Limits    a label outside [0, V) on a counted row is not read: the row becomes NaN and its gradient 0
+
+#include "launch.h"
+#include "load.cuh"
+#include "logprobs.h"
+#include "reduce.cuh"
+#include "rows.h"
+
+namespace ppo_ext {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int64_t kWarpPerRow = 1024;  // up to this V a warp reads a row faster than a block can merge its parts
+
+template <class T, class A>
+struct Forward {
+  const T* logits;
+  LogitRows rows;
+  const int64_t* labels;
+  const bool* mask;
+  A inv_temperature;
+  A *logprobs, *entropy, *max, *log_sum;
+};
+
+template <class T, class A>
+struct Backward {
+  const T* logits;
+  LogitRows rows;
+  T* grad;
+  LogitRows grad_rows;
+  int64_t tiles;  // per row
+  const int64_t* labels;
+  const bool* mask;
+  const A *grad_logprobs, *grad_entropy;  // either may be null
+  const A *entropy, *max, *log_sum;
+  A inv_temperature;
+};
+
+// ---- device helpers ----
+
+template <bool kEntropy, class A, int kCount>
+__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A inv_temperature) {
+  A top = x[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) top = larger(top, x[k]);
+  if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
+  const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
+  const A scale = inv_temperature * A(kLog2E);
+  A sum = 0, weighted = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const A y = (x[k] - origin) * scale;
+    const A e = exp2_of(y);
+    sum += e;
+    if (kEntropy) weighted += e * larger(y, A(-1e4));  // softmax_bounded: a NaN stays in e
+  }
+  state.sum += sum;
+  if (kEntropy) state.weighted += A(kLn2) * weighted;
+}
+
+// ---- kernels ----
+
+template <int kThreads, bool kEntropy, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 4) forward_kernel(const Forward<T, A> job) {
+  constexpr int kGroups = kBlock / kThreads;
+  const bool first = thread_of_group<kThreads>() == 0;
+  const A c = job.inv_temperature;
+  for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < job.rows.rows; n += int64_t(gridDim.x) * kGroups) {
+    SoftmaxState<A> state = softmax_empty<A>();
+    A logprob = 0, entropy = 0, log_sum = 0;
+    if (!job.mask || job.mask[n]) {
+      const T* row = job.logits + job.rows.offset(n);
+      A picked = A(NAN);
+      if (first) {
+        const int64_t label = job.labels[n];
+        if (uint64_t(label) < uint64_t(job.rows.V)) picked = A(row[label * job.rows.stride_v]);
+      }
+      read_rows<kThreads>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
+                          [&](const auto& x) { add_logits<kEntropy>(state, x[0], c); });
+      state = reduce_group<kThreads>(state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
+      log_sum = softmax_log_sum(state.sum);
+      logprob = token_logprob(picked, state.max, log_sum, c);
+      if (kEntropy) entropy = picked == picked ? row_entropy(state.sum, log_sum, state.weighted) : picked;
+    } else {
+      state.max = 0;
+    }
+    if (!first) continue;
+    job.logprobs[n] = logprob;
+    if (kEntropy) job.entropy[n] = entropy;
+    job.max[n] = state.max;
+    job.log_sum[n] = log_sum;
+  }
+}
+
+template <bool kEntropy, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 4) backward_kernel(const Backward<T, A> job) {
+  const A c = job.inv_temperature;
+  for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
+    const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
+    T* out = job.grad + job.grad_rows.offset(n);
+    const int64_t label = job.labels[n];
+    if ((job.mask && !job.mask[n]) || uint64_t(label) >= uint64_t(job.rows.V)) {
+      zero_tile<kBlock>(out, stride, job.rows.V, tile);
+      continue;
+    }
+    const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = kEntropy ? job.grad_entropy[n] : A(0);
+    const A entropy = kEntropy ? job.entropy[n] : A(0), max = job.max[n], log_sum = job.log_sum[n];
+    const LogitGrad<A> row = logit_grad_of_row(g, h, entropy, c);
+    // p (alpha - beta log p) in terms of y = log2 of p times the row's sum: one division a row, not one an element.
+    const A share = exp(-log_sum), scale = c * A(kLog2E);
+    const A at_zero = share * (row.alpha + row.beta * log_sum), slope = share * row.beta * A(kLn2);
+    const auto grad_of = [=](const A(&x)[1]) {
+      const A y = (x[0] - max) * scale;
+      const A e = exp2_of(y);
+      return kEntropy ? e * (at_zero - slope * larger(y, A(-1e4))) : e * at_zero;
+    };
+    const auto grad_of_label = [=](A x) { return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c); };
+    write_tile<kBlock>(Rows<T, 1>{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V}, out, stride, tile, grad_of,
+                       label, grad_of_label);
+  }
+}
+
+// ---- launchers ----
+
+template <class T, class A>
+void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
+  const int64_t N = job.rows.rows;
+  if (job.rows.V <= kWarpPerRow) {
+    const auto kernel = job.entropy ? forward_kernel<kWarp, true, T, A> : forward_kernel<kWarp, false, T, A>;
+    launch(kernel, divide_up(N, kBlock / kWarp), kBlock, job);
+  } else {
+    launch(job.entropy ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, N, kBlock, job);
+  }
+}
+
+template <class T, class A>
+void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
+  launch(job.grad_entropy ? backward_kernel<true, T, A> : backward_kernel<false, T, A>, job.rows.rows * job.tiles, kBlock, job);
+}
+
+// ---- entry points ----
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor labels, std::optional<Tensor> mask,
+                                                         double temperature, bool with_entropy) {
+  check_logprobs(logits, labels, mask);
+  const LogitRows rows = logit_rows("logprobs", "logits", logits);
+  const Launcher launch("logprobs", logits);
+  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+  const auto row = [&] { return new_token_tensor(labels, labels.dim(), dtype); };
+  Tensor logprobs = row(), entropy = with_entropy ? row() : new_tensor(labels, {0}, dtype), max = row(), log_sum = row();
+  dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask), A(1.0 / temperature),
+                                         pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
+                                         pointer<A>(log_sum)});
+  });
+  return {logprobs, entropy, max, log_sum};
+}
+
+struct BackwardInput {
+  const std::optional<Tensor>&grad_logprobs, &grad_entropy;
+  const Tensor& labels;
+  const std::optional<Tensor>& mask;
+  const Tensor &entropy, &max, &log_sum;
+  double temperature;
+};
+
+void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
+  check_logprobs(logits, in.labels, in.mask);
+  check_row_stats("logprobs", logits, {&in.max, &in.log_sum});
+  if (in.grad_logprobs) check_row_stats("logprobs", logits, {&*in.grad_logprobs});
+  if (in.grad_entropy) check_row_stats("logprobs", logits, {&*in.grad_entropy, &in.entropy});
+  const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
+  const Launcher launch("logprobs", logits);
+  dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    launch_backward(launch, Backward<T, A>{pointer<T>(logits), rows, pointer<T>(grad), grad_rows, divide_up(rows.V, kTile<T>),
+                                           pointer<int64_t>(in.labels), mask_pointer(in.mask),
+                                           in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr,
+                                           in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
+                                           in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max),
+                                           pointer<A>(in.log_sum), A(1.0 / in.temperature)});
+  });
+}
+
+Tensor logprobs_backward_cuda(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                              Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
+                              double temperature) {
+  Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
+  run_backward(logits, grad, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
+  return grad;
+}
+
+void logprobs_backward_inplace_cuda(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                                    Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
+                                    double temperature) {
+  run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) {
+  m.impl("_logprobs", TORCH_BOX(&logprobs_cuda));
+  m.impl("_logprobs_backward", TORCH_BOX(&logprobs_backward_cuda));
+  m.impl("_logprobs_backward_", TORCH_BOX(&logprobs_backward_inplace_cuda));
+}
+
+}  // namespace ppo_ext
