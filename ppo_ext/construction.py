@@ -128,7 +128,8 @@ class ConstructionMixin:
             if not self.is_peft_model:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
         elif self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare(self.ref_model)
+            sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model that has nothing to train
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=not sharded)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)
         self.current_device = torch.device("cuda:0") if pipelined else self.accelerator.device
         settings = self.config.to_dict()
