@@ -197,6 +197,17 @@ def test_missing_path_never_asks_the_hub(source, monkeypatch):
         models.AutoModelForCausalLMWithValueHead.from_pretrained(source)
 
 
+@pytest.mark.parametrize("max_shard_size", ["1GB", "6KB"])
+def test_hub_id_in_the_cache_brings_its_head(max_shard_size, tmp_path):
+    snapshot = tmp_path / "models--me--policy" / "snapshots" / ("0" * 40)
+    model = wrapped(seed=6)
+    model.save_pretrained(snapshot, max_shard_size=max_shard_size)
+    (tmp_path / "models--me--policy" / "refs").mkdir()
+    (tmp_path / "models--me--policy" / "refs" / "main").write_text("0" * 40)
+    again = type(model).from_pretrained("me/policy", cache_dir=tmp_path, local_files_only=True)
+    assert_same_state(model, again)
+
+
 def test_push_to_hub_has_the_head_inside(monkeypatch):
     model, seen = wrapped(), []
     monkeypatch.setattr(
