@@ -13,57 +13,81 @@
 namespace ppo_ext {
 namespace {
 
-constexpr int kBlock = 1024;
+constexpr int kBlock = 2048;
+// How far, in powers of 2, a logit may exceed its origin before the block is redone: the divergence is a small difference,
+// and what the origins are off by adds to the terms of it.
+constexpr float kSlack = 0.5f;
 
-// ---- one row, fp32 arithmetic ----
+// ---- one row, fp32 arithmetic in powers of 2 ----
 
-struct KLSums {
-  f32v sum, ref_sum, weighted;
+// The policy's and the reference's origins; what they multiply their distances with is the same.
+struct Origins {
+  float policy, ref, scale;
 };
 
-PPO_INLINE void add_terms(f32v x, f32v ref_x, float max, float ref_max, float inv_temperature, KLSums& sums) {
-  const f32v e = exp_vector((x - max) * inv_temperature);
+struct BlockSums {
+  f32v sum, ref_sum, weighted, top, ref_top;  // as in KLState, in powers of 2
+};
+
+PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, BlockSums& sums) {
+  const f32v y = (x - origin.policy) * origin.scale;
+  const f32v e = exp2_clamped(y);
+  sums.top = max_ignoring_nan(sums.top, x);
+  sums.ref_top = max_ignoring_nan(sums.ref_top, ref_x);
   sums.sum += e;
-  sums.ref_sum += exp_vector((ref_x - ref_max) * inv_temperature);
+  sums.ref_sum += exp2_clamped((ref_x - origin.ref) * origin.scale);
   // y - y' from x - x', which loses nothing where the two are close. Where the policy has no probability the term is 0,
   // even against a -inf of the reference; a NaN stays.
-  const f32v gap = ((x - ref_x) - (max - ref_max)) * inv_temperature;
-  sums.weighted += select(e == 0.0f, splat(0.0f), e * gap);
+  const f32v gap = ((x - ref_x) - (origin.policy - origin.ref)) * origin.scale;
+  sums.weighted += y < kExp2Low ? splat(0.0f) : e * gap;
 }
 
-// One block's sums relative to the two origins, added to the row's.
 template <class T>
-PPO_INLINE void add_block(const T* x, const T* ref_x, int n, float inv_temperature, KLState<double>& row) {
-  // Nothing but -inf and NaN so far: -inf - -inf must not spread.
-  const float origin = row.max == -INFINITY ? 0.0f : float(row.max), ref_origin = row.ref_max == -INFINITY ? 0.0f : float(row.ref_max);
-  KLSums sums{};
+PPO_INLINE KLState<double> block_state(const T* x, const T* ref_x, int n, const Origins& origin) {
+  const f32v zero = splat(0.0f), lowest = splat(-INFINITY);
+  BlockSums sums{zero, zero, zero, lowest, lowest};
   for (int i = 0; i < n; i += kLanes) {
     const bool whole = i + kLanes <= n;
-    const f32v a = whole ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
-    const f32v b = whole ? load(ref_x + i) : load_tail(ref_x + i, n - i, -INFINITY);
-    add_terms(a, b, origin, ref_origin, inv_temperature, sums);
+    add_terms(whole ? load(x + i) : load_tail(x + i, n - i, -INFINITY),
+              whole ? load(ref_x + i) : load_tail(ref_x + i, n - i, -INFINITY), origin, sums);
   }
-  row.sum += sum_lanes(sums.sum);
-  row.ref_sum += sum_lanes(sums.ref_sum);
-  row.weighted += sum_lanes(sums.weighted);
+  return {max_lanes(sums.top), sum_lanes(sums.sum), max_lanes(sums.ref_top), sum_lanes(sums.ref_sum), kLn2 * sum_lanes(sums.weighted)};
 }
 
+PPO_INLINE bool exceeds(double top, double origin, float scale) { return top > origin && !((top - origin) * scale <= kSlack); }
+
+// The sums are taken relative to origins near the largest logits so far, so that each logit is read once.
 template <class T>
 PPO_INLINE KLState<double> row_state(const T* row, int64_t stride, const T* ref_row, int64_t ref_stride, int64_t V,
                                      float inv_temperature) {
   T buffer[kBlock], ref_buffer[kBlock];
-  KLState<double> state = kl_empty<double>();
+  const float scale = inv_temperature * kLog2e;
+  KLState<double> state = kl_empty<double>();  // its maxima are the origins
+  double max = -INFINITY, ref_max = -INFINITY;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int n = V - begin < kBlock ? int(V - begin) : kBlock;
     const T* x = contiguous_block(row, begin, n, stride, buffer);
     const T* ref_x = contiguous_block(ref_row, begin, n, ref_stride, ref_buffer);
-    const double top = block_max(x, n), ref_top = block_max(ref_x, n);
-    if (top > state.max || ref_top > state.ref_max)
-      state = kl_rescale(state, top > state.max ? top : state.max, ref_top > state.ref_max ? ref_top : state.ref_max,
-                         double(inv_temperature));
-    add_block(x, ref_x, n, inv_temperature, state);
+    if (state.max == -INFINITY) state.max = block_max(x, n);
+    if (state.ref_max == -INFINITY) state.ref_max = block_max(ref_x, n);
+    const auto read_block = [&] {
+      return block_state(x, ref_x, n, {state.max == -INFINITY ? 0.0f : float(state.max),
+                                       state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), scale});
+    };
+    KLState<double> block = read_block();
+    const bool moves = exceeds(block.max, state.max, scale), ref_moves = exceeds(block.ref_max, state.ref_max, scale);
+    if (moves || ref_moves) {
+      state = kl_rescale(state, moves ? block.max : state.max, ref_moves ? block.ref_max : state.ref_max, double(inv_temperature));
+      block = read_block();
+    }
+    max = block.max > max ? block.max : max;
+    ref_max = block.ref_max > ref_max ? block.ref_max : ref_max;
+    // A block of nothing but -inf has no sum; a NaN in it stays.
+    if (max > -INFINITY || block.sum != block.sum) state.sum += block.sum;
+    if (ref_max > -INFINITY || block.ref_sum != block.ref_sum) state.ref_sum += block.ref_sum;
+    state.weighted += block.weighted;
   }
-  return state;
+  return kl_rescale(state, max > -INFINITY ? max : state.max, ref_max > -INFINITY ? ref_max : state.ref_max, double(inv_temperature));
 }
 
 template <class A>
@@ -79,8 +103,8 @@ struct Row {
 PPO_INLINE f32v grad_terms(f32v x, f32v ref_x, const Row<float>& r) {
   const f32v log_p = (x - r.max) * r.inv_temperature - r.log_sum;
   const f32v log_q = (ref_x - r.ref_max) * r.inv_temperature - r.ref_log_sum;
-  const f32v p = exp_vector(log_p);
-  return select(p == 0.0f, splat(0.0f), r.grad_over_temperature * p * ((log_p - log_q) - r.kl));
+  const f32v p = exp2_or_zero(log_p * kLog2e);
+  return p == 0.0f ? splat(0.0f) : r.grad_over_temperature * p * ((log_p - log_q) - r.kl);
 }
 
 template <class T>

@@ -13,72 +13,93 @@
 namespace ppo_ext {
 namespace {
 
-constexpr int kBlock = 1024;
+constexpr int kBlock = 2048;
+constexpr float kSlack = 8.0f;  // how far, in powers of 2, a logit may exceed the origin of the sums before they are redone
 
-// ---- one row, fp32 arithmetic ----
+// ---- one row, fp32 arithmetic in powers of 2 ----
+
+struct BlockSums {
+  f32v sum, weighted, top;  // of 2^y, of 2^y y, and the largest x
+};
 
 template <bool WithEntropy>
-PPO_INLINE void add_terms(f32v x, float max, float inv_temperature, f32v& sum, f32v& weighted) {
-  const f32v y = (x - max) * inv_temperature;
-  const f32v e = exp_vector(y);
-  sum += e;
-  if (WithEntropy) weighted += e * select(y < -1e4f, splat(-1e4f), y);  // softmax_bounded
+PPO_INLINE void add_terms(f32v x, float origin, float scale, BlockSums& sums) {
+  const f32v y = (x - origin) * scale;
+  const f32v e = exp2_clamped(y);
+  sums.top = max_ignoring_nan(sums.top, x);
+  sums.sum += e;
+  if (WithEntropy) sums.weighted += e * (y < kExp2Low ? splat(kExp2Low) : y);  // 0 * -inf would be NaN
 }
 
-// One block's sums relative to `origin`, added to the row's.
+// One block's sums relative to `origin`, with its largest logit as max.
 template <bool WithEntropy, class T>
-PPO_INLINE void add_block(const T* x, int n, float origin, float inv_temperature, SoftmaxState<double>& row) {
-  f32v sum[2] = {}, weighted[2] = {};
+PPO_INLINE SoftmaxState<double> block_state(const T* x, int n, float origin, float scale) {
+  BlockSums a{splat(0.0f), splat(0.0f), splat(-INFINITY)}, b = a;
   int i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    add_terms<WithEntropy>(load(x + i), origin, inv_temperature, sum[0], weighted[0]);
-    add_terms<WithEntropy>(load(x + i + kLanes), origin, inv_temperature, sum[1], weighted[1]);
+    add_terms<WithEntropy>(load(x + i), origin, scale, a);
+    add_terms<WithEntropy>(load(x + i + kLanes), origin, scale, b);
   }
-  for (; i < n; i += kLanes) {
-    const f32v last = i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY);
-    add_terms<WithEntropy>(last, origin, inv_temperature, sum[0], weighted[0]);
-  }
-  row.sum += sum_lanes(sum[0] + sum[1]);
-  if (WithEntropy) row.weighted += sum_lanes(weighted[0] + weighted[1]);
+  for (; i < n; i += kLanes)
+    add_terms<WithEntropy>(i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY), origin, scale, a);
+  return {max_lanes(max_ignoring_nan(a.top, b.top)), sum_lanes(a.sum + b.sum),
+          WithEntropy ? kLn2 * sum_lanes(a.weighted + b.weighted) : 0.0};
 }
 
+// The sums are taken relative to an origin near the largest logit so far, so that each logit is read once.
 template <bool WithEntropy, class T>
 PPO_INLINE SoftmaxState<double> row_state(const T* row, int64_t V, int64_t stride, float inv_temperature) {
   T buffer[kBlock];
-  SoftmaxState<double> state = softmax_empty<double>();
+  const float scale = inv_temperature * kLog2e;
+  SoftmaxState<double> state = softmax_empty<double>();  // its max is the origin
+  double max = -INFINITY;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int n = V - begin < kBlock ? int(V - begin) : kBlock;
     const T* x = contiguous_block(row, begin, n, stride, buffer);
-    const double top = block_max(x, n);
-    if (top > state.max) state = softmax_rescale(state, top, double(inv_temperature));
-    // Nothing but -inf and NaN so far: -inf - -inf must not spread.
-    add_block<WithEntropy>(x, n, state.max == -INFINITY ? 0.0f : float(state.max), inv_temperature, state);
+    if (state.max == -INFINITY) state.max = block_max(x, n);
+    const float origin = state.max == -INFINITY ? 0.0f : float(state.max);
+    SoftmaxState<double> block = block_state<WithEntropy>(x, n, origin, scale);
+    if (block.max > state.max && !((block.max - state.max) * scale <= kSlack)) {
+      state = softmax_rescale(state, block.max, double(inv_temperature));
+      block = block_state<WithEntropy>(x, n, float(block.max), scale);
+    }
+    if (state.max == -INFINITY && block.sum == block.sum) continue;  // nothing but -inf
+    max = block.max > max ? block.max : max;
+    state.sum += block.sum;
+    state.weighted += block.weighted;
   }
-  return state;
+  return max > -INFINITY ? softmax_rescale(state, max, double(inv_temperature)) : state;
+}
+
+// The row's numbers for the backward pass, in powers of 2: p = 2^((x - max) scale - log2_sum).
+struct RowGrad {
+  float max, scale, log2_sum, alpha, beta;
+};
+
+PPO_INLINE RowGrad row_grad_in_powers_of_two(float max, float log_sum, float inv_temperature, LogitGrad<float> row) {
+  return {max, inv_temperature * kLog2e, log_sum * kLog2e, row.alpha, row.beta * float(kLn2)};
 }
 
 template <bool WithEntropy>
-PPO_INLINE f32v grad_terms(f32v x, float max, float log_sum, float inv_temperature, LogitGrad<float> row) {
-  const f32v log_p = (x - max) * inv_temperature - log_sum;
-  const f32v p = exp_vector(log_p);
+PPO_INLINE f32v grad_terms(f32v x, const RowGrad& row) {
+  const f32v log2_p = (x - row.max) * row.scale - row.log2_sum;
+  const f32v p = exp2_or_zero(log2_p);
   if (!WithEntropy) return p * row.alpha;
-  return p * (row.alpha - row.beta * select(log_p < -1e4f, splat(-1e4f), log_p));
+  return p * (row.alpha - row.beta * (log2_p < -1e4f ? splat(-1e4f) : log2_p));
 }
 
 template <bool WithEntropy, class T>
 PPO_INLINE void row_grad(const T* row, int64_t stride, T* out, int64_t out_stride, int64_t V, float max, float log_sum,
                          float inv_temperature, LogitGrad<float> coefficients) {
+  const RowGrad grad = row_grad_in_powers_of_two(max, log_sum, inv_temperature, coefficients);
   T in_buffer[kBlock], out_buffer[kBlock];
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int n = V - begin < kBlock ? int(V - begin) : kBlock;
     const T* x = contiguous_block(row, begin, n, stride, in_buffer);
     T* y = out_stride == 1 ? out + begin : out_buffer;
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      store(y + i, grad_terms<WithEntropy>(load(x + i), max, log_sum, inv_temperature, coefficients));
-    if (i < n)
-      store_tail(y + i, grad_terms<WithEntropy>(load_tail(x + i, n - i, 0.0f), max, log_sum, inv_temperature, coefficients),
-                 n - i);
+    for (; i + kLanes <= n; i += kLanes) store(y + i, grad_terms<WithEntropy>(load(x + i), grad));
+    if (i < n) store_tail(y + i, grad_terms<WithEntropy>(load_tail(x + i, n - i, 0.0f), grad), n - i);
     if (out_stride != 1)
       for (int j = 0; j < n; ++j) out[(begin + j) * out_stride] = out_buffer[j];
   }

@@ -77,33 +77,32 @@ PPO_INLINE void store(Half* p, f32v x) {
   std::memcpy(p, &out, sizeof(out));
 }
 
-PPO_INLINE f32v select(i32v condition, f32v yes, f32v no) {
-  return (f32v)(((i32v)yes & condition) | ((i32v)no & ~condition));
+PPO_INLINE f32v max_ignoring_nan(f32v a, f32v x) { return x > a ? x : a; }
+
+constexpr float kLog2e = 1.44269504f;
+constexpr double kLn2 = 0.69314718055994531;
+constexpr float kExp2Low = -126.0f;  // the smallest exponent of a normal float
+
+// 2^x for x <= 127 to about one unit in the last place. NaN stays; below -126 the result is 2^-126, which a sum of terms
+// next to 1 cannot see.
+PPO_INLINE f32v exp2_clamped(f32v x) {
+  const f32v low = splat(kExp2Low);
+  const f32v bounded = low > x ? low : x;
+  const f32v round = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 rounds to an integer, kept in the low bits with the bias
+  const f32v shifted = bounded + round;
+  const f32v f = bounded - (shifted - round);
+  f32v p = splat(1.5353362e-4f);  // minimax for 2^f on [-1/2, 1/2], relative error 2e-8
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.618437e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 0.24022648f;
+  p = p * f + 0.6931472f;
+  p = p * f + 1.0f;
+  return p * (f32v)((i32v)shifted << 23);
 }
 
-PPO_INLINE f32v max_ignoring_nan(f32v a, f32v x) { return select(x > a, x, a); }
-
-// exp(x): 1 ulp or so for x in [-87.3, 88.7], 0 below, inf above, NaN for NaN.
-PPO_INLINE f32v exp_vector(f32v x) {
-  const f32v low = splat(-87.33654f), high = splat(88.72284f);
-  const f32v bounded = select(x < low, low, select(x > high, high, x));
-  const f32v round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
-  const f32v shifted = bounded * 1.44269504f + round;
-  const f32v n = shifted - round;
-  f32v r = bounded - n * 0.693359375f;  // ln 2 in two parts
-  r = r - n * -2.12194440e-4f;
-  f32v p = splat(1.9875691500e-4f);  // Cephes' expf polynomial
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const i32v exponent = (i32v)shifted << 23;  // n in the exponent's place; the rounding constant shifts out
-  const f32v scaled = (f32v)((i32v)p + exponent);
-  const f32v finite = select(x < low, splat(0.0f), select(x > high, splat(INFINITY), scaled));
-  return select(x != x, x, finite);
-}
+// The same with an exact 0 below -126, where a probability's gradient has to vanish.
+PPO_INLINE f32v exp2_or_zero(f32v x) { return x < kExp2Low ? splat(0.0f) : exp2_clamped(x); }
 
 // The lanes of x, added in pairs in fp64.
 PPO_INLINE double sum_lanes(f32v x) {

@@ -44,7 +44,7 @@ def assert_within_torch_error(name, ours, torchs, exact, factor=1.0):
     assert torch.isfinite(exact).all(), f"{name}: the exact values are not finite, so nothing would be compared"
     if exact.numel() == 0:
         return
-    unit = torch.finfo(ours.dtype).eps * exact.abs().max().item() * (1000 if ours.dtype == torch.float64 else 1)
+    unit = torch.finfo(ours.dtype).eps * exact.abs().max().item() * (1000 if ours.dtype == torch.float64 else 1) + 1e-30
     error, torch_error = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
     worst = error.flatten().argmax().item()
     where = (f"worst at entry {worst}: ours {ours.flatten()[worst].item()!r}, torch {torchs.flatten()[worst].item()!r}, "
