@@ -21,7 +21,7 @@ def plot_curves(path: Path, ppo: list[dict], control: list[dict], stages: dict[s
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
     panels = (
         ("rm_score", "Reward model score", "standard deviations of SFT samples", stages["before"]["rm_score"]),
-        ("gold", f"{gold_name}\n(gold metric, never seen by PPO)", "points", stages["before"]["gold"]),
+        ("gold", f"Gold metric: {gold_name}", "points (PPO never sees them)", stages["before"]["gold"]),
         ("kl", "KL to the SFT model", "nats per response", 0.0),
     )
     for axis, (key, title, unit, start) in zip(axes, panels, strict=True):
@@ -32,6 +32,8 @@ def plot_curves(path: Path, ppo: list[dict], control: list[dict], stages: dict[s
             if records:
                 axis.plot([r["step"] for r in records], [r[key] for r in records], color=color, lw=1.8, label=label)
                 _held_out_point(axis, records[-1]["step"], stages.get(stage), key, color)
+        if key == "gold":
+            axis.plot([], [], "o", color=SFT_COLOR, ms=5, label="held-out prompts at the end, gold with 95 % interval")
         axis.axhline(start, color=SFT_COLOR, lw=1, ls="--", label="SFT model")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("PPO step")
@@ -39,7 +41,7 @@ def plot_curves(path: Path, ppo: list[dict], control: list[dict], stages: dict[s
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e6e6", lw=0.8)
         axis.set_axisbelow(True)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

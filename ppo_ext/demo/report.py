@@ -56,14 +56,19 @@ def table(stages: dict[str, dict], gold_name: str) -> Table:
     return result
 
 
-def seconds_table(seconds: dict[str, float], stages: dict[str, dict]) -> Table:
+def seconds_table(stages: dict[str, dict]) -> Table:
     result = Table(title="Stages", title_justify="left")
     result.add_column("")
     result.add_column("seconds", justify="right")
-    for name, value in seconds.items():
-        result.add_row(name, f"{value:.0f}")
-    result.add_row("all", f"{sum(seconds.values()):.0f}", style="bold")
-    result.caption = f"reward model accuracy {stages['reward']['accuracy']:.3f}; labeller {stages['pairs']['ceiling']:.2f}"
+    result.add_column("result")
+    texts = {
+        "sft": lambda s: f"held-out loss {s['eval_loss']:.2f} nats per token",
+        "pairs": lambda s: f"labeller agrees with the gold metric on {100 * s['ceiling']:.0f} %",
+        "reward": lambda s: f"held-out accuracy {100 * s['accuracy']:.1f} %, ties {100 * s['ties']:.1f} %",
+    }
+    for name, results in stages.items():
+        result.add_row(name, f"{results['seconds']:.0f}", texts[name](results) if name in texts else "")
+    result.add_row("all", f"{sum(s['seconds'] for s in stages.values()):.0f}", style="bold")
     return result
 
 

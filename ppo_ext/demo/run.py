@@ -82,12 +82,14 @@ def _finish(options, gold, folder: RunFolder, display: Display) -> int:
     folder.write_json("summary.json", _summary(options, gold.name, done, checks, passed if has_gate else None))
     display.console.print()
     display.console.print(report.table(done, gold.name))
-    display.console.print(report.seconds_table({name: s["seconds"] for name, s in done.items()}, done))
+    display.console.print(report.seconds_table(done))
     report.print_samples(samples, display)
     if has_gate:
         display.heading("Gate")
         report.print_gate(checks, display)
-    display.note(f"\n  plot {folder / 'curves.png'}, samples {folder / 'samples.md'}, figures {folder / 'summary.json'}")
+    display.heading("Written")
+    for name in ("curves.png", "samples.md", "summary.json", "ppo_model"):
+        display.note(str(folder / name))
     return 0 if passed else 1
 
 

@@ -23,11 +23,12 @@ class Settings:
     sft_window: int = 48
     sft_learning_rate: float = 5e-3
 
-    train_pairs: int = 2500
-    held_out_pairs: int = 500
-    reward_epochs: int = 2
+    responses_per_prompt: int = 4  # each is compared with the next: as many pairs as responses
+    train_pairs: int = 5000
+    held_out_pairs: int = 1000
+    reward_epochs: int = 1
     reward_batch: int = 32  # pairs
-    reward_learning_rate: float = 5e-4
+    reward_learning_rate: float = 2e-3
 
     ppo_steps: int = 40
     ppo_batch: int = 64  # samples per step
@@ -39,7 +40,7 @@ class Settings:
     kl_horizon: float = 2000.0  # samples
     vf_coef: float = 0.5
 
-    control_steps: int = 40  # the run without a KL penalty
+    control_steps: int = 30  # the run without a KL penalty
     control_learning_rate: float = 5e-4
 
     eval_prompts: int = 256  # held out

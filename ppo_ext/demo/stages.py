@@ -60,21 +60,22 @@ def train_sft(corpus: Corpus, settings: Settings, folder: RunFolder, display: Di
 
 
 def label_pairs(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunFolder, display: Display) -> dict:
-    """Two SFT samples per prompt and one noisy vote between them; writes pairs.jsonl, the last ones held out."""
+    """SFT samples, compared in a ring per prompt with one noisy vote each; writes pairs.jsonl, the last ones held out."""
     torch.manual_seed(settings.seed + 1)
     model = AutoModelForCausalLM.from_pretrained(folder / "sft_model").to(default_device()).eval()
-    total = settings.train_pairs + settings.held_out_pairs
-    asked = prompts(corpus, corpus.train, settings.prompt_tokens, settings.train_pairs, settings.seed)
-    asked += prompts(corpus, corpus.held_out, settings.prompt_tokens, settings.held_out_pairs, settings.seed)
-    with display.bar("sampling pairs", 2 * total) as advance:
-        first = sample(model, corpus.tokenizer, asked, settings.response_tokens, advance)
-        second = sample(model, corpus.tokenizer, asked, settings.response_tokens, advance)
-    gold_first, gold_second = gold(first.texts), gold(second.texts)
-    first_wins = gold.prefer_first(gold_first, gold_second, torch.Generator().manual_seed(settings.seed))
-    _write_pairs(folder, first, second, first_wins)
-    scores = torch.cat([gold_first, gold_second])
-    agrees = ((gold_first > gold_second) == first_wins).double().mean().item()
-    display.note(f"{total} pairs; the labeller agrees with {gold.name} on {100 * agrees:.0f} % of them")
+    count = settings.responses_per_prompt
+    per_part = (corpus.train, settings.train_pairs // count), (corpus.held_out, settings.held_out_pairs // count)
+    asked = [p for part, n in per_part for p in prompts(corpus, part, settings.prompt_tokens, n, settings.seed)]
+    asked = [prompt for prompt in asked for _ in range(count)]
+    with display.bar("sampling", len(asked)) as advance:
+        samples = sample(model, corpus.tokenizer, asked, settings.response_tokens, advance)
+    # Response i meets response i + 1 of its prompt, the last one the first: a sample is judged twice, at no extra sampling.
+    ring = torch.arange(len(asked)).view(-1, count).roll(-1, dims=1).flatten()
+    scores = gold(samples.texts)
+    wins = gold.prefer_first(scores, scores[ring], torch.Generator().manual_seed(settings.seed))
+    _write_pairs(folder, samples, ring, wins)
+    agrees = ((scores > scores[ring]) == wins).double().mean().item()
+    display.note(f"{len(asked)} pairs; the labeller agrees with {gold.name} on {100 * agrees:.0f} % of them")
     return {"gold_mean": scores.mean().item(), "gold_sd": scores.std().item(), "ceiling": agrees}
 
 
@@ -118,16 +119,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _write_pairs(folder: RunFolder, first: Samples, second: Samples, first_wins: torch.Tensor) -> None:
+def _write_pairs(folder: RunFolder, samples: Samples, opponents: torch.Tensor, wins: torch.Tensor) -> None:
     with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
-        for i, wins in enumerate(first_wins.tolist()):
-            chosen, rejected = (first, second) if wins else (second, first)
+        for i, (opponent, first_wins) in enumerate(zip(opponents.tolist(), wins.tolist(), strict=True)):
+            chosen, rejected = (i, opponent) if first_wins else (opponent, i)
             pair = {
-                "prompt_ids": first.prompts[i].tolist(),
-                "chosen_ids": chosen.responses[i].tolist(),
-                "rejected_ids": rejected.responses[i].tolist(),
-                "chosen": chosen.texts[i],
-                "rejected": rejected.texts[i],
+                "prompt_ids": samples.prompts[i].tolist(),
+                "chosen_ids": samples.responses[chosen].tolist(),
+                "rejected_ids": samples.responses[rejected].tolist(),
+                "chosen": samples.texts[chosen],
+                "rejected": samples.texts[rejected],
             }
             file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 
