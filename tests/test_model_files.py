@@ -198,7 +198,9 @@ def test_missing_path_never_asks_the_hub(source, monkeypatch):
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "6KB"])
-def test_hub_id_in_the_cache_brings_its_head(max_shard_size, tmp_path):
+def test_hub_id_in_the_cache_brings_its_head(max_shard_size, tmp_path, monkeypatch):
+    # what HF_HUB_OFFLINE=1 sets before the import; transformers looks for an adapter online even with local_files_only
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--me--policy" / "snapshots" / ("0" * 40)
     model = wrapped(seed=6)
     model.save_pretrained(snapshot, max_shard_size=max_shard_size)
