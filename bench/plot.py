@@ -17,23 +17,28 @@ def _timed(rows):
             yield table.title(key), timed
 
 
-def _bars(labelled, path, xlabel, mark, log):
-    """Horizontal bars of (case, implementation, value), one colour per implementation."""
+def _colours(rows):
+    """The same colour for an implementation in every plot of one machine."""
+    names = sorted({row["implementation"] for row in rows if not row["implementation"].startswith(FLOOR)})
+    return {name: pyplot.colormaps["tab20"](i) for i, name in enumerate(names)}
+
+
+def _bars(labelled, colours, path, xlabel, mark, start):
+    """Horizontal bars of (case, implementation, value); on a log scale where they start at `mark`."""
     if not labelled:
         return
-    names = sorted({name for _, name, _ in labelled})
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     figure, axes = pyplot.subplots(figsize=(9, 1.3 + 0.24 * len(labelled)), layout="constrained")
     previous = None
-    ticks = []
+    ticks = {}
     for position, (case, name, value) in enumerate(labelled):
-        axes.barh(-position, value, color=colours[name], label=name)
+        axes.barh(-position, value - start, left=start, color=colours[name], label=name)
         axes.annotate(f" {table.number(value)}", (value, -position), va="center", fontsize=7)
-        ticks.append(case if case != previous else "")
+        if case != previous:
+            ticks[-position] = case
         previous = case
-    axes.set_yticks([-i for i in range(len(ticks))], ticks, fontsize=7)
+    axes.set_yticks(list(ticks), ticks.values(), fontsize=7)
     axes.set_ylim(-len(labelled) + 0.5, 0.5)
-    if log:
+    if start == mark:
         axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.axvline(mark, color="black", linewidth=0.8)
@@ -48,7 +53,7 @@ def speedups(rows, path):
     """How many times faster ours is than each baseline; left of the line is a loss."""
     labelled = [(case, name, row["p50_ms"] / timed[OURS]["p50_ms"]) for case, timed in _timed(rows)
                 for name, row in timed.items() if not name.startswith((OURS, FLOOR))]
-    _bars(labelled, path, "time of the baseline / time of ppo_ext", mark=1.0, log=True)
+    _bars(labelled, _colours(rows), path, "time of the baseline / time of ppo_ext", mark=1.0, start=1.0)
 
 
 def floor_shares(rows, path):
@@ -56,4 +61,5 @@ def floor_shares(rows, path):
     labelled = [(case, name, 100 * row["share_of_floor"]) for case, timed in _timed(rows)
                 for name, row in timed.items() if row["op"].startswith(("logprobs", "full_kl"))
                 and not name.startswith(FLOOR)]
-    _bars(labelled, path, "% of the memory floor (a read or copy of the same bytes, same run)", mark=100.0, log=False)
+    _bars(labelled, _colours(rows), path, "% of the memory floor (a read or copy of the same bytes, same run)",
+          mark=100.0, start=0.0)

@@ -5,6 +5,7 @@ alike. Every number of one table comes from one such run.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -136,6 +137,8 @@ def peak_extra_bytes(call, device):
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: else the call may fill freed pages that are still resident
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
     before = _status_bytes("VmRSS")
     result = call()
