@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch.nn.functional import logsigmoid
-from tqdm.auto import tqdm
 
+from .fitting import check_schedule, fit
 from .sequences import Sample, encode, right_pad
 
 
@@ -71,11 +71,9 @@ class RewardConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_train_epochs", "batch_size", "eval_batch_size", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"RewardConfig: {name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"RewardConfig: warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        check_schedule(self)
+        if not self.num_train_epochs > 0:
+            raise ValueError(f"RewardConfig: num_train_epochs must be > 0, got {self.num_train_epochs}")
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
             raise ValueError(
                 f"RewardConfig: center_rewards_coefficient must be >= 0 or None, got {self.center_rewards_coefficient}"
@@ -98,9 +96,7 @@ class RewardTrainer:
         self.config = config or RewardConfig()
         self.tokenizer = tokenizer
         self.accelerator = Accelerator()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=self.config.weight_decay)
         self.pad_token_id = model.config.pad_token_id
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -116,44 +112,28 @@ class RewardTrainer:
         Args:
             chosen, rejected: texts or token ids, pair by pair.
             margin: one number per pair, or None.
-            on_step: called with {"step", "steps", "loss", "accuracy"} after each update; without it a tqdm bar is shown.
+            on_step: called with the record of each update; without it a tqdm bar is shown.
         Returns:
-            the same dict, of the last update.
+            the last record: {"step", "steps", "loss", "learning_rate", "accuracy"}
         Raises:
             ValueError: lists of different lengths, or empty ones.
             FloatingPointError: the loss is not finite; the weights are then those of the last finite update.
         """
-        config = self.config
         chosen, rejected, margin = self._encode_pairs("train", chosen, rejected, margin)
-        generator = torch.Generator().manual_seed(config.seed + self.accelerator.process_index)
-        batches = [b for _ in range(config.num_train_epochs)
-                   for b in torch.randperm(len(chosen), generator=generator).split(config.batch_size)]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer.optimizer,
-            max_lr=config.learning_rate,
-            total_steps=len(batches) + 1,
-            pct_start=config.warmup_ratio,
-        )
-        self.model.train()
-        for step, batch in enumerate(tqdm(batches, desc="reward model", disable=on_step is not None), 1):
-            rewards_chosen, rewards_rejected = self._rewards([chosen[i] for i in batch], [rejected[i] for i in batch])
-            pair_margin = None if margin is None else margin[batch].to(rewards_chosen.device)
-            loss = reward_loss(rewards_chosen, rewards_rejected, pair_margin, config.center_rewards_coefficient)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"RewardTrainer.train: loss must be finite, got {loss.item()} at step {step}; lower learning_rate"
-                )
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            scheduler.step()
-            accuracy = (rewards_chosen > rewards_rejected).float().mean().item()
-            record = {"step": step, "steps": len(batches), "loss": loss.item(), "accuracy": accuracy}
-            if on_step is not None:
-                on_step(record)
-        self.model.eval()
-        return record
+        generator = torch.Generator().manual_seed(self.config.seed + self.accelerator.process_index)
+        orders = [torch.randperm(len(chosen), generator=generator) for _ in range(self.config.num_train_epochs)]
+        batches = [batch for order in orders for batch in order.split(self.config.batch_size)]
+
+        def loss_of(batch):
+            rewards = self._rewards([chosen[i] for i in batch], [rejected[i] for i in batch])
+            pair_margin = None if margin is None else margin[batch].to(rewards[0].device)
+            loss = reward_loss(*rewards, pair_margin, self.config.center_rewards_coefficient)
+            return loss, {"accuracy": (rewards[0] > rewards[1]).float().mean().item()}
+
+        return fit(
+            "RewardTrainer", self.accelerator, self.model, self.optimizer, batches, len(batches),
+            loss_of, self.config, on_step,
+        )  # fmt: skip
 
     @torch.no_grad()
     def evaluate(
@@ -162,8 +142,8 @@ class RewardTrainer:
         """Loss and accuracy on held-out pairs.
 
         Returns:
-            {"loss", "accuracy": share with chosen > rejected, "ties": share with equal rewards, "margin": mean difference}.
-            A tie counts as wrong.
+            {"loss", "accuracy": share of chosen > rejected, "ties": share of equal rewards (they count as wrong),
+            "margin": mean difference}
         """
         chosen, rejected, margin = self._encode_pairs("evaluate", chosen, rejected, margin)
         was_training = self.model.training
@@ -173,17 +153,17 @@ class RewardTrainer:
         self.model.train(was_training)
         rewards_chosen, rewards_rejected = (torch.cat(side).cpu() for side in zip(*parts, strict=True))
         difference = rewards_chosen - rewards_rejected
+        loss = reward_loss(rewards_chosen, rewards_rejected, margin, self.config.center_rewards_coefficient)
         return {
-            "loss": reward_loss(rewards_chosen, rewards_rejected, margin, self.config.center_rewards_coefficient).item(),
+            "loss": loss.item(),
             "accuracy": (difference > 0).float().mean().item(),
             "ties": (difference == 0).float().mean().item(),
             "margin": difference.mean().item(),
         }
 
     def _rewards(self, chosen: list[torch.Tensor], rejected: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        # One forward over 2B rows, chosen first: as fast as one of B rows on small batches, and the same dropout stream.
-        rewards = _forward(self.model, chosen + rejected, self.pad_token_id, self.accelerator.device)
-        return rewards.chunk(2)
+        # One forward over 2B rows, chosen first, as TRL does from 1.0 on.
+        return _forward(self.model, chosen + rejected, self.pad_token_id, self.accelerator.device).chunk(2)
 
     def _encode_pairs(self, method, chosen, rejected, margin):
         name = f"RewardTrainer.{method}"
@@ -203,9 +183,7 @@ class RewardTrainer:
 
 
 @torch.no_grad()
-def score(
-    model: torch.nn.Module, sequences: Sequence[Sample], *, tokenizer=None, batch_size: int = 128
-) -> torch.Tensor:
+def score(model, sequences: Sequence[Sample], *, tokenizer=None, batch_size: int = 128) -> torch.Tensor:
     """Scores of sequences by a reward model: reward_gain * logit + reward_bias.
 
     Gain and bias are the model config's, set by `normalize_rewards`; 1 and 0 where it has none.
@@ -230,19 +208,17 @@ def score(
     scores = getattr(model.config, "reward_gain", 1.0) * rewards + getattr(model.config, "reward_bias", 0.0)
     if not torch.isfinite(scores).all():
         bad = int((~torch.isfinite(scores)).nonzero()[0])
-        raise ValueError(f"score: sequences[{bad}] must get a finite score, got {scores[bad].item()}; is the model trained?")
+        raise ValueError(f"score: sequences[{bad}] must get a finite score, got {scores[bad].item()}")
     return scores
 
 
-def normalize_rewards(
-    model: torch.nn.Module, sequences: Sequence[Sample], *, tokenizer=None, batch_size: int = 128
-) -> tuple[float, float]:
+def normalize_rewards(model, sequences: Sequence[Sample], *, tokenizer=None, batch_size: int = 128):
     """Sets gain and bias so that the reference `sequences` score mean 0 and standard deviation 1.
 
     Both go into model.config (reward_gain, reward_bias) and so survive save_pretrained and from_pretrained.
 
     Returns:
-        (gain, bias)
+        (gain, bias), floats.
     Raises:
         ValueError: fewer than two sequences, or all of them score the same.
     Source: Ziegler et al. 2019, section 2.1; their gain and bias of the reward model.

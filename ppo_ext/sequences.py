@@ -36,13 +36,14 @@ def encode(
             sample = tokenizer(sample)["input_ids"] + eos
         ids = torch.as_tensor(sample, dtype=torch.long)
         if ids.ndim != 1 or len(ids) < min_length:
-            raise ValueError(f"{name}[{i}] must have at least {min_length} token(s) in one row, got shape {list(ids.shape)}")
+            shape = list(ids.shape)
+            raise ValueError(f"{name}[{i}] must be one row of at least {min_length} tokens, got shape {shape}")
         encoded.append(ids[:max_length])
     return encoded
 
 
 def right_pad(sequences: list[torch.Tensor], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, mask), both [N, T] int64. The mask comes from the lengths, so a pad id inside a sequence does no harm."""
+    """(input_ids, mask), both [N, T] int64. The mask comes from lengths: a pad id inside a sequence does no harm."""
     input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()

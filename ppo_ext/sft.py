@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from .fitting import check_schedule, fit
 from .logprobs import logprobs
 from .sequences import Sample, encode, right_pad
 
@@ -31,11 +32,9 @@ class SFTConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "eval_batch_size", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"SFTConfig: {name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"SFTConfig: warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        check_schedule(self)
+        if not self.max_steps > 0:
+            raise ValueError(f"SFTConfig: max_steps must be > 0, got {self.max_steps}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"SFTConfig: max_length must be >= 2 or None, got {self.max_length}")
 
@@ -66,45 +65,25 @@ class SFTTrainer:
         self.train_dataset = self._encode(train_dataset, "train_dataset")
         self.eval_dataset = self._encode(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         self.accelerator = Accelerator()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.95)
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def train(self, on_step: Callable[[dict], None] | None = None) -> dict[str, float]:
         """Runs `max_steps` updates, in place on the model; leaves it in eval mode.
 
         Args:
-            on_step: called with {"step", "loss", "learning_rate"} after each update; without it a tqdm bar is shown.
+            on_step: called with {"step", "steps", "loss", "learning_rate"} after each update; without it, a tqdm bar.
         Returns:
             {"loss": of the last update, "eval_loss": held-out nats per token, if there is an eval_dataset}
         Raises:
             FloatingPointError: the loss is not finite; the weights are then those of the last finite update.
         """
-        config = self.config
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer.optimizer,
-            max_lr=config.learning_rate,
-            total_steps=config.max_steps + 1,
-            pct_start=config.warmup_ratio,
-        )
-        bar = tqdm(total=config.max_steps, desc="SFT", disable=on_step is not None)
-        self.model.train()
-        for step, (input_ids, mask) in zip(range(1, config.max_steps + 1), self._batches(), strict=False):
-            loss = self.loss(input_ids, mask)
-            self._check_finite(loss, step)
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            record = {"step": step, "loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]}
-            scheduler.step()
-            bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.3f}")
-            if on_step is not None:
-                on_step(record)
-        bar.close()
-        self.model.eval()
+        steps = self.config.max_steps
+        batches = islice(self._batches(), steps)
+        record = fit(
+            "SFTTrainer", self.accelerator, self.model, self.optimizer, batches, steps,
+            lambda batch: (self.loss(*batch), {}), self.config, on_step,
+        )  # fmt: skip
         return {"loss": record["loss"]} | (self.evaluate() if self.eval_dataset is not None else {})
 
     @torch.no_grad()
@@ -124,7 +103,7 @@ class SFTTrainer:
         return {"eval_loss": nats / tokens}
 
     def loss(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-probability per token. input_ids, mask: [B, T] int64, mask 1 on tokens. Returns 0-d float32."""
+        """Mean negative log-probability per token, 0-d float32. input_ids, mask: [B, T] int64, mask 1 on tokens."""
         device = self.accelerator.device
         input_ids, mask = input_ids.to(device), mask.to(device)
         logits = self.model(input_ids=input_ids, attention_mask=mask).logits
@@ -150,10 +129,3 @@ class SFTTrainer:
         return encode(
             f"SFTTrainer: {name}", dataset, self.tokenizer, max_length=self.max_length, min_length=2, append_eos=True
         )
-
-    @staticmethod
-    def _check_finite(loss: torch.Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"SFTTrainer: loss must be finite, got {loss.item()} at step {step}; lower learning_rate or max_grad_norm"
-            )

@@ -1,21 +1,22 @@
 """`python -m ppo_ext demo`: SFT, preference pairs, reward model and PPO on real text, offline, in minutes."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
-RUNNERS = """\
+EPILOG = """\
 The labeller is a stand-in for people: it votes by Flesch reading ease with noise, so the result can be judged by the
 same formula. PPO only sees the reward model. A second run into the same folder is refused unless --overwrite (start
 over) or --resume (keep the finished stages) is given."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ppo_ext demo", description=__doc__, epilog=RUNNERS)
+    parser = argparse.ArgumentParser(prog="python -m ppo_ext demo", description=__doc__, epilog=EPILOG)
     parser.add_argument("--out", type=Path, default=Path("ppo_ext_demo"), help="output folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="a UTF-8 text instead of Python's language reference")
+    parser.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="UTF-8 text instead of Python's reference")
     parser.add_argument(
         "--scorer", metavar="MODULE:FUNCTION",
         help="the gold metric instead of Flesch reading ease: text -> number, or list of texts -> list of numbers",
@@ -44,7 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     return run(options)
 
 
-def _installed(name: str) -> bool:
-    from importlib.util import find_spec
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**31:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2^31), got {seed}")
+    return seed
 
-    return find_spec(name) is not None
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 MIN_CHARACTERS = 4000  # below this neither a tokenizer nor held-out prompts can be had
+MIN_TOKENS = 64
 _RULE = re.compile(r"\s*[*=~^+|-]{3,}[-+=|* ]*")
 
 
@@ -56,7 +57,8 @@ def read_paragraphs(path: Path) -> list[str]:
         raise ValueError(f"demo: --corpus must be a readable file, got {path} ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"demo: --corpus must be UTF-8 text, got {path} with byte 0x{error.object[error.start]:02x} at position {error.start}"
+            f"demo: --corpus must be UTF-8 text, got {path} with byte 0x{error.object[error.start]:02x} "
+            f"at position {error.start}"
         ) from error
     for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+"):
         paragraphs = [re.sub(r"\s+", " ", p).strip() for p in re.split(pattern, text)]
@@ -66,8 +68,8 @@ def read_paragraphs(path: Path) -> list[str]:
     characters = sum(map(len, paragraphs))
     if len(paragraphs) < 20 or characters < MIN_CHARACTERS:
         raise ValueError(
-            f"demo: --corpus must hold at least 20 different paragraphs, lines or sentences and {MIN_CHARACTERS} characters, "
-            f"got {len(paragraphs)} and {characters} in {path}"
+            f"demo: --corpus must hold at least 20 different paragraphs, lines or sentences and {MIN_CHARACTERS} "
+            f"characters, got {len(paragraphs)} and {characters} in {path}"
         )
     return paragraphs
 
@@ -94,7 +96,14 @@ def build_corpus(paragraphs: list[str], vocab_size: int, held_out_fraction: floa
     train = [paragraphs[i] for i in order[cut:]]
     held_out = [paragraphs[i] for i in order[:cut]]
     tokenizer = train_tokenizer(train, vocab_size)
-    return Corpus(tokenizer, _stream(tokenizer, train), _stream(tokenizer, held_out), len(paragraphs))
+    corpus = Corpus(tokenizer, _stream(tokenizer, train), _stream(tokenizer, held_out), len(paragraphs))
+    shortest = min(len(corpus.train), len(corpus.held_out))
+    if shortest < MIN_TOKENS:
+        raise ValueError(
+            f"demo: --corpus must give at least {MIN_TOKENS} tokens for training and held out, got {shortest}; "
+            "use a longer text or more even paragraphs"
+        )
+    return corpus
 
 
 def _stream(tokenizer: PreTrainedTokenizerFast, paragraphs: list[str]) -> torch.Tensor:

@@ -44,7 +44,7 @@ class RunFolder:
                     _delete(path / name)
             self._write_record()
         except OSError as error:
-            raise ValueError(f"demo: --out must be a writable folder, got {path} ({error.strerror or error})") from error
+            raise ValueError(f"demo: --out must be a writable folder, got {path} ({error.strerror})") from error
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -69,7 +69,8 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a kill can leave the last line without its end
+        records = [json.loads(line) for line in lines]
         return [record for record in records if stage is None or record["stage"] == stage]
 
     def write_samples(self, stage: str, prompts: list[str], texts: list[str], gold: list[float]) -> None:

@@ -36,7 +36,7 @@ class GoldMetric:
             scores = list(self.function(texts))
         except Exception as error:
             raise ValueError(
-                f"demo: scorer {self.name} must score any text, got {type(error).__name__}: {error} on {len(texts)} texts"
+                f"demo: scorer {self.name} must not fail on any text, got {type(error).__name__}: {error}"
             ) from error
         if len(scores) != len(texts):
             raise ValueError(
@@ -49,8 +49,11 @@ class GoldMetric:
 
     def prefer_first(self, first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One noisy vote per pair: first wins with probability sigmoid((first - second) / noise). Returns [N] bool."""
-        noise = self.noise or max(RELATIVE_NOISE * torch.cat([first, second]).std().item(), 1e-12)
-        return torch.rand(len(first), generator=generator, dtype=torch.float64) < torch.sigmoid((first - second) / noise)
+        noise = self.noise or RELATIVE_NOISE * torch.cat([first, second]).std().item()
+        if noise == 0.0:
+            raise ValueError(f"demo: scorer {self.name} must tell texts apart, got {first[0].item()} for all of them")
+        draws = torch.rand(len(first), generator=generator, dtype=torch.float64)
+        return draws < torch.sigmoid((first - second) / noise)
 
 
 def flesch_metric() -> GoldMetric:
@@ -65,7 +68,8 @@ def load_scorer(path: str) -> GoldMetric:
     try:
         function = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # a user's module may raise anything while it is imported
-        raise ValueError(f"demo: --scorer must be importable, got {path!r} ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"demo: --scorer must be importable, got {path!r} ({reason})") from error
     return GoldMetric(path, _by_list(path, function))
 
 
@@ -87,7 +91,8 @@ def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]
     except Exception as error:
         failures.append(f"{type(error).__name__}: {error} for one text")
     raise ValueError(
-        f"demo: --scorer must return a number per text, or a list of them for a list, got {path} with " + " and ".join(failures)
+        f"demo: --scorer must return a number for a text or a list of numbers for a list of texts, got from {path} "
+        + " and ".join(failures)
     )
 
 

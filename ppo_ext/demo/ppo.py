@@ -28,10 +28,8 @@ def train_ppo(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunF
 
 
 def train_control(corpus: Corpus, settings: Settings, gold: GoldMetric, folder: RunFolder, display: Display) -> dict:
-    """The same without a KL penalty and with a larger learning rate: what the penalty keeps away. Writes control_model."""
-    config = ppo_config(
-        settings, learning_rate=settings.control_learning_rate, init_kl_coef=0.0, adap_kl_ctrl=False
-    )
+    """The same without a KL penalty and at a larger rate, to show what the penalty prevents; writes control_model."""
+    config = ppo_config(settings, learning_rate=settings.control_learning_rate, init_kl_coef=0.0, adap_kl_ctrl=False)
     return _run("control", "control, no KL", config, settings.control_steps, corpus, settings, gold, folder, display)
 
 
@@ -104,5 +102,6 @@ def held_out_figures(stage, policy, reward_model, corpus: Corpus, settings: Sett
     torch.manual_seed(settings.seed + 4)
     asked = prompts(corpus, corpus.held_out, settings.prompt_tokens, settings.eval_prompts, settings.seed + 4)
     samples = sample(policy, corpus.tokenizer, asked, settings.response_tokens)
-    folder.write_samples(stage, corpus.tokenizer.batch_decode(samples.prompts), samples.texts, gold(samples.texts).tolist())
+    prompt_texts = corpus.tokenizer.batch_decode(samples.prompts)
+    folder.write_samples(stage, prompt_texts, samples.texts, gold(samples.texts).tolist())
     return evaluate(policy, reference, reward_model, gold, samples)

@@ -25,13 +25,13 @@ def gate(stages: dict[str, dict]) -> list[Check]:
     gain = after["gold"] - before["gold"]
     gap = (after["gold"] - after["gold_ci"]) - (before["gold"] + before["gold_ci"])
     rise = after["ref_nll"] - before["ref_nll"]
-    accuracy = stages["reward"]["accuracy"]
+    kl, distinct, accuracy = after["kl"], after["distinct_2"], stages["reward"]["accuracy"]
     return [
         Check(f"gold metric gains at least {MIN_GAIN:.0f} points: {gain:+.1f}", gain >= MIN_GAIN),
         Check(f"95 % intervals before and after are apart: by {gap:.1f} points", gap > 0),
-        Check(f"KL to the SFT model is at most {MAX_KL:.0f} nats per response: {after['kl']:.1f}", after["kl"] <= MAX_KL),
+        Check(f"KL to the SFT model is at most {MAX_KL:.0f} nats per response: {kl:.1f}", kl <= MAX_KL),
         Check(f"reference NLL rises by at most {MAX_NLL_RISE} nats per token: {rise:+.2f}", rise <= MAX_NLL_RISE),
-        Check(f"distinct-2 is at least {MIN_DISTINCT_2}: {after['distinct_2']:.2f}", after["distinct_2"] >= MIN_DISTINCT_2),
+        Check(f"distinct-2 is at least {MIN_DISTINCT_2}: {distinct:.2f}", distinct >= MIN_DISTINCT_2),
         Check(f"reward model accuracy is at least {MIN_RM_ACCURACY}: {accuracy:.3f}", accuracy >= MIN_RM_ACCURACY),
     ]
 
@@ -90,7 +90,8 @@ def print_samples(rows: list[list[tuple[str, dict]]], display: Display, count: i
     for row in rows[:count]:
         display.console.print(f"\n  [dim]{escape(one_line(row[0][1]['prompt']))} ...[/dim]")
         for label, sample in row:
-            display.console.print(f"  [bold]{label:>8}[/bold] {sample['gold']:>5.0f}  {escape(one_line(sample['response']))}")
+            response = escape(one_line(sample["response"]))
+            display.console.print(f"  [bold]{label:>8}[/bold] {sample['gold']:>5.0f}  {response}")
 
 
 def print_gate(checks: list[Check], display: Display) -> None:

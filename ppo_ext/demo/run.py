@@ -30,8 +30,12 @@ def run(options: argparse.Namespace) -> int:
         display.error("demo: stopped by Ctrl-C")
         _say_what_is_left(folder, display)
         return 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError) as error:
         display.error(str(error))
+        _say_what_is_left(folder, display)
+        return 2
+    except OSError as error:
+        display.error(f"demo: --out must stay readable and writable, got {error}")
         _say_what_is_left(folder, display)
         return 2
 
@@ -59,7 +63,7 @@ def _run(options, gold, paragraphs: list[str], folder: RunFolder, display: Displ
     return _finish(options, gold, folder, display)
 
 
-def _run_stage(number: str, name: str, title: str, stage: Callable[[], dict], folder: RunFolder, display: Display) -> None:
+def _run_stage(number: str, name: str, title: str, stage: Callable[[], dict], folder: RunFolder, display: Display):
     display.heading(f"{number}  {title}")
     if name in folder.stages:
         display.note("kept from the earlier run (--resume)")
