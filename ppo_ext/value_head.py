@@ -1,7 +1,5 @@
 """The head that turns hidden states into values, and where it gets them."""
 
-import contextlib
-
 import torch
 from torch import nn
 
@@ -45,13 +43,12 @@ def _hidden_size(config):
     raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
 
 
-@contextlib.contextmanager
-def last_hidden_states(model):
-    """Yields a list that a forward pass of the model inside the block fills; its last entry is what a head reads.
+def run(model, **kwargs):
+    """Returns a language model's output and the hidden states [B, T, H] that its head reads.
 
-    That is [B, T, H], the same tensor as `hidden_states[-1]` (`decoder_hidden_states[-1]`) of
-    `output_hidden_states=True`, which would keep every layer's until the end of the pass: without gradients, as much
-    memory as the logits of an 8B model.
+    These are `hidden_states[-1]` (`decoder_hidden_states[-1]`) of `output_hidden_states=True`, taken as they pass by:
+    that option would keep every layer's until the end, without gradients as much memory as the logits of an 8B model.
+    It is the fallback for a model whose backbone is not found, and for a compiled one, which may not call new hooks.
     """
     captured = []
 
@@ -60,10 +57,15 @@ def last_hidden_states(model):
 
     handles = [module.register_forward_hook(capture) for module in _backbones(model)]
     try:
-        yield captured
+        output = model(**kwargs, return_dict=True)
     finally:
         for handle in handles:
             handle.remove()
+    if not captured:
+        output = model(**{**kwargs, "output_hidden_states": True}, return_dict=True)
+        name = "decoder_hidden_states" if "decoder_hidden_states" in output else "hidden_states"
+        captured.append(output[name][-1])
+    return output, captured[-1]
 
 
 def _backbones(model):
@@ -73,7 +75,4 @@ def _backbones(model):
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     candidates = (model.base_model, getattr(model.base_model, "decoder", None))
-    backbones = [module for module in candidates if module is not None and module is not model]
-    if not backbones:
-        raise ValueError(f"ValueHead: the model must have a base_model or a decoder, got {type(model).__name__}")
-    return backbones
+    return [module for module in candidates if module is not None and module is not model]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import adapters, checkpoint, loading
-from .value_head import ValueHead, last_hidden_states
+from .value_head import ValueHead, run
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +142,8 @@ class PreTrainedModelWrapper(nn.Module):
         elif not return_past_key_values:
             # a cache that nobody reads costs memory, and transformers gives it up under checkpointing with a warning
             kwargs.setdefault("use_cache", False)
-        with last_hidden_states(self.pretrained_model) as captured:
-            output = self.pretrained_model(
-                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
-            )
-        value = self.v_head(captured[-1].to(self.v_head.summary.weight.device)).squeeze(-1)
+        output, hidden_states = run(self.pretrained_model, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        value = self.v_head(hidden_states.to(self.v_head.summary.weight.device)).squeeze(-1)
         if value.dtype in (torch.float16, torch.bfloat16):
             value = value.float()
         outputs = (output.logits, output.loss, value)
@@ -179,10 +176,10 @@ class PreTrainedModelWrapper(nn.Module):
         """Returns the reward adapter's scores [B, T, num_labels] without gradients; leaves the policy as it was."""
         if not self.supports_rm_adapter:
             raise ValueError("compute_reward_score: the model must be loaded with reward_adapter, got none")
-        model = self.pretrained_model
-        with adapters.active(model, self.rm_adapter_name), last_hidden_states(model) as captured:
-            model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, use_cache=False, **kwargs)
-            return self.score(captured[-1].to(self.score.weight))
+        kwargs.update(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with adapters.active(self.pretrained_model, self.rm_adapter_name):
+            _, hidden_states = run(self.pretrained_model, **kwargs)
+            return self.score(hidden_states.to(self.score.weight))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The wrapped model's entries without a prefix (none of a peft model) and the head's under "v_head.".

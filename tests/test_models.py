@@ -164,6 +164,14 @@ def test_value_reads_the_last_hidden_states_and_keeps_no_others(arch):
         assert torch.equal(value, model.v_head(hidden_states[-1]).squeeze(-1))
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_model_whose_hooks_do_not_run_gives_the_same_value(arch, monkeypatch):
+    model = wrapped(arch)
+    expected = model(**inputs(arch))[2]
+    monkeypatch.setattr("ppo_ext.value_head._backbones", lambda model: [])
+    assert torch.equal(model(**inputs(arch))[2], expected)
+
+
 def test_no_cache_is_built_when_none_is_asked_for():
     model, seen = wrapped(), []
     model.pretrained_model.register_forward_pre_hook(
