@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """A transformers or peft model in `pretrained_model` and a value head in `v_head`; base of both classes in `models`."""
+    """A transformers or peft model in `pretrained_model` and a value head in `v_head`; base of both public classes."""
 
     transformers_parent_class = None
     lm_head_namings = ("lm_head", "embed_out", "output_projection")
