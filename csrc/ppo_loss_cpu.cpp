@@ -49,8 +49,6 @@ void add(Partial& sums, const PPOToken<A>& x, const PPOTerms<A>& terms) {
   sums.vpred += x.vpred;
   sums.error += error * error;
   sums.vf_clipfrac += terms.vf_clipped;
-  sums.returns = moments_merge(sums.returns, Moments<double>{1.0, double(x.ret), 0.0});
-  sums.values = moments_merge(sums.values, Moments<double>{1.0, double(x.value), 0.0});
 }
 
 void merge(Partial& a, const Partial& b) {
@@ -69,6 +67,19 @@ void merge(Partial& a, const Partial& b) {
   a.values = moments_merge(a.values, b.values);
 }
 
+// Mean and squared distances from it, over the tokens [begin, end) that count.
+template <class A>
+Moments<double> block_moments(const A* x, const bool* mask, int64_t begin, int64_t end, double count) {
+  double sum = 0, m2 = 0;
+  for (int64_t i = begin; i < end; ++i) sum += mask[i] ? x[i] : 0;
+  const double mean = count == 0 ? 0 : sum / count;
+  for (int64_t i = begin; i < end; ++i) {
+    const double gap = mask[i] ? x[i] - mean : 0;
+    m2 += gap * gap;
+  }
+  return {count, mean, m2};
+}
+
 // Fills the per-token results of tokens [begin, end) and returns their sums.
 template <class A>
 Partial fill_block(const Job<A>& job, int64_t begin, int64_t end) {
@@ -85,6 +96,8 @@ Partial fill_block(const Job<A>& job, int64_t begin, int64_t end) {
     job.grad_vpreds[i] = job.vf_coef * terms.grad_vpred;
     add(sums, x, terms);
   }
+  sums.returns = block_moments(job.returns, job.mask, begin, end, sums.count);
+  sums.values = block_moments(job.values, job.mask, begin, end, sums.count);
   return sums;
 }
 

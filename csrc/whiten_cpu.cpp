@@ -2,32 +2,84 @@
 // Computes  see whiten.h
 // Bytes     moments 8 per entry in fp32; whitening 20 (it reads the entries again); backward 28
 // Launch    threads over rows of _masked_moments; one thread for whitening, which is small
-// Sums      mean, then squared distances from it, in fp64 and in index order: same bits for any threads
+// Sums      mean, then squared distances from it, in fp64, in an order that depends on the length only: same bits for any threads
 // Limits    none
 
 #include "checks.h"
 #include "parallel.h"
+#include "simd.h"
 #include "whiten.h"
 
 namespace ppo_ext {
 namespace {
 
-template <class A>
-Moments<double> moments_of(const A* values, const A* weights, int64_t n) {
-  double weight = 0, sum = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (weights[i] == A(0)) continue;
-    weight += weights[i];
-    sum += double(weights[i]) * values[i];
-  }
-  const double mean = weight == 0 ? 0 : sum / weight;
-  for (int64_t i = 0; i < n; ++i) {
-    if (weights[i] == A(0)) continue;
-    const double gap = values[i] - mean;
-    m2 += weights[i] * gap * gap;
-  }
-  return {weight, mean, m2};
+constexpr int kSums = 8;  // sums side by side, so that additions need not wait for each other
+
+// Calls term(i, k), k = i mod 8, for i in order; term adds to its k-th sum and must cost the same for masked entries.
+template <class F>
+PPO_INLINE void for_each_sum(int64_t n, const F& term) {
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int k = 0; k < kSums; ++k) term(i + k, k);
+  for (int k = 0; i < n; ++i, ++k) term(i, k);
 }
+
+PPO_INLINE double total(const double (&sums)[kSums]) {
+  double result = 0;
+  for (int k = 0; k < kSums; ++k) result += sums[k];
+  return result;
+}
+
+template <class A>
+PPO_INLINE Moments<double> moments_of(const A* values, const A* weights, int64_t n) {
+  double weight[kSums] = {}, sum[kSums] = {}, m2[kSums] = {};
+  for_each_sum(n, [&](int64_t i, int k) {
+    const double w = weights[i], x = w == 0 ? 0 : values[i];
+    weight[k] += w;
+    sum[k] += w * x;
+  });
+  const double all = total(weight), mean = all == 0 ? 0 : total(sum) / all;
+  for_each_sum(n, [&](int64_t i, int k) {
+    const double w = weights[i], gap = w == 0 ? 0 : values[i] - mean;
+    m2[k] += w * gap * gap;
+  });
+  return {all, mean, total(m2)};
+}
+
+template <class A>
+PPO_INLINE void fill_whitened_entries(const A* x, const A* w, int64_t n, const Moments<double>& m, bool shift_mean, A* y) {
+  const double scale = whiten_scale(m.weight, biased_var(m));
+  for (int64_t i = 0; i < n; ++i) y[i] = w[i] == A(0) ? A(0) : A(whiten_one(double(x[i]), m.mean, scale, shift_mean));
+}
+
+template <class A>
+PPO_INLINE void fill_gradient_entries(const A* g, const A* x, const A* w, int64_t n, const Moments<double>& m, bool shift_mean,
+                                      A* out) {
+  const double scale = whiten_scale(m.weight, biased_var(m));
+  double sum[kSums] = {}, sum_centred[kSums] = {};
+  for_each_sum(n, [&](int64_t i, int k) {
+    const double gi = w[i] == A(0) ? 0 : g[i], gap = w[i] == A(0) ? 0 : x[i] - m.mean;
+    sum[k] += gi;
+    sum_centred[k] += gi * gap;
+  });
+  const double sum_grad = total(sum), sum_grad_centred = total(sum_centred);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = w[i] == A(0)
+                 ? A(0)
+                 : A(whiten_grad(double(g[i]), double(x[i]), double(w[i]), m, scale, sum_grad, sum_grad_centred, shift_mean));
+}
+
+#define PPO_DEFINE_LOOPS(A)                                                                                                  \
+  PPO_CLONES Moments<double> moments(const A* x, const A* w, int64_t n) { return moments_of(x, w, n); }                      \
+  PPO_CLONES void fill_whitened(const A* x, const A* w, int64_t n, const Moments<double>& m, bool shift_mean, A* y) {        \
+    fill_whitened_entries(x, w, n, m, shift_mean, y);                                                                        \
+  }                                                                                                                          \
+  PPO_CLONES void fill_gradient(const A* g, const A* x, const A* w, int64_t n, const Moments<double>& m, bool shift_mean,    \
+                                A* out) {                                                                                    \
+    fill_gradient_entries(g, x, w, n, m, shift_mean, out);                                                                   \
+  }
+PPO_DEFINE_LOOPS(float)
+PPO_DEFINE_LOOPS(double)
 
 template <class A>
 void write_moments(const Moments<double>& m, A* out) {
@@ -37,44 +89,29 @@ void write_moments(const Moments<double>& m, A* out) {
 }
 
 template <class A>
-void moments(const Tensor& values, const Tensor& weights, const Tensor& out) {
+void fill_moments(const Tensor& values, const Tensor& weights, const Tensor& out) {
   const int64_t columns = values.size(1);
   const A *x = pointer<A>(values), *w = pointer<A>(weights);
   A* result = pointer<A>(out);
   parallel_rows(values.size(0), 2 * columns, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) write_moments(moments_of(x + r * columns, w + r * columns, columns), result + 3 * r);
+    for (int64_t r = begin; r < end; ++r) write_moments(moments(x + r * columns, w + r * columns, columns), result + 3 * r);
   });
 }
 
 template <class A>
-void whiten(const Tensor& values, const Tensor& weights, bool shift_mean, const Tensor& whitened, const Tensor& moments) {
+void whiten(const Tensor& values, const Tensor& weights, bool shift_mean, const Tensor& whitened, const Tensor& out) {
   const A *x = pointer<A>(values), *w = pointer<A>(weights);
-  A* y = pointer<A>(whitened);
-  const Moments<double> m = moments_of(x, w, values.numel());
-  const double scale = whiten_scale(m.weight, biased_var(m));
-  for (int64_t i = 0; i < values.numel(); ++i)
-    y[i] = w[i] == A(0) ? A(0) : A(whiten_one(double(x[i]), m.mean, scale, shift_mean));
-  write_moments(m, pointer<A>(moments));
+  const Moments<double> m = moments(x, w, values.numel());
+  fill_whitened(x, w, values.numel(), m, shift_mean, pointer<A>(whitened));
+  write_moments(m, pointer<A>(out));
 }
 
 template <class A>
 void whiten_backward(const Tensor& grad, const Tensor& values, const Tensor& weights, const Tensor& moments, bool shift_mean,
                      const Tensor& out) {
-  const A *g = pointer<A>(grad), *x = pointer<A>(values), *w = pointer<A>(weights), *saved = pointer<A>(moments);
-  A* result = pointer<A>(out);
-  const int64_t n = values.numel();
-  const Moments<double> m{saved[0], saved[1], 0};
-  const double scale = whiten_scale(m.weight, double(saved[2]));
-  double sum_grad = 0, sum_grad_centred = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (w[i] == A(0)) continue;
-    sum_grad += g[i];
-    sum_grad_centred += g[i] * (x[i] - m.mean);
-  }
-  for (int64_t i = 0; i < n; ++i)
-    result[i] = w[i] == A(0)
-                    ? A(0)
-                    : A(whiten_grad(double(g[i]), double(x[i]), double(w[i]), m, scale, sum_grad, sum_grad_centred, shift_mean));
+  const A* saved = pointer<A>(moments);
+  fill_gradient(pointer<A>(grad), pointer<A>(values), pointer<A>(weights), values.numel(),
+                Moments<double>{saved[0], saved[1], double(saved[2]) * saved[0]}, shift_mean, pointer<A>(out));
 }
 
 // ---- entry points ----
@@ -83,7 +120,7 @@ Tensor masked_moments_cpu(Tensor values, Tensor weights) {
   check_weighted("masked_mean", values, weights);
   if (values.dim() != 2) reject("masked_mean", "values", "have the shape [R, C]", shape_text(values));
   Tensor out = new_tensor(values, {values.size(0), 3}, values.scalar_type());
-  (values.scalar_type() == ScalarType::Double ? moments<double> : moments<float>)(values, weights, out);
+  (values.scalar_type() == ScalarType::Double ? fill_moments<double> : fill_moments<float>)(values, weights, out);
   return out;
 }
 
