@@ -1,5 +1,6 @@
 """Putting a trainer together: model, reference, data, optimizer, devices."""
 
+import functools
 import inspect
 import warnings
 from contextlib import nullcontext
@@ -130,12 +131,28 @@ class ConstructionMixin:
         elif self.ref_model is not None:
             sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model that has nothing to train
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=not sharded)
+        for prepared_model in (self.model, self.ref_model):
+            self._keep_logits_dtype(prepared_model)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)
         self.current_device = torch.device("cuda:0") if pipelined else self.accelerator.device
         settings = self.config.to_dict()
         self.accelerator.init_trackers(
             self.config.tracker_project_name, init_kwargs=self.config.tracker_kwargs,
             config=settings if self.config.log_with == "tensorboard" else {"trl_ppo_trainer_config": settings})
+
+    def _keep_logits_dtype(self, model):
+        """Autocast without accelerate's float32 copy of every output: the ops take half-precision logits as they are."""
+        model = model and self.accelerator.unwrap_model(model)
+        forward = vars(model).get("_original_forward") if model else None  # set by accelerate where it wraps one
+        if forward is None or self.accelerator.mixed_precision not in ("fp16", "bf16"):
+            return
+
+        @functools.wraps(forward)  # by which accelerate finds the way back to the plain forward
+        def autocast_forward(*args, **kwargs):
+            with self.accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = autocast_forward
 
     def _prepare_deepspeed(self, model):
         """The reference as a DeepSpeed engine: sharded under ZeRO-3, else whole on every rank."""

@@ -245,10 +245,10 @@ def test_full_penalty_takes_whole_distributions_too():
 
 
 def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
-    import ppo_ext.trainer
+    from ppo_ext import scoring
 
-    seen, op = [], ppo_ext.trainer.full_kl
-    monkeypatch.setattr(ppo_ext.trainer, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw))
+    seen, op = [], scoring.full_kl
+    monkeypatch.setattr(scoring, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw))
     steps(tiny_models.trainer(kl_penalty="full"))
     assert seen == [2, 2]
 
@@ -301,6 +301,17 @@ def test_an_entropy_bonus_in_a_subclass_reads_the_logits():
     assert bonus > plain + 0.01
 
 
+def test_a_subclass_may_read_the_logits_after_the_backward_pass():
+    class Reads(ppo_ext.PPOTrainer):
+        def train_minibatch(self, old_logprobs, values, logprobs, logits, *rest):
+            before = logits.detach().clone()
+            stats = super().train_minibatch(old_logprobs, values, logprobs, logits, *rest)
+            assert torch.equal(logits.detach(), before)
+            return stats
+
+    steps(tiny_models.trainer(kind=Reads))
+
+
 def test_overwriting_the_logits_changes_no_number():
     kept, overwritten = (steps(tiny_models.trainer(inplace_logits_grad=flag), 2) for flag in (False, True))
     assert [scalars(stats) for stats in kept] == [scalars(stats) for stats in overwritten]
@@ -342,6 +353,28 @@ def test_bfloat16_logits_are_not_copied_to_float32():
     assert (logits.dtype, logprobs.dtype) == (torch.bfloat16, torch.float32)
     stats = steps(trainer)[0]
     assert all(np.isfinite(value).all() for value in stats.values())
+
+
+@pytest.fixture
+def fresh_accelerate():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # mixed precision is fixed once per process
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_mixed_precision_leaves_logits_in_half_precision(fresh_accelerate):
+    trainer = tiny_models.trainer("llama", accelerator_kwargs=dict(mixed_precision="bf16", cpu=True))
+    queries, responses, _ = tiny_models.batch(2, 1)
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    for model in (trainer.model, trainer.ref_model):
+        _, logits, values, _ = trainer.batched_forward_pass(model, queries, responses, inputs, return_logits=True)
+        assert (logits.dtype, values.dtype) == (torch.bfloat16, torch.float32)
+    half = steps(trainer)[0]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False) is trainer.model
+    assert all(np.isfinite(value).all() for value in half.values())
 
 
 def test_config_fields_may_change_between_steps():
