@@ -1,0 +1,300 @@
+"""The demo: its parts on hand-checked input, a quick run from end to end, and every way a user can break it."""
+
+import json
+import shutil
+import struct
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ppo_ext import demo
+from ppo_ext.demo import cli, corpus, gold, ppo, report, run, settings
+from ppo_ext.demo.display import Display
+from ppo_ext.demo.evaluate import distinct_2, interval
+from ppo_ext.demo.flesch import flesch, syllables
+from ppo_ext.demo.folder import RunFolder
+
+SENTENCES = [
+    f"The {noun} {verb} and nobody could say that the {noun} was {adjective}."
+    for noun in ("cat", "function", "garden", "river")
+    for verb in ("sat", "returned", "slept", "evaluated")
+    for adjective in ("old", "considerable", "blue", "ready", "thin")
+]
+
+
+@pytest.fixture
+def own_text(tmp_path, monkeypatch):
+    """A user's corpus and a module with scorers, in a folder of their own."""
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    (tmp_path / "my_scorers.py").write_text(
+        "calls = []\n"
+        "def e_count(text): return text.count('e')\n"
+        "def lengths(texts): return [len(t) for t in texts]\n"
+        "def fails_on_many(texts):\n"
+        "    if len(texts) > 2: raise ZeroDivisionError('division by zero')\n"
+        "    return [1.0] * len(texts)\n"
+        "def one_short(texts): return [1.0] * max(len(texts) - (len(texts) > 2), 1)\n"
+        "def not_a_number(texts): return [float('nan')] * len(texts)\n"
+        "def constant(texts): return [1.0] * len(texts)\n"
+        "def words(text): return 'good'\n"
+        "not_callable = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_scorers", raising=False)
+    return tmp_path
+
+
+def quick_arguments(folder, scorer="my_scorers:e_count"):
+    return ["--quick", "--corpus", str(folder / "text.txt"), "--scorer", scorer, "--out", str(folder / "out")]
+
+
+# --- the gold metric
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "sentences", "count"),
+    [
+        ("The cat sat on the mat.", 6, 1, 6),
+        ("This sentence, taken as a reading passage unto itself, is being used to prove a point.", 16, 1, 23),
+        ("Functions return values. Classes do not!", 6, 2, 10),
+        ("no end mark", 3, 1, 3),
+    ],
+)
+def test_flesch_on_hand_counted_sentences(text, words, sentences, count):
+    assert flesch(text) == pytest.approx(206.835 - 1.015 * words / sentences - 84.6 * count / words)
+
+
+def test_flesch_of_text_without_words_is_zero():
+    assert flesch("") == flesch("* * * 12 [[") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [("prove", 1), ("table", 2), ("used", 1), ("added", 2), ("classes", 2), ("makes", 1), ("being", 2), ("created", 3),
+     ("function", 2), ("special", 2), ("variable", 4), ("previous", 3), ("identifier", 5), ("the", 1)],
+)  # fmt: skip
+def test_syllables(word, count):
+    assert syllables(word) == count
+
+
+def test_votes_follow_the_logistic_law():
+    first, second = torch.full((20_000,), 10.0).double(), torch.zeros(20_000).double()
+    votes = gold.flesch_metric().prefer_first(first, second, torch.Generator().manual_seed(0))
+    assert votes.double().mean().item() == pytest.approx(1 / (1 + 2.718281828**-1), abs=0.01)
+
+
+@pytest.mark.parametrize("scorer", ["my_scorers:e_count", "my_scorers:lengths"])
+def test_scorers_of_texts_and_of_lists(own_text, scorer):
+    metric = gold.load_scorer(scorer)
+    assert metric(["eel", "bee!"]).tolist() == ([2.0, 2.0] if scorer.endswith("count") else [3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ("my_scorers", "--scorer must be package.module:function, got 'my_scorers'"),
+        ("no_such_module:f", r"--scorer must be importable, got 'no_such_module:f' \(ModuleNotFoundError"),
+        ("my_scorers:missing", "--scorer must be importable, .*no attribute 'missing'"),
+        ("my_scorers:words", "--scorer must return a number .* 'good' for one text"),
+        ("my_scorers:not_callable", "--scorer must return a number .*'int' object is not callable"),
+        ("my_scorers:fails_on_many", "must not fail on any text, got ZeroDivisionError: division by zero"),
+        ("my_scorers:one_short", "must return one number per text, got 2 for 3 texts"),
+        ("my_scorers:not_a_number", "must return finite numbers, got nan for 'a'"),
+    ],
+)
+def test_bad_scorers_are_named(own_text, scorer, message):
+    with pytest.raises(ValueError, match=message):
+        gold.load_scorer(scorer)(["a", "b", "c"])
+
+
+def test_a_scorer_that_cannot_tell_texts_apart_is_named(own_text):
+    same = torch.ones(4)
+    with pytest.raises(ValueError, match="scorer my_scorers:constant must tell texts apart, got 1.0 for all of them"):
+        gold.load_scorer("my_scorers:constant").prefer_first(same, same, torch.Generator())
+
+
+def test_distinct_2_and_interval():
+    assert distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert distinct_2(["", "one"]) == 0.0
+    assert interval(torch.tensor([1.0, 3.0])) == pytest.approx(1.96 * 2**0.5 / 2**0.5)
+
+
+# --- the text
+
+
+def test_the_built_in_text_is_prose_without_repeats():
+    paragraphs = corpus.python_reference()
+    assert len(paragraphs) > 900
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert not any(">>>" in p or "::=" in p or "\n" in p or "***" in p for p in paragraphs)
+
+
+def test_prompts_start_and_end_at_words_and_held_out_text_is_not_trained_on():
+    paragraphs = corpus.python_reference()
+    text = corpus.build_corpus(paragraphs, 512, 0.2, seed=0)
+    asked = corpus.prompts(text, text.held_out, 12, 40, seed=1)
+    assert {len(p) for p in asked} == {12}
+    assert len({tuple(p.tolist()) for p in asked}) == 40
+    train = text.tokenizer.decode(text.train)
+    assert sum(text.tokenizer.decode(p) in train for p in asked) < 10  # some phrases do occur in several paragraphs
+    held_out = text.tokenizer.decode(text.held_out).split("\n")
+    assert not set(held_out) & set(train.split("\n")) - {""}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"--corpus must be a readable file, got .*No such file"),
+        (b"", r"--corpus must hold at least 20 different .* got 0 and 0"),
+        (b"Too short. " * 900, r"--corpus must hold at least 20 different .* got 1 and 10"),
+        (b"caf\xe9 " * 900, r"--corpus must be UTF-8 text, got .* with byte 0xe9 at position 3"),
+    ],
+)
+def test_bad_corpora_are_named(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        corpus.read_paragraphs(path)
+
+
+def test_a_corpus_with_too_little_to_hold_out_is_named():
+    paragraphs = ["word " * 2000] + [f"w{i}" for i in range(30)]
+    with pytest.raises(ValueError, match="--corpus must give at least 64 tokens for training and held out, got"):
+        corpus.build_corpus(paragraphs, 400, 0.1, seed=0)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The output folder of a quick run with all stages."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert demo.main(["--quick", "--out", str(out)]) == 0
+    return out
+
+
+def test_quick_run_from_end_to_end(finished):
+    out = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert not summary["gate"]
+    assert list(summary["stages"]) == ["sft", "pairs", "reward", "before", "ppo", "control"]
+    assert summary["passed"] is None
+    assert summary["stages"]["before"]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert all(stage["seconds"] > 0 for stage in summary["stages"].values())
+    stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    sizes = settings.quick(0)
+    assert stages.count("sft") == sizes.sft_steps
+    assert stages.count("ppo") == sizes.ppo_steps
+    assert stages.count("control") == sizes.control_steps
+    assert len((out / "pairs.jsonl").read_text().splitlines()) == sizes.train_pairs + sizes.held_out_pairs
+    assert len((out / "samples" / "ppo.jsonl").read_text().splitlines()) == sizes.eval_prompts
+    assert "## " in (out / "samples.md").read_text()
+    width, height = struct.unpack(">II", (out / "curves.png").read_bytes()[16:24])
+    assert width > 1000
+    assert height > 400
+    for name in ("sft_model", "ppo_model", "control_model"):
+        AutoModelForCausalLM.from_pretrained(out / name)
+        AutoTokenizer.from_pretrained(out / name)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(out / "reward_model")
+    assert reward_model.config.reward_gain > 0
+
+
+def test_a_second_run_is_refused_then_resumed_then_overwritten(own_text, capsys):
+    arguments = [*quick_arguments(own_text), "--no-control"]
+    assert demo.main(arguments) == 0
+    before = (own_text / "out" / "summary.json").read_bytes()
+    assert demo.main(arguments) == 2
+    assert "--out must be a folder without an earlier run" in " ".join(capsys.readouterr().out.split())
+    assert demo.main([*arguments, "--resume"]) == 0
+    assert (own_text / "out" / "summary.json").read_bytes() == before
+    assert capsys.readouterr().out.count("kept from the earlier run") == 5
+    assert demo.main([*arguments, "--resume", "--seed", "5"]) == 2
+    assert "--resume must get the arguments of the earlier run, got seed 0 before and 5 now" in capsys.readouterr().out
+    (own_text / "out" / "mine.txt").write_text("keep")
+    assert demo.main([*arguments, "--overwrite"]) == 0
+    assert (own_text / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_a_scorer_that_raises_loses_nothing_and_the_run_goes_on(own_text, capsys):
+    arguments = [*quick_arguments(own_text, "my_scorers:fails_on_many"), "--no-control"]
+    assert demo.main(arguments) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "got ZeroDivisionError: division by zero" in said
+    assert "finished stages: sft" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    AutoModelForCausalLM.from_pretrained(own_text / "out" / "sft_model")
+    (own_text / "my_scorers.py").write_text("def fails_on_many(texts): return [t.count('e') for t in texts]\n")
+    del sys.modules["my_scorers"]
+    assert demo.main([*arguments, "--resume"]) == 0
+    assert (own_text / "out" / "summary.json").exists()
+
+
+def test_ctrl_c_says_what_is_kept(own_text, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.stages, "label_pairs", interrupted)
+    assert demo.main(quick_arguments(own_text)) == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped by Ctrl-C" in said
+    assert "finished stages: sft" in said
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_an_output_path_that_cannot_be_a_folder_is_named(own_text, capsys, below):
+    (own_text / "file").write_text("")
+    assert demo.main([*quick_arguments(own_text), "--out", str(own_text / "file" / below)]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "demo: --out must be a writable folder, got" in said
+    assert "nothing was written" in said
+
+
+def test_missing_extras_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_installed", lambda name: name != "rich")
+    assert demo.main([]) == 2
+    assert capsys.readouterr().err == "demo: rich must be installed; run: pip install 'ppo_ext[demo]'\n"
+
+
+def test_a_failed_gate_is_exit_code_1(tmp_path, capsys, monkeypatch):
+    small = settings.quick(0)
+    monkeypatch.setattr(settings, "full", lambda seed: small)
+    assert demo.main(["--no-control", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "✗ gold metric gains at least 12 points" in said
+    assert "✓ KL to the SFT model is at most 10 nats" in said
+
+
+def test_gate_lines():
+    stages = {
+        "before": {"gold": 50.0, "gold_ci": 3.0, "ref_nll": 3.7},
+        "ppo": {"gold": 62.0, "gold_ci": 3.0, "ref_nll": 4.2, "kl": 10.0, "distinct_2": 0.5},
+        "reward": {"accuracy": 0.6},
+    }
+    assert all(check.passed for check in report.gate(stages))
+    worse = {"gold": 55.9, "ref_nll": 4.21, "kl": 10.1, "distinct_2": 0.49}
+    failed = report.gate(stages | {"ppo": stages["ppo"] | worse, "reward": {"accuracy": 0.59}})
+    assert not any(check.passed for check in failed)
+
+
+def test_ppo_never_sees_the_gold_metric(finished, tmp_path):
+    """Two gold metrics that contradict each other: the same training, step for step."""
+    shutil.copytree(finished, tmp_path / "out")
+    sizes = settings.quick(0)
+    text = corpus.build_corpus(corpus.python_reference(), sizes.vocab_size, sizes.held_out_fraction, sizes.seed)
+    arguments = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]
+    folder = RunFolder(tmp_path / "out", arguments, resume=True)
+    logs = []
+    for sign in (1.0, -1.0):
+        folder.drop_log("ppo")
+        metric = gold.GoldMetric("other", lambda texts, sign=sign: [sign * len(t) for t in texts])
+        ppo.train_ppo(text, sizes, metric, folder, Display())
+        logs.append(folder.read_log("ppo"))
+    for one, other in zip(*logs, strict=True):
+        assert one["gold"] == -other["gold"]
+        assert one["rm_score"] == other["rm_score"]
+        assert one["kl"] == other["kl"]
