@@ -13,6 +13,7 @@ from .generation import GenerationMixin
 from .logprobs import logprobs_and_entropy
 from .loss_terms import policy_and_value_loss
 from .reporting import ReportingMixin, stack_train_stats
+from .resume import ResumeMixin
 from .rewards import kl_rewards
 from .rollout import Rollout
 from .scoring import ScoringMixin
@@ -20,7 +21,7 @@ from .stats import Clock
 from .whiten import masked_mean, masked_whiten
 
 
-class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixin):
+class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixin, ResumeMixin):
     """PPO on a language model with a value head.
 
     `generate` samples responses, you score them, `step` trains on them. Everything that `step` does is a method of its
@@ -218,9 +219,10 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         """An optimizer update over the accumulated mini batches, unless the ratio guard skipped all of them.
 
         A skipped mini batch has a gradient of 0. An update with that alone would still move the weights, by Adam's
-        momentum and by weight decay, so there is none. One transfer to the host per update.
+        momentum and by weight decay, so there is none. Knowing that waits for the device once per update, unless
+        ratio_threshold is infinite.
         """
-        if skipped is not None:
+        if skipped is not None and self.config.ratio_threshold < float("inf"):
             self._guarded.append(torch.stack([skipped, ratio_mean]))
         if not self.accelerator.sync_gradients:
             return
