@@ -2,8 +2,8 @@
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; each logit once per pass)
 // Launch    forward one block of 256 threads per row, one warp per row up to V = 1024; backward one block per 64 KiB of
-//           a row; 16-byte accesses where logits (backward: the gradient) allow, single ones for the others
-// Sums      online maxima and sums in fp32 (fp64 for fp64), merged in an order that depends on V and on the row's alignment
+//           a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
+// Sums      online maxima and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
 // Limits    masked rows are not read
 
 #include "full_kl.h"

@@ -56,14 +56,29 @@ __device__ __forceinline__ Pack load_pack(const Pack* p) {
 
 __device__ __forceinline__ void store_pack(Pack* p, const Pack& x) { *p = x; }
 
-// A pack's elements from where they are not aligned to 16 bytes.
+// A pack's elements one by one.
 template <class T>
-__device__ __forceinline__ Pack gather_pack(const T* p) {
+__device__ __forceinline__ Pack gather_pack(const T* p, int64_t stride) {
   T elements[kPack<T>];
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) elements[i] = p[i];
+  for (int i = 0; i < kPack<T>; ++i) elements[i] = p[i * stride];
   Pack x;
   std::memcpy(&x, elements, sizeof(x));
+  return x;
+}
+
+// The 16 bytes that start `bytes` into a, which b follows in memory.
+__device__ __forceinline__ Pack shift_packs(const Pack& a, const Pack& b, int bytes) {
+  unsigned w[8];
+  std::memcpy(w, &a, sizeof(a));
+  std::memcpy(w + 4, &b, sizeof(b));
+#pragma unroll
+  for (int i = 0; i < 6; ++i) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) w[i] = bytes & 4 ? w[i + 1] : w[i];
+  Pack x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x.words[i] = unsigned((uint64_t(w[i + 1]) << 32 | w[i]) >> (bytes % 4 * 8));
   return x;
 }
 
@@ -92,22 +107,50 @@ PPO_HD bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// A row cut at 16-byte boundaries: `head` elements, `packs`, and what is left; head and rest are the edges.
-struct RowCut {
-  int head, packs, edges;
-
-  // The element at the i-th place of the edges.
-  __device__ __forceinline__ int64_t edge(int i, int64_t V) const { return i < head ? i : V - edges + i; }
-};
-
 template <class T>
-__device__ __forceinline__ RowCut cut_row(const T* row, int64_t V) {
-  const int beyond = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kPack<T>);
-  const int64_t wanted = (kPack<T> - beyond) % kPack<T>;
-  const int head = int(wanted < V ? wanted : V);
-  const int packs = int((V - head) / kPack<T>);
-  return {head, packs, int(V - int64_t(packs) * kPack<T>)};
+__device__ __forceinline__ int bytes_beyond_boundary(const T* p) {
+  return int(reinterpret_cast<uintptr_t>(p) % 16);
 }
+
+// How many packs of each input a thread has in flight.
+template <int kInputs>
+constexpr int kBatch = kInputs == 1 ? 4 : 2;
+
+// One row of inputs, from column `begin` on seen as packs, whatever its alignment and stride: what a thread gets depends
+// on the columns only.
+template <class T>
+struct PackedRow {
+  const T *row, *packs;  // packs = row at column begin
+  int64_t stride, V;
+
+  // Packs first, first + step, ... before `end`; beyond the end, packs of `fill`.
+  template <int kCount>
+  __device__ __forceinline__ void load(int first, int step, int end, const Pack& fill, Pack (&batch)[kCount]) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) batch[k] = fill;
+    const int beyond = bytes_beyond_boundary(packs);
+    if (stride != 1) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (first + k * step < end) batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
+    } else if (beyond == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (first + k * step < end) batch[k] = load_pack(reinterpret_cast<const Pack*>(packs) + first + k * step);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (first + k * step < end) batch[k] = load_across(packs + int64_t(first + k * step) * kPack<T>, beyond);
+    }
+  }
+
+  // A pack that crosses a 16-byte boundary: from the two aligned packs it lies in, unless they reach out of the row.
+  __device__ __forceinline__ Pack load_across(const T* p, int beyond) const {
+    const char* const a = reinterpret_cast<const char*>(p) - beyond;
+    if (a < reinterpret_cast<const char*>(row) || a + 32 > reinterpret_cast<const char*>(row + V)) return gather_pack(p, 1);
+    return shift_packs(*reinterpret_cast<const Pack*>(a), *reinterpret_cast<const Pack*>(a + 16), beyond);
+  }
+};
 
 // Rows of equal length that are read side by side.
 template <class T, int kInputs>
@@ -116,32 +159,12 @@ struct Rows {
   int64_t stride[kInputs];
   int64_t V;
 
-  __device__ __forceinline__ bool dense() const {
-    bool result = true;
-    for (int i = 0; i < kInputs; ++i) result = result && stride[i] == 1;
-    return result;
+  __device__ __forceinline__ accumulate_t<T> at(int input, int64_t v) const { return accumulate_t<T>(row[input][v * stride[input]]); }
+
+  __device__ __forceinline__ PackedRow<T> packed(int input, int64_t begin) const {
+    return {row[input], row[input] + begin * stride[input], stride[input], V};
   }
 };
-
-// How many packs of each input a thread has in flight.
-template <int kInputs>
-constexpr int kBatch = kInputs == 1 ? 4 : 2;
-
-// Packs first, first + step, ... before `end` of one row; beyond the end, packs of `fill`.
-template <class T, int kCount>
-__device__ __forceinline__ void load_batch(const T* packs, int first, int step, int end, const Pack& fill, Pack (&batch)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) batch[k] = fill;
-  if (is_aligned(packs)) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k)
-      if (first + k * step < end) batch[k] = load_pack(reinterpret_cast<const Pack*>(packs) + first + k * step);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k)
-      if (first + k * step < end) batch[k] = gather_pack(packs + int64_t(first + k * step) * kPack<T>);
-  }
-}
 
 template <class T>
 __device__ __forceinline__ Pack pack_of_minus_infinity() {
@@ -154,30 +177,23 @@ __device__ __forceinline__ Pack pack_of_minus_infinity() {
 template <int kThreads, class T, int kInputs, class F>
 __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f) {
   using A = accumulate_t<T>;
-  const int thread = thread_of_group<kThreads>();
-  A one[kInputs][1];
-  if (!in.dense()) {
-    for (int64_t v = thread; v < in.V; v += kThreads) {
-      for (int i = 0; i < kInputs; ++i) one[i][0] = A(in.row[i][v * in.stride[i]]);
-      f(one);
-    }
-    return;
-  }
-  const RowCut cut = cut_row(in.row[0], in.V);
+  const int thread = thread_of_group<kThreads>(), packs = int(in.V / kPack<T>);
   const Pack fill = pack_of_minus_infinity<T>();
-  for (int first = thread; first < cut.packs; first += kBatch<kInputs> * kThreads) {
+  for (int first = thread; first < packs; first += kBatch<kInputs> * kThreads) {
     Pack batch[kInputs][kBatch<kInputs>];
     A x[kInputs][kBatch<kInputs> * kPack<T>];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) load_batch(in.row[i] + cut.head, first, kThreads, cut.packs, fill, batch[i]);
+    for (int i = 0; i < kInputs; ++i) in.packed(i, 0).load(first, kThreads, packs, fill, batch[i]);
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
 #pragma unroll
       for (int k = 0; k < kBatch<kInputs>; ++k) unpack<T>(batch[i][k], x[i] + k * kPack<T>);
     f(x);
   }
-  if (thread < cut.edges) {
-    for (int i = 0; i < kInputs; ++i) one[i][0] = A(in.row[i][cut.edge(thread, in.V)]);
+  const int64_t last = int64_t(packs) * kPack<T> + thread;
+  if (last < in.V) {
+    A one[kInputs][1];
+    for (int i = 0; i < kInputs; ++i) one[i][0] = in.at(i, last);
     f(one);
   }
 }
@@ -189,32 +205,49 @@ constexpr int kTileBytes = 65536;  // what one block reads of a row before it ta
 template <class T>
 constexpr int64_t kTile = kTileBytes / int64_t(sizeof(T));  // columns
 
+// Columns of one tile: packs [first, end) from column `head` on, where out is aligned, and in tile 0 the edges around them.
+struct Tile {
+  int head, first, end, edges;
+
+  // The i-th column of the edges.
+  __device__ __forceinline__ int64_t edge(int i, int64_t V) const { return i < head ? i : V - edges + i; }
+};
+
+template <class T>
+__device__ __forceinline__ Tile tile_of(const T* out, int64_t out_stride, int64_t V, int64_t tile) {
+  constexpr int64_t kTilePacks = kTileBytes / 16;
+  const int64_t wanted = out_stride == 1 ? (16 - bytes_beyond_boundary(out)) % 16 / int64_t(sizeof(T)) : 0;
+  const int64_t head = wanted < V ? wanted : V, packs = (V - head) / kPack<T>;
+  const int64_t end = (tile + 1) * kTilePacks < packs ? (tile + 1) * kTilePacks : packs;
+  return {int(head), int(tile * kTilePacks), int(end), tile == 0 ? int(V - packs * kPack<T>) : 0};
+}
+
+template <class T>
+__device__ __forceinline__ void store_columns(T* out, int64_t stride, int64_t column, const Pack& pack) {
+  if (stride == 1) {
+    store_pack(reinterpret_cast<Pack*>(out + column), pack);
+  } else {
+    T elements[kPack<T>];
+    std::memcpy(elements, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) out[(column + i) * stride] = elements[i];
+  }
+}
+
 // Writes f(inputs) to every column of one tile of a row, and g(input 0) to column `special` if it lies there. The row
 // may be input 0 itself: each thread reads what it is about to overwrite, and nobody else does.
 template <int kThreads, class T, int kInputs, class F, class G>
 __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, int64_t out_stride, int64_t tile, const F& f,
                                            int64_t special, const G& g) {
   using A = accumulate_t<T>;
-  const auto write_one = [&](int64_t v) {
-    A x[kInputs];
-    for (int i = 0; i < kInputs; ++i) x[i] = A(in.row[i][v * in.stride[i]]);
-    out[v * out_stride] = T(v == special ? g(x[0]) : f(x));
-  };
-  if (!in.dense() || out_stride != 1) {
-    const int64_t end = (tile + 1) * kTile<T> < in.V ? (tile + 1) * kTile<T> : in.V;
-    for (int64_t v = tile * kTile<T> + threadIdx.x; v < end; v += kThreads) write_one(v);
-    return;
-  }
-  constexpr int kTilePacks = kTileBytes / 16;
-  const RowCut cut = cut_row(out, in.V);
-  const int end = int((tile + 1) * kTilePacks < cut.packs ? (tile + 1) * kTilePacks : cut.packs);
-  for (int first = int(tile) * kTilePacks + int(threadIdx.x); first < end; first += kBatch<kInputs> * kThreads) {
+  const Tile t = tile_of(out, out_stride, in.V, tile);
+  for (int first = t.first + int(threadIdx.x); first < t.end; first += kBatch<kInputs> * kThreads) {
     Pack batch[kInputs][kBatch<kInputs>];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) load_batch(in.row[i] + cut.head, first, kThreads, end, Pack{}, batch[i]);
+    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).load(first, kThreads, t.end, Pack{}, batch[i]);
 #pragma unroll
     for (int k = 0; k < kBatch<kInputs>; ++k) {
-      if (first + k * kThreads >= end) break;
+      if (first + k * kThreads >= t.end) break;
       A x[kInputs][kPack<T>], y[kPack<T>];
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) unpack<T>(batch[i][k], x[i]);
@@ -224,30 +257,28 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
         for (int i = 0; i < kInputs; ++i) at_column[i] = x[i][j];
         y[j] = f(at_column);
       }
-      const int64_t column = cut.head + int64_t(first + k * kThreads) * kPack<T>;
+      const int64_t column = t.head + int64_t(first + k * kThreads) * kPack<T>;
       const bool has_special = uint64_t(special - column) < uint64_t(kPack<T>);
-      const A at_special = has_special ? g(A(in.row[0][special])) : A(0);
-      store_pack(reinterpret_cast<Pack*>(out + column), pack_of<T>(y));
-      if (has_special) out[special] = T(at_special);
+      const A at_special = has_special ? g(in.at(0, special)) : A(0);
+      store_columns(out, out_stride, column, pack_of<T>(y));
+      if (has_special) out[special * out_stride] = T(at_special);
     }
   }
-  if (tile == 0 && int(threadIdx.x) < cut.edges) write_one(cut.edge(int(threadIdx.x), in.V));
+  if (int(threadIdx.x) < t.edges) {
+    const int64_t v = t.edge(int(threadIdx.x), in.V);
+    A x[kInputs];
+    for (int i = 0; i < kInputs; ++i) x[i] = in.at(i, v);
+    out[v * out_stride] = T(v == special ? g(x[0]) : f(x));
+  }
 }
 
 // Writes zeros to one tile of a row.
 template <int kThreads, class T>
 __device__ __forceinline__ void zero_tile(T* out, int64_t out_stride, int64_t V, int64_t tile) {
-  constexpr int kTilePacks = kTileBytes / 16;
-  if (out_stride != 1) {
-    const int64_t end = (tile + 1) * kTile<T> < V ? (tile + 1) * kTile<T> : V;
-    for (int64_t v = tile * kTile<T> + threadIdx.x; v < end; v += kThreads) out[v * out_stride] = T(0.0f);
-    return;
-  }
-  const RowCut cut = cut_row(out, V);
-  const int end = int((tile + 1) * kTilePacks < cut.packs ? (tile + 1) * kTilePacks : cut.packs);
-  for (int i = int(tile) * kTilePacks + int(threadIdx.x); i < end; i += kThreads)
-    store_pack(reinterpret_cast<Pack*>(out + cut.head) + i, Pack{});
-  if (tile == 0 && int(threadIdx.x) < cut.edges) out[cut.edge(int(threadIdx.x), V)] = T(0.0f);
+  const Tile t = tile_of(out, out_stride, V, tile);
+  for (int i = t.first + int(threadIdx.x); i < t.end; i += kThreads)
+    store_columns(out, out_stride, t.head + int64_t(i) * kPack<T>, Pack{});
+  if (int(threadIdx.x) < t.edges) out[t.edge(int(threadIdx.x), V) * out_stride] = T(0.0f);
 }
 
 }  // namespace ppo_ext

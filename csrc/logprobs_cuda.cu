@@ -3,7 +3,7 @@
 // Bytes     forward N*V*s + 24N, backward 2*N*V*s + 32N   (s = size of a logit; each logit once per pass)
 // Launch    forward one block of 256 threads per row, one warp per row up to V = 1024; backward one block per 64 KiB of
 //           a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
-// Sums      online max and sums in fp32 (fp64 for fp64), merged in an order that depends on V and on the row's alignment
+// Sums      online max and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
 // Limits    a label outside [0, V) on a counted row is not read: the row becomes NaN and its gradient 0
 
 #include "launch.h"

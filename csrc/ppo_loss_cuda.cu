@@ -2,7 +2,7 @@
 // Computes  see ppo_loss.h
 // Bytes     37 per token in fp32: six inputs, the mask, the ratio and two gradients; backward 16
 // Launch    blocks of 512 threads, 4 tokens a thread; one kernel up to 2048 tokens, beyond that a second one that merges
-// Sums      in the input's dtype, variances by Chan's merge, in an order that depends on the number of tokens only
+// Sums      in fp64, variances by Chan's merge, in an order that depends on the number of tokens only
 // Limits    none
 
 #include "launch.h"
@@ -18,10 +18,9 @@ constexpr int64_t kTokensPerPart = 2048;
 constexpr int64_t kMaxParts = kBlock;  // so that one block merges them, one each thread
 
 // Sums over counted tokens; `returns` and `values` carry the count.
-template <class A>
 struct PPOSums {
-  A pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
-  Moments<A> returns, values;
+  double pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
+  Moments<double> returns, values;
 };
 
 template <class A>
@@ -30,21 +29,21 @@ struct Job {
   const bool* mask;
   A *ratio, *grad_logprobs, *grad_vpreds;
   int64_t tokens;
-  A cliprange, cliprange_value, vf_coef, ratio_threshold;
+  A cliprange, cliprange_value;
+  double vf_coef, ratio_threshold;
   A *stats, *loss;
 };
 
 // ---- device helpers ----
 
 template <class A>
-__device__ __forceinline__ PPOSums<A> sums_of_token(const PPOToken<A>& x, const PPOTerms<A>& terms) {
-  const A d = x.logprob - x.old_logprob, error = x.vpred - x.ret;
-  return {terms.pg, terms.vf, A(0.5) * d * d, -d, terms.pg_clipped, x.advantage, terms.ratio, x.vpred, error * error, terms.vf_clipped,
-          {A(1), x.ret, A(0)}, {A(1), x.value, A(0)}};
+__device__ __forceinline__ PPOSums sums_of_token(const PPOToken<A>& x, const PPOTerms<A>& terms) {
+  const double d = double(x.logprob) - double(x.old_logprob), error = double(x.vpred) - double(x.ret);
+  return {terms.pg, terms.vf, 0.5 * d * d, -d, terms.pg_clipped, x.advantage, terms.ratio, x.vpred, error * error, terms.vf_clipped,
+          {1.0, x.ret, 0.0}, {1.0, x.value, 0.0}};
 }
 
-template <class A>
-__device__ __forceinline__ PPOSums<A> merge(const PPOSums<A>& a, const PPOSums<A>& b) {
+__device__ __forceinline__ PPOSums merge(const PPOSums& a, const PPOSums& b) {
   return {a.pg + b.pg, a.vf + b.vf, a.approxkl + b.approxkl, a.policykl + b.policykl, a.clipfrac + b.clipfrac,
           a.advantage + b.advantage, a.ratio + b.ratio, a.vpred + b.vpred, a.error + b.error, a.vf_clipfrac + b.vf_clipfrac,
           moments_merge(a.returns, b.returns), moments_merge(a.values, b.values)};
@@ -52,7 +51,7 @@ __device__ __forceinline__ PPOSums<A> merge(const PPOSums<A>& a, const PPOSums<A
 
 // Fills the per-token results of one token and gives its terms of the sums.
 template <class A>
-__device__ __forceinline__ PPOSums<A> fill_token(const Job<A>& job, int64_t i) {
+__device__ __forceinline__ PPOSums fill_token(const Job<A>& job, int64_t i) {
   if (!job.mask[i]) {
     job.ratio[i] = job.grad_logprobs[i] = job.grad_vpreds[i] = A(0);
     return {};
@@ -61,45 +60,44 @@ __device__ __forceinline__ PPOSums<A> fill_token(const Job<A>& job, int64_t i) {
   const PPOTerms<A> terms = ppo_terms(x, job.cliprange, job.cliprange_value);
   job.ratio[i] = terms.ratio;
   job.grad_logprobs[i] = terms.grad_logprob;
-  job.grad_vpreds[i] = job.vf_coef * terms.grad_vpred;
+  job.grad_vpreds[i] = A(job.vf_coef) * terms.grad_vpred;
   return sums_of_token(x, terms);
 }
 
 template <class A>
-__device__ __forceinline__ void write_stats(const PPOSums<A>& sums, const Job<A>& job) {
-  const A count = sums.returns.weight, scale = count > A(0) ? A(1) / count : A(0);
+__device__ __forceinline__ void write_stats(const PPOSums& sums, const Job<A>& job) {
+  const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
   const bool skipped = sums.ratio * scale > job.ratio_threshold;
-  const A pg = skipped ? A(0) : sums.pg * scale, vf = skipped ? A(0) : sums.vf * scale;
+  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
   A* const stats = job.stats;
-  stats[kLossPolicy] = pg;
-  stats[kLossValue] = vf;
-  stats[kLossTotal] = *job.loss = pg + job.vf_coef * vf;
-  stats[kApproxKL] = sums.approxkl * scale;
-  stats[kPolicyKL] = sums.policykl * scale;
-  stats[kClipFrac] = sums.clipfrac * scale;
-  stats[kAdvantagesMean] = sums.advantage * scale;
-  stats[kRatioMean] = sums.ratio * scale;
+  stats[kLossPolicy] = A(pg);
+  stats[kLossValue] = A(vf);
+  stats[kLossTotal] = *job.loss = A(pg + job.vf_coef * vf);
+  stats[kApproxKL] = A(sums.approxkl * scale);
+  stats[kPolicyKL] = A(sums.policykl * scale);
+  stats[kClipFrac] = A(sums.clipfrac * scale);
+  stats[kAdvantagesMean] = A(sums.advantage * scale);
+  stats[kRatioMean] = A(sums.ratio * scale);
   stats[kSkipped] = skipped ? A(1) : A(0);
-  stats[kReturnsMean] = sums.returns.mean;
-  stats[kReturnsVar] = unbiased_var(count, biased_var(sums.returns));
-  stats[kVPred] = sums.vpred * scale;
-  stats[kValError] = sums.error * scale;
-  stats[kValClipFrac] = sums.vf_clipfrac * scale;
-  stats[kValMean] = sums.values.mean;
-  stats[kValVar] = unbiased_var(count, biased_var(sums.values));
-  stats[kGradScale] = skipped ? A(0) : scale;
+  stats[kReturnsMean] = A(sums.returns.mean);
+  stats[kReturnsVar] = A(unbiased_var(count, biased_var(sums.returns)));
+  stats[kVPred] = A(sums.vpred * scale);
+  stats[kValError] = A(sums.error * scale);
+  stats[kValClipFrac] = A(sums.vf_clipfrac * scale);
+  stats[kValMean] = A(sums.values.mean);
+  stats[kValVar] = A(unbiased_var(count, biased_var(sums.values)));
+  stats[kGradScale] = skipped ? A(0) : A(scale);
 }
 
-template <class A>
-__device__ __forceinline__ PPOSums<A> merge_block(const PPOSums<A>& sums) {
-  return reduce_group<kBlock>(sums, [](const PPOSums<A>& a, const PPOSums<A>& b) { return merge(a, b); });
+__device__ __forceinline__ PPOSums merge_block(const PPOSums& sums) {
+  return reduce_group<kBlock>(sums, [](const PPOSums& a, const PPOSums& b) { return merge(a, b); });
 }
 
 // ---- kernels ----
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) ppo_loss_kernel(const Job<A> job, PPOSums<A>* parts) {
-  PPOSums<A> sums{};
+__global__ void __launch_bounds__(kBlock) ppo_loss_kernel(const Job<A> job, PPOSums* parts) {
+  PPOSums sums{};
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < job.tokens; i += int64_t(gridDim.x) * kBlock)
     sums = merge(sums, fill_token(job, i));
   sums = merge_block(sums);
@@ -112,8 +110,8 @@ __global__ void __launch_bounds__(kBlock) ppo_loss_kernel(const Job<A> job, PPOS
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) finish_kernel(const Job<A> job, const PPOSums<A>* parts, int count) {
-  const PPOSums<A> sums = merge_block(int(threadIdx.x) < count ? parts[threadIdx.x] : PPOSums<A>{});
+__global__ void __launch_bounds__(kBlock) finish_kernel(const Job<A> job, const PPOSums* parts, int count) {
+  const PPOSums sums = merge_block(int(threadIdx.x) < count ? parts[threadIdx.x] : PPOSums{});
   if (threadIdx.x == 0) write_stats(sums, job);
 }
 
@@ -131,11 +129,10 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const A* grad_loss, co
 
 template <class A>
 void launch_forward(const Launcher& launch, const Job<A>& job, const Tensor& scratch, int64_t parts) {
-  static_assert(sizeof(PPOSums<A>) % sizeof(A) == 0, "scratch holds whole sums");
   if (parts == 1) {
     launch(ppo_loss_kernel<A>, 1, kBlock, job, nullptr);
   } else {
-    PPOSums<A>* const partial = reinterpret_cast<PPOSums<A>*>(pointer<A>(scratch));
+    PPOSums* const partial = static_cast<PPOSums*>(scratch.data_ptr());
     launch(ppo_loss_kernel<A>, parts, kBlock, job, partial);
     launch(finish_kernel<A>, 1, kBlock, job, partial, int(parts));
   }
@@ -152,12 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOStats}, dtype);
   const auto like = [&] { return new_token_tensor(logprobs, logprobs.dim(), dtype); };
   Tensor ratio = like(), grad_logprobs = like(), grad_vpreds = like();
-  Tensor scratch = new_tensor(logprobs, {parts > 1 ? parts * int64_t(sizeof(PPOSums<float>) / sizeof(float)) : 0}, dtype);
+  const Tensor scratch = new_tensor(logprobs, {parts > 1 ? parts * int64_t(sizeof(PPOSums) / sizeof(double)) : 0}, ScalarType::Double);
   dispatch_floats(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Job<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages), pointer<A>(vpreds), pointer<A>(values),
                      pointer<A>(returns),  pointer<bool>(mask),      pointer<A>(ratio),      pointer<A>(grad_logprobs),
-                     pointer<A>(grad_vpreds), n, A(cliprange), A(cliprange_value), A(vf_coef), A(ratio_threshold), pointer<A>(stats),
+                     pointer<A>(grad_vpreds), n, A(cliprange), A(cliprange_value), vf_coef, ratio_threshold, pointer<A>(stats),
                      pointer<A>(loss)};
     launch_forward(launch, job, scratch, parts);
   });

@@ -3,7 +3,7 @@
 // Bytes     moments 8 per entry in fp32; whitening 20 (it reads the entries again); backward 32
 // Launch    blocks of 256 threads: parts of the sums, then one kernel that merges them and writes; moments of rows that one
 //           block can hold take one kernel
-// Sums      Chan's merge in the input's dtype, in an order that depends on the number of entries only
+// Sums      Chan's merge in fp64, in an order that depends on the number of entries only
 // Limits    none
 
 #include "launch.h"
@@ -24,9 +24,8 @@ struct Entries {
   int parts;  // blocks that share a row
 };
 
-template <class A>
 struct GradSums {
-  A grad, centred;
+  double grad, centred;
 };
 
 inline int parts_of(int64_t columns) {
@@ -35,15 +34,13 @@ inline int parts_of(int64_t columns) {
 
 // ---- device helpers ----
 
-template <class A>
-__device__ __forceinline__ Moments<A> merge_block(const Moments<A>& m) {
-  return reduce_group<kBlock>(m, [](const Moments<A>& a, const Moments<A>& b) { return moments_merge(a, b); });
+__device__ __forceinline__ Moments<double> merge_block(const Moments<double>& m) {
+  return reduce_group<kBlock>(m, [](const Moments<double>& a, const Moments<double>& b) { return moments_merge(a, b); });
 }
 
-template <class A>
-__device__ __forceinline__ GradSums<A> merge_block(const GradSums<A>& s) {
-  return reduce_group<kBlock>(s, [](const GradSums<A>& a, const GradSums<A>& b) {
-    return GradSums<A>{a.grad + b.grad, a.centred + b.centred};
+__device__ __forceinline__ GradSums merge_block(const GradSums& s) {
+  return reduce_group<kBlock>(s, [](const GradSums& a, const GradSums& b) {
+    return GradSums{a.grad + b.grad, a.centred + b.centred};
   });
 }
 
@@ -54,23 +51,23 @@ __device__ __forceinline__ State merge_parts(const State* parts, int count) {
 }
 
 template <class A>
-__device__ __forceinline__ void write_moments(const Moments<A>& m, A* out) {
-  out[0] = m.weight;
-  out[1] = m.mean;
-  out[2] = biased_var(m);
+__device__ __forceinline__ void write_moments(const Moments<double>& m, A* out) {
+  out[0] = A(m.weight);
+  out[1] = A(m.mean);
+  out[2] = A(biased_var(m));
 }
 
 // ---- kernels ----
 
 // Block i sums part i % parts of row i / parts; a row of one part is finished at once.
 template <class A>
-__global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, int64_t rows, Moments<A>* parts, A* moments) {
+__global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, int64_t rows, Moments<double>* parts, A* moments) {
   for (int64_t i = blockIdx.x; i < rows * in.parts; i += gridDim.x) {
     const int64_t row = i / in.parts * in.columns;
-    Moments<A> m{};
+    Moments<double> m{};
     for (int64_t c = i % in.parts * kBlock + threadIdx.x; c < in.columns; c += int64_t(in.parts) * kBlock) {
       const A w = in.weights[row + c];
-      if (w != A(0)) m = moments_merge(m, Moments<A>{w, in.values[row + c], A(0)});
+      if (w != A(0)) m = moments_merge(m, Moments<double>{double(w), double(in.values[row + c]), 0.0});
     }
     m = merge_block(m);
     if (threadIdx.x != 0) continue;
@@ -79,31 +76,31 @@ __global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, in
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) finish_moments_kernel(const Moments<A>* parts, int count, int64_t rows, A* moments) {
+__global__ void __launch_bounds__(kBlock) finish_moments_kernel(const Moments<double>* parts, int count, int64_t rows, A* moments) {
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    const Moments<A> m = merge_parts(parts + r * count, count);
+    const Moments<double> m = merge_parts(parts + r * count, count);
     if (threadIdx.x == 0) write_moments(m, moments + 3 * r);
   }
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) whiten_kernel(const Entries<A> in, const Moments<A>* parts, bool shift_mean, A* whitened,
-                                                        A* moments) {
-  const Moments<A> m = share_first<kBlock>(merge_parts(parts, in.parts));
+__global__ void __launch_bounds__(kBlock) whiten_kernel(const Entries<A> in, const Moments<double>* parts, bool shift_mean,
+                                                        A* whitened, A* moments) {
+  const Moments<double> m = share_first<kBlock>(merge_parts(parts, in.parts));
   if (blockIdx.x == 0 && threadIdx.x == 0) write_moments(m, moments);
-  const A scale = whiten_scale(m.weight, biased_var(m));
+  const double scale = whiten_scale(m.weight, biased_var(m));
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock)
-    whitened[i] = in.weights[i] == A(0) ? A(0) : whiten_one(in.values[i], m.mean, scale, shift_mean);
+    whitened[i] = in.weights[i] == A(0) ? A(0) : A(whiten_one(double(in.values[i]), m.mean, scale, shift_mean));
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments, GradSums<A>* parts) {
-  const A mean = moments[1];
-  GradSums<A> sums{};
+__global__ void __launch_bounds__(kBlock) grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments, GradSums* parts) {
+  const double mean = moments[1];
+  GradSums sums{};
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
     if (in.weights[i] == A(0)) continue;
     sums.grad += grad[i];
-    sums.centred += grad[i] * (in.values[i] - mean);
+    sums.centred += double(grad[i]) * (double(in.values[i]) - mean);
   }
   sums = merge_block(sums);
   if (threadIdx.x == 0) parts[blockIdx.x] = sums;
@@ -111,13 +108,14 @@ __global__ void __launch_bounds__(kBlock) grad_sums_kernel(const Entries<A> in, 
 
 template <class A>
 __global__ void __launch_bounds__(kBlock) whiten_backward_kernel(const Entries<A> in, const A* grad, const A* moments,
-                                                                 const GradSums<A>* parts, bool shift_mean, A* out) {
-  const GradSums<A> sums = share_first<kBlock>(merge_parts(parts, in.parts));
-  const Moments<A> m{moments[0], moments[1], A(0)};
-  const A scale = whiten_scale(m.weight, moments[2]);
+                                                                 const GradSums* parts, bool shift_mean, A* out) {
+  const GradSums sums = share_first<kBlock>(merge_parts(parts, in.parts));
+  const Moments<double> m{double(moments[0]), double(moments[1]), 0.0};
+  const double scale = whiten_scale(m.weight, double(moments[2]));
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
     const A w = in.weights[i];
-    out[i] = w == A(0) ? A(0) : whiten_grad(grad[i], in.values[i], w, m, scale, sums.grad, sums.centred, shift_mean);
+    out[i] = w == A(0) ? A(0)
+                       : A(whiten_grad(double(grad[i]), double(in.values[i]), double(w), m, scale, sums.grad, sums.centred, shift_mean));
   }
 }
 
@@ -131,10 +129,16 @@ Entries<A> entries_of(const Tensor& values, const Tensor& weights, int64_t colum
 // Blocks of a kernel that writes one result per entry.
 inline int64_t writing_blocks(int64_t entries) { return divide_up(entries, 4 * kBlock); }
 
-template <class State, class A>
-State* part_pointer(const Tensor& scratch) {
-  static_assert(sizeof(State) % sizeof(A) == 0, "scratch holds whole states");
-  return reinterpret_cast<State*>(pointer<A>(scratch));
+// One State for each of `count` parts, uninitialised.
+template <class State>
+Tensor new_parts(const Tensor& like, int64_t count) {
+  static_assert(sizeof(State) % sizeof(double) == 0, "made of doubles");
+  return new_tensor(like, {count * int64_t(sizeof(State) / sizeof(double))}, ScalarType::Double);
+}
+
+template <class State>
+State* part_pointer(const Tensor& parts) {
+  return static_cast<State*>(parts.data_ptr());
 }
 
 // ---- entry points ----
@@ -145,10 +149,10 @@ Tensor masked_moments_cuda(Tensor values, Tensor weights) {
   const Launcher launch("masked_mean", values);
   const int64_t rows = values.size(0), parts = parts_of(values.size(1));
   Tensor out = new_tensor(values, {rows, 3}, values.scalar_type());
-  Tensor scratch = new_tensor(values, {parts > 1 ? rows * parts * 3 : 0}, values.scalar_type());
+  const Tensor scratch = new_parts<Moments<double>>(values, parts > 1 ? rows * parts : 0);
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    Moments<A>* const partial = parts > 1 ? part_pointer<Moments<A>, A>(scratch) : nullptr;
+    Moments<double>* const partial = parts > 1 ? part_pointer<Moments<double>>(scratch) : nullptr;
     launch(moments_kernel<A>, rows * parts, kBlock, entries_of<A>(values, weights, values.size(1)), rows, partial, pointer<A>(out));
     if (partial) launch(finish_moments_kernel<A>, rows, kBlock, partial, int(parts), rows, pointer<A>(out));
   });
@@ -160,11 +164,12 @@ std::tuple<Tensor, Tensor> masked_whiten_cuda(Tensor values, Tensor weights, boo
   const Launcher launch("masked_whiten", values);
   const int64_t n = values.numel(), parts = parts_of(n);
   Tensor whitened = new_token_tensor(values, values.dim(), values.scalar_type());
-  Tensor moments = new_tensor(values, {3}, values.scalar_type()), scratch = new_tensor(values, {parts * 3}, values.scalar_type());
+  Tensor moments = new_tensor(values, {3}, values.scalar_type());
+  const Tensor scratch = new_parts<Moments<double>>(values, parts);
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Entries<A> in = entries_of<A>(values, weights, n);
-    Moments<A>* const partial = part_pointer<Moments<A>, A>(scratch);
+    Moments<double>* const partial = part_pointer<Moments<double>>(scratch);
     launch(moments_kernel<A>, parts, kBlock, in, int64_t(1), partial, nullptr);
     // One block even for no entries: the moments are still to be written.
     launch(whiten_kernel<A>, std::max<int64_t>(1, writing_blocks(n)), kBlock, in, partial, shift_mean, pointer<A>(whitened),
@@ -182,11 +187,11 @@ Tensor masked_whiten_backward_cuda(Tensor grad, Tensor values, Tensor weights, T
   const Launcher launch("masked_whiten", values);
   const int64_t n = values.numel(), parts = parts_of(n);
   Tensor out = new_token_tensor(values, values.dim(), values.scalar_type());
-  Tensor scratch = new_tensor(values, {parts * 2}, values.scalar_type());
+  const Tensor scratch = new_parts<GradSums>(values, parts);
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Entries<A> in = entries_of<A>(values, weights, n);
-    GradSums<A>* const partial = part_pointer<GradSums<A>, A>(scratch);
+    GradSums* const partial = part_pointer<GradSums>(scratch);
     const A *g = pointer<A>(grad), *m = pointer<A>(moments);
     launch(grad_sums_kernel<A>, n == 0 ? 0 : parts, kBlock, in, g, m, partial);
     launch(whiten_backward_kernel<A>, writing_blocks(n), kBlock, in, g, m, partial, shift_mean, pointer<A>(out));
