@@ -47,6 +47,7 @@ def ppo_config(settings: Settings, **changes) -> "ppo_ext.PPOConfig":
 def _run(stage, title, config, steps, corpus, settings, gold, folder, display) -> dict:
     """Trains, logs each step to metrics.jsonl, saves the policy and returns its held-out figures."""
     device = default_device()
+    torch.manual_seed(settings.seed + 3)  # for the new value head; the trainer seeds the rest
     model = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(str(folder / "sft_model"))
     reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model").to(device).eval()
     trainer = ppo_ext.PPOTrainer(config, model, tokenizer=corpus.tokenizer)

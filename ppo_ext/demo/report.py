@@ -60,6 +60,7 @@ def seconds_table(stages: dict[str, dict]) -> Table:
     result = Table(title="Stages", title_justify="left")
     result.add_column("")
     result.add_column("seconds", justify="right")
+    result.add_column("CPU seconds", justify="right")
     result.add_column("result")
     texts = {
         "sft": lambda s: f"held-out loss {s['eval_loss']:.2f} nats per token",
@@ -67,8 +68,9 @@ def seconds_table(stages: dict[str, dict]) -> Table:
         "reward": lambda s: f"held-out accuracy {100 * s['accuracy']:.1f} %, ties {100 * s['ties']:.1f} %",
     }
     for name, results in stages.items():
-        result.add_row(name, f"{results['seconds']:.0f}", texts[name](results) if name in texts else "")
-    result.add_row("all", f"{sum(s['seconds'] for s in stages.values()):.0f}", style="bold")
+        result.add_row(name, f"{results['seconds']:.0f}", f"{results['cpu_seconds']:.0f}", texts[name](results) if name in texts else "")
+    total, cpu = (sum(s[key] for s in stages.values()) for key in ("seconds", "cpu_seconds"))
+    result.add_row("all", f"{total:.0f}", f"{cpu:.0f}", style="bold")
     return result
 
 
@@ -88,10 +90,15 @@ def write_samples(folder: RunFolder, stages: dict[str, dict], gold_name: str) ->
 
 def print_samples(rows: list[list[tuple[str, dict]]], display: Display, count: int = 3) -> None:
     for row in rows[:count]:
-        display.console.print(f"\n  [dim]{escape(one_line(row[0][1]['prompt']))} ...[/dim]")
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(justify="right", style="bold", min_width=9)
+        grid.add_column(justify="right", min_width=4)
+        grid.add_column(overflow="fold")
+        grid.add_row("", "", f"[dim]{escape(one_line(row[0][1]['prompt']))} ...[/dim]")
         for label, sample in row:
-            response = escape(one_line(sample["response"]))
-            display.console.print(f"  [bold]{label:>8}[/bold] {sample['gold']:>5.0f}  {response}")
+            grid.add_row(label, f"{sample['gold']:.0f}", escape(one_line(sample["response"])))
+        display.console.print()
+        display.console.print(grid)
 
 
 def print_gate(checks: list[Check], display: Display) -> None:

@@ -35,9 +35,9 @@ class Settings:
     ppo_mini_batch: int = 32
     ppo_epochs: int = 2
     ppo_learning_rate: float = 2e-4
-    kl_coef: float = 0.15  # start value; adapted towards `kl_target`
+    kl_coef: float = 0.1  # start value; adapted towards `kl_target`
     kl_target: float = 6.0  # nats per response
-    kl_horizon: float = 2000.0  # samples
+    kl_horizon: float = 1000.0  # samples
     vf_coef: float = 0.5
 
     control_steps: int = 30  # the run without a KL penalty
