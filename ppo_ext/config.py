@@ -7,7 +7,6 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Optional, Union
 
 from .stats import flatten_dict
 
@@ -45,14 +44,16 @@ class PPOConfig:
 
     # --- optimizer
     learning_rate: float = 1.41e-5  # of the Adam that is made when no optimizer is passed
-    max_grad_norm: Optional[float] = None  # L2 norm the gradient is clipped to at every update; None: no clipping
+    max_grad_norm: float | None = None  # L2 norm the gradient is clipped to at every update; None: no clipping
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, one more forward
     inplace_logits_grad: bool = True  # write the logits' gradient over the logits; off by itself if you override loss
 
     # --- KL penalty, in nats
     adap_kl_ctrl: bool = True  # adapt the KL coefficient to `target`; False: keep init_kl_coef
     init_kl_coef: float = 0.2  # reward taken off per nat of KL
-    kl_penalty: str = "kl"  # per token: "kl" d, "abs" |d|, "mse" d^2/2, d = logprob - ref_logprob; "full" KL(policy||ref)
+    kl_penalty: str = (
+        "kl"  # per token: "kl" d, "abs" |d|, "mse" d^2/2, d = logprob - ref_logprob; "full" KL(policy||ref)
+    )
     target: float = 6.0  # KL per sequence the adaptive controller aims at, nats
     horizon: float = 10000.0  # samples over which the adaptive controller acts
 
@@ -74,40 +75,40 @@ class PPOConfig:
     # --- scores
     use_score_scaling: bool = False  # divide scores by their running standard deviation
     use_score_norm: bool = False  # and subtract their running mean first; needs use_score_scaling
-    score_clip: Optional[float] = None  # clamp scores to +- this, after scaling
+    score_clip: float | None = None  # clamp scores to +- this, after scaling
 
     # --- data and bookkeeping
     remove_unused_columns: bool = True  # drop dataset columns that the model's forward does not take
-    dataset_num_proc: Optional[int] = None  # accepted, nothing reads it
+    dataset_num_proc: int | None = None  # accepted, nothing reads it
     compare_steps: int = 1  # steps between two looks for a new best mean score
-    push_to_hub_if_best_kwargs: Union[dict, str, None] = field(default_factory=dict)  # repo_id, ...: push the best model
+    push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # repo_id, ...: push the best model
     optimize_device_cache: bool = False  # empty the device cache after each part of a step: slower, less memory
 
     # --- trackers and devices, handed to accelerate
-    log_with: Optional[str] = None  # "wandb", "tensorboard" or any other tracker accelerate knows
+    log_with: str | None = None  # "wandb", "tensorboard" or any other tracker accelerate knows
     tracker_project_name: str = "trl"  # project the tracker files the run under
-    tracker_kwargs: Union[dict, str, None] = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
-    accelerator_kwargs: Union[dict, str, None] = field(default_factory=dict)  # keyword arguments of Accelerator
-    project_kwargs: Union[dict, str, None] = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
+    tracker_kwargs: dict | str | None = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
+    accelerator_kwargs: dict | str | None = field(default_factory=dict)  # keyword arguments of Accelerator
+    project_kwargs: dict | str | None = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
 
     # --- labels that reach the tracker and nothing else
-    task_name: Optional[str] = None  # label
+    task_name: str | None = None  # label
     model_name: str = "gpt2"  # label
     query_dataset: str = "stanfordnlp/imdb"  # label
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"  # label
 
     # --- older spellings
-    forward_batch_size: Optional[int] = None  # deprecated: overwrites mini_batch_size
-    optimize_cuda_cache: Optional[bool] = None  # deprecated: overwrites optimize_device_cache
+    forward_batch_size: int | None = None  # deprecated: overwrites mini_batch_size
+    optimize_cuda_cache: bool | None = None  # deprecated: overwrites optimize_device_cache
 
     # --- computed; what you pass here is overwritten
-    backward_batch_size: Optional[int] = None  # samples per optimizer update: mini_batch_size * accumulation
-    total_ppo_epochs: Optional[int] = None  # step() calls in the run: ceil(steps / batch_size)
-    world_size: Optional[int] = None  # processes, set by the trainer
-    global_backward_batch_size: Optional[int] = None  # backward_batch_size * world_size
-    global_batch_size: Optional[int] = None  # batch_size * world_size
-    is_encoder_decoder: Optional[bool] = None  # set by the trainer from the model
-    is_peft_model: Optional[bool] = None  # set by the trainer from the model
+    backward_batch_size: int | None = None  # samples per optimizer update: mini_batch_size * accumulation
+    total_ppo_epochs: int | None = None  # step() calls in the run: ceil(steps / batch_size)
+    world_size: int | None = None  # processes, set by the trainer
+    global_backward_batch_size: int | None = None  # backward_batch_size * world_size
+    global_batch_size: int | None = None  # batch_size * world_size
+    is_encoder_decoder: bool | None = None  # set by the trainer from the model
+    is_peft_model: bool | None = None  # set by the trainer from the model
 
     def __post_init__(self):
         if self.forward_batch_size is not None:

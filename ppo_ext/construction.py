@@ -20,8 +20,19 @@ from .stats import RunningMoments
 class ConstructionMixin:
     """`PPOTrainer.__init__` and what it needs."""
 
-    def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None, optimizer=None,
-                 data_collator=None, num_shared_layers=None, lr_scheduler=None, training_data_collator=None):
+    def __init__(
+        self,
+        config=None,
+        model=None,
+        ref_model=None,
+        tokenizer=None,
+        dataset=None,
+        optimizer=None,
+        data_collator=None,
+        num_shared_layers=None,
+        lr_scheduler=None,
+        training_data_collator=None,
+    ):
         """
         Args:
             config: `PPOConfig`; its seed is set here, for random, numpy and torch.
@@ -55,10 +66,14 @@ class ConstructionMixin:
         config = self.config
         # without sync_with_dataloader=False, accelerate stops accumulating in the last batch of every dataloader pass
         accumulation = GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        )
         self.accelerator = Accelerator(
-            log_with=config.log_with, gradient_accumulation_plugin=accumulation,
-            project_config=ProjectConfiguration(**config.project_kwargs), **config.accelerator_kwargs)
+            log_with=config.log_with,
+            gradient_accumulation_plugin=accumulation,
+            project_config=ProjectConfiguration(**config.project_kwargs),
+            **config.accelerator_kwargs,
+        )
         config.world_size = self.accelerator.num_processes
         config.global_backward_batch_size = config.backward_batch_size * config.world_size
         config.global_batch_size = config.batch_size * config.world_size
@@ -73,8 +88,11 @@ class ConstructionMixin:
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=4)
         if ref_model is not None and self.is_peft_model:
-            warnings.warn("PPOTrainer: ref_model is ignored, since the reference of a peft model is the model itself with "
-                          "its adapters off", stacklevel=4)
+            warnings.warn(
+                "PPOTrainer: ref_model is ignored, since the reference of a peft model is the model itself with "
+                "its adapters off",
+                stacklevel=4,
+            )
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
         self.ref_model = ref_model
@@ -91,8 +109,11 @@ class ConstructionMixin:
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         elif self.is_distributed:
-            warnings.warn("PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
-                          "example with trainer.accelerator.prepare(dataloader)", stacklevel=4)
+            warnings.warn(
+                "PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
+                "example with trainer.accelerator.prepare(dataloader)",
+                stacklevel=4,
+            )
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
     def _init_optimizer(self, optimizer, lr_scheduler):
@@ -101,16 +122,21 @@ class ConstructionMixin:
 
     def _init_state(self):
         config = self.config
-        self.kl_ctl = (AdaptiveKLController(config.init_kl_coef, config.target, config.horizon) if config.adap_kl_ctrl
-                       else FixedKLController(config.init_kl_coef))
+        self.kl_ctl = (
+            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+            if config.adap_kl_ctrl
+            else FixedKLController(config.init_kl_coef)
+        )
         self.running = RunningMoments(self.accelerator)
         self.current_step = 0  # steps logged to tensorboard
         self.skipped_minibatches = 0  # by the ratio guard, over the trainer's life
         self.compare_step = 0
         self.highest_reward = torch.tensor(-float("inf"))
         if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
-            raise ValueError("PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got "
-                             f"{sorted(config.push_to_hub_if_best_kwargs)}")
+            raise ValueError(
+                "PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got "
+                f"{sorted(config.push_to_hub_if_best_kwargs)}"
+            )
         # what batched_forward_pass knows about the log-probabilities it made, for as long as someone holds them
         self._entropies, self._full_kls = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self._guarded = []  # [skipped, mean ratio] of the mini batches since the last optimizer update
@@ -123,7 +149,8 @@ class ConstructionMixin:
     def _prepare(self):
         """Hand everything to accelerate: devices, mixed precision, DDP, FSDP, DeepSpeed, trackers."""
         prepared = self.accelerator.prepare(
-            self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler)
+            self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler
+        )
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = prepared
         if self.accelerator.distributed_type == "DEEPSPEED":
             if not self.is_peft_model:
@@ -137,11 +164,13 @@ class ConstructionMixin:
         self.current_device = torch.device("cuda:0") if pipelined else self.accelerator.device
         settings = self.config.to_dict()
         self.accelerator.init_trackers(
-            self.config.tracker_project_name, init_kwargs=self.config.tracker_kwargs,
-            config=settings if self.config.log_with == "tensorboard" else {"trl_ppo_trainer_config": settings})
+            self.config.tracker_project_name,
+            init_kwargs=self.config.tracker_kwargs,
+            config=settings if self.config.log_with == "tensorboard" else {"trl_ppo_trainer_config": settings},
+        )
 
     def _keep_logits_dtype(self, model):
-        """Autocast without accelerate's float32 copy of every output: the ops take half-precision logits as they are."""
+        """Autocast without accelerate's float32 copy of every output: the ops take half-precision logits as such."""
         model = model and self.accelerator.unwrap_model(model)
         forward = vars(model).get("_original_forward") if model else None  # set by accelerate where it wraps one
         if forward is None or self.accelerator.mixed_precision not in ("fp16", "bf16"):
@@ -175,7 +204,8 @@ class ConstructionMixin:
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset)
         return torch.utils.data.DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True)
+            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
+        )
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -203,7 +233,9 @@ def _check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler):
     indexed = isinstance(dataset, torch.utils.data.Dataset) or hasattr(dataset, "column_names")
     require(dataset is None or indexed, "dataset", "a torch or datasets Dataset", dataset)
     scheduler = torch.optim.lr_scheduler.LRScheduler
-    require(lr_scheduler is None or isinstance(lr_scheduler, scheduler), "lr_scheduler", "a torch LRScheduler", lr_scheduler)
+    require(
+        lr_scheduler is None or isinstance(lr_scheduler, scheduler), "lr_scheduler", "a torch LRScheduler", lr_scheduler
+    )
 
 
 def _has_value_head(model):

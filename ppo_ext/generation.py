@@ -8,8 +8,15 @@ import torch
 class GenerationMixin:
     """`PPOTrainer.generate` and what it needs."""
 
-    def generate(self, query_tensor, length_sampler=None, batch_size=4, return_prompt=True,
-                 generate_ref_response=False, **generation_kwargs):
+    def generate(
+        self,
+        query_tensor,
+        length_sampler=None,
+        batch_size=4,
+        return_prompt=True,
+        generate_ref_response=False,
+        **generation_kwargs,
+    ):
         """Sample a response to each query.
 
         Args:
@@ -29,13 +36,15 @@ class GenerationMixin:
         """
         if isinstance(query_tensor, list):
             sample = self._generate_batched
-            options = dict(length_sampler=length_sampler, batch_size=batch_size, return_prompt=return_prompt)
+            options = {"length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt}
         elif query_tensor.dim() != 1:
-            raise ValueError("PPOTrainer.generate: query_tensor must be a 1-D tensor or a list of 1-D tensors, got shape "
-                             f"{list(query_tensor.shape)}")
+            raise ValueError(
+                "PPOTrainer.generate: query_tensor must be a 1-D tensor or a list of 1-D tensors, got shape "
+                f"{list(query_tensor.shape)}"
+            )
         else:
             sample = self._generate_one
-            options = dict(length_sampler=length_sampler, return_prompt=return_prompt)
+            options = {"length_sampler": length_sampler, "return_prompt": return_prompt}
         response = sample(self.model, query_tensor, **options, **generation_kwargs)
         if not generate_ref_response:
             return response
@@ -48,15 +57,24 @@ class GenerationMixin:
             generation_kwargs["max_new_tokens"] = length_sampler()
         with self._unwrapped_for_generation(model) as unwrapped:
             response = unwrapped.generate(input_ids=query.unsqueeze(0), **generation_kwargs)
-        return response if return_prompt or self.is_encoder_decoder else response[:, len(query):]
+        return response if return_prompt or self.is_encoder_decoder else response[:, len(query) :]
 
-    def _generate_batched(self, model, query_tensors, length_sampler=None, batch_size=4, return_prompt=True,
-                          pad_to_multiple_of=None, remove_padding=True, **generation_kwargs):
+    def _generate_batched(
+        self,
+        model,
+        query_tensors,
+        length_sampler=None,
+        batch_size=4,
+        return_prompt=True,
+        pad_to_multiple_of=None,
+        remove_padding=True,
+        **generation_kwargs,
+    ):
         outputs = []
         for start in range(0, len(query_tensors), batch_size):
             if length_sampler is not None:
                 generation_kwargs["max_new_tokens"] = length_sampler()
-            queries = query_tensors[start:start + batch_size]
+            queries = query_tensors[start : start + batch_size]
             inputs = self._pad_queries(queries, pad_to_multiple_of).to(self.current_device)
             with self._unwrapped_for_generation(model) as unwrapped:
                 generations = unwrapped.generate(**inputs, **generation_kwargs)
@@ -69,8 +87,9 @@ class GenerationMixin:
             self.tokenizer.padding_side = "left"  # so that every response starts in the same column
         try:
             inputs = {"input_ids": queries, "attention_mask": [torch.ones_like(query) for query in queries]}
-            return self.tokenizer.pad(inputs, padding=True, max_length=None, pad_to_multiple_of=pad_to_multiple_of,
-                                      return_tensors="pt")
+            return self.tokenizer.pad(
+                inputs, padding=True, max_length=None, pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt"
+            )
         finally:
             self.tokenizer.padding_side = padding_side
 
@@ -87,7 +106,7 @@ class GenerationMixin:
             padded = torch.nn.functional.pad(is_eos, (0, 1), value=True)  # a row without one ends after its last token
             ends = (padded.int().argmax(dim=1) + generated_from + 1).tolist()
         starts = [0 if self.is_encoder_decoder else width - len(query) if return_prompt else width for query in queries]
-        return [row[start:end] for row, start, end in zip(generations, starts, ends)]
+        return [row[start:end] for row, start, end in zip(generations, starts, ends, strict=True)]
 
     @contextmanager
     def _unwrapped_for_generation(self, model):

@@ -58,7 +58,7 @@ def mask_tensors(masks, responses, device):
     """One 1-D mask per response, of its length, on the device; None stays None."""
     if masks is None:
         return None
-    for i, (mask, response) in enumerate(zip(masks, responses)):
+    for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
         if not isinstance(mask, torch.Tensor):
             fail(f"response_masks[{i}]", "be a 1-D tensor", type(mask).__name__, TypeError)
         if mask.shape != response.shape:
@@ -108,7 +108,7 @@ def _name_bad_id(vocab_size, **lists):
 
 def check_context(queries, responses, context, is_encoder_decoder):
     """Query plus response (each alone for an encoder-decoder model) fit the model's context, in tokens."""
-    for i, (query, response) in enumerate(zip(queries, responses)):
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         if not is_encoder_decoder and len(query) + len(response) > context:
             fail(
                 f"queries[{i}] and responses[{i}]",

@@ -19,16 +19,19 @@ class _WithGradient(torch.autograd.Function):
         return grad_value * grad, None, None
 
 
-def policy_and_value_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *, vf_coef, **coefficients):
+def policy_and_value_loss(
+    logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *, vf_coef, **coefficients
+):
     """(policy loss, vf_coef * value loss, stats), from one call of `ppo_loss`, whose arguments these are.
 
-    The policy loss depends on logprobs alone and the value loss on vpreds alone, so the gradient of the sum with respect
-    to each is that term's own; a caller may then weigh the two terms as it likes.
+    The policy loss depends on logprobs alone and the value loss on vpreds alone, so the gradient of the sum with
+    respect to each is that term's own; a caller may then weigh the two terms as it likes.
     """
     with torch.enable_grad():
         leaves = logprobs.detach().requires_grad_(), vpreds.detach().requires_grad_()
-        total, stats = ppo_loss(leaves[0], old_logprobs, advantages, leaves[1], values, returns, mask,
-                                vf_coef=vf_coef, **coefficients)
+        total, stats = ppo_loss(
+            leaves[0], old_logprobs, advantages, leaves[1], values, returns, mask, vf_coef=vf_coef, **coefficients
+        )
         grad_logprobs, grad_vpreds = torch.autograd.grad(total, leaves)
     pg_loss = _WithGradient.apply(logprobs, stats["loss/policy"], grad_logprobs)
     vf_loss = _WithGradient.apply(vpreds, vf_coef * stats["loss/value"], grad_vpreds)

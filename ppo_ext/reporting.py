@@ -44,8 +44,11 @@ def _lengths(name, samples):
     """Mean, standard deviation (0 for one sample) and list of the lengths, in tokens."""
     lengths = torch.tensor([float(len(sample)) for sample in samples])
     std = lengths.std().item() if len(samples) > 1 else 0.0
-    return {f"tokens/{name}_len_mean": lengths.mean().item(), f"tokens/{name}_len_std": std,
-            f"tokens/{name}_dist": lengths.numpy()}
+    return {
+        f"tokens/{name}_len_mean": lengths.mean().item(),
+        f"tokens/{name}_len_std": std,
+        f"tokens/{name}_dist": lengths.numpy(),
+    }
 
 
 class ReportingMixin:
@@ -59,7 +62,9 @@ class ReportingMixin:
             data: scores [B]; logprobs, ref_logprobs, non_score_reward, kls, masks [B, T-1]; queries, responses;
                 train_stats: dict of [mini batches, n].
 
-        Returns: dict of tensors, arrays and floats under TRL's keys. Source: TRL 0.11.4, `PPOTrainer.record_step_stats`.
+        Returns: dict of tensors, arrays and floats under TRL's keys.
+
+        Source: TRL 0.11.4, `PPOTrainer.record_step_stats`.
         """
         mask, scores = data["masks"], data["scores"]
         kl_list = _masked_sum(data["kls"], mask)
@@ -88,7 +93,20 @@ class ReportingMixin:
         tensors = [stats[key].detach().to(self.accelerator.device) for key in keys]
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         mean = self.accelerator.reduce(flat, reduction="mean")
-        return {**stats, **dict(zip(keys, unpack(mean, tensors)))}
+        return {**stats, **dict(zip(keys, unpack(mean, tensors), strict=True))}
+
+    def _record(self, rollout, train_stats, **data):
+        """The statistics that `step` returns, from the rollout, the mini batches and what only `step` has seen."""
+        stats = self.record_step_stats(
+            kl_coef=self.kl_ctl.value,
+            train_stats=train_stats,
+            logprobs=rollout.logprobs,
+            masks=rollout.mask,
+            queries=rollout.queries,
+            responses=rollout.responses,
+            **data,
+        )
+        return self._to_host(stats)
 
     def _to_host(self, stats):
         """Numpy and floats, averaged over processes; with wandb one-element arrays stay arrays, as in TRL."""
@@ -96,8 +114,8 @@ class ReportingMixin:
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if stats["objective/kl"] < -1.0:
             warnings.warn(
-                f"PPOTrainer: the KL per sequence is {stats['objective/kl']:.2f}, below -1. The responses were probably not "
-                "sampled from the policy that is scored: sample with top_k=0, top_p=1.0 and temperature 1",
+                f"PPOTrainer: the KL per sequence is {stats['objective/kl']:.2f}, below -1. The responses were "
+                "probably not sampled from the policy that is scored: sample with top_k=0, top_p=1.0 and temperature 1",
                 stacklevel=3,
             )
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
@@ -122,9 +140,11 @@ class ReportingMixin:
         if columns is not None:
             import wandb
 
-            rows = [list(row) for row in zip(*columns, rewards.tolist())]
+            rows = [list(row) for row in zip(*columns, rewards.tolist(), strict=True)]
             logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], rows=rows)
-        logs = {k: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 else v for k, v in logs.items()}
+        logs = {
+            k: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 else v for k, v in logs.items()
+        }
         logs["env/reward_mean"] = rewards.mean().item()
         logs["env/reward_std"] = rewards.std().item() if len(rewards) > 1 else 0.0
         logs["env/reward_dist"] = rewards.cpu().numpy()
@@ -137,7 +157,9 @@ class ReportingMixin:
 
         missing = [column for column in columns_to_log if column not in batch]
         if missing:
-            raise ValueError(f"PPOTrainer.log_stats: batch must have the columns {list(columns_to_log)}, got {list(batch)}")
+            raise ValueError(
+                f"PPOTrainer.log_stats: batch must have the columns {list(columns_to_log)}, got {list(batch)}"
+            )
         columns = [batch[column] for column in columns_to_log]
         return [gather_object(column) for column in columns] if self.is_distributed else columns
 
@@ -145,8 +167,9 @@ class ReportingMixin:
         """Save model, value head, tokenizer and a model card to a folder; optionally push that folder to the hub."""
         os.makedirs(save_directory, exist_ok=True)
         self._save_pretrained(save_directory)
-        if push_to_hub:
-            return self._upload(save_directory, repo_id or os.path.basename(os.path.normpath(save_directory)), **kwargs)
+        if not push_to_hub:
+            return None
+        return self._upload(save_directory, repo_id or os.path.basename(os.path.normpath(save_directory)), **kwargs)
 
     def _save_pretrained(self, save_directory):
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
@@ -161,7 +184,9 @@ class ReportingMixin:
             self._save_pretrained(folder)
             return self._upload(folder, repo_id, **kwargs)
 
-    def _upload(self, folder, repo_id, commit_message="Push model using ppo_ext", private=None, token=None, branch=None):
+    def _upload(
+        self, folder, repo_id, commit_message="Push model using ppo_ext", private=None, token=None, branch=None
+    ):
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)

@@ -21,8 +21,8 @@ class ResumeMixin:
         """Write everything that the next `step` depends on to a folder, whole or not at all.
 
         These are the weights being trained, the optimizer, the schedule, the KL coefficient, the running moments of the
-        scores, and the state of every random generator of every process. Not in it: frozen weights, the reference, and how
-        far a dataloader has been read. All processes must call it; the main one writes.
+        scores, and the state of every random generator of every process. Not in it: frozen weights, the reference, and
+        how far a dataloader has been read. All processes must call it; the main one writes.
 
         Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state), and
         for a schedule whose state is not JSON.
@@ -33,14 +33,16 @@ class ResumeMixin:
         tensors.update(optimizer)
         tensors.update({f"random.{name}": self._gather_rows(state) for name, state in _random_state().items()})
         tensors["highest_reward"] = self.highest_reward.reshape(1)
-        tensors["state"] = _to_bytes({
-            "optimizer": groups,
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "kl_coef": self.kl_ctl.value,
-            "running": {name: getattr(self.running, name) for name in _MOMENTS},
-            **{name: getattr(self, name) for name in _COUNTERS},
-        })
+        tensors["state"] = _to_bytes(
+            {
+                "optimizer": groups,
+                "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                "kl_coef": self.kl_ctl.value,
+                "running": {name: getattr(self.running, name) for name in _MOMENTS},
+                **{name: getattr(self, name) for name in _COUNTERS},
+            }
+        )
         if self.accelerator.is_main_process:
             os.makedirs(directory, exist_ok=True)
             checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors)
@@ -62,7 +64,9 @@ class ResumeMixin:
         checkpoint.check_fits("load_state", trained, saved)
         rows = len(tensors["random.torch"])
         if rows != self.accelerator.num_processes:
-            raise ValueError(f"load_state: the number of processes must be {rows}, got {self.accelerator.num_processes}")
+            raise ValueError(
+                f"load_state: the number of processes must be {rows}, got {self.accelerator.num_processes}"
+            )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
@@ -77,7 +81,9 @@ class ResumeMixin:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         row = self.accelerator.process_index
-        _set_random_state({name.removeprefix("random."): x[row] for name, x in tensors.items() if name.startswith("random.")})
+        _set_random_state(
+            {name.removeprefix("random."): x[row] for name, x in tensors.items() if name.startswith("random.")}
+        )
 
     def _trained(self):
         model = self.accelerator.unwrap_model(self.model)
@@ -85,13 +91,17 @@ class ResumeMixin:
 
     def _gather_rows(self, state):
         """[n] of every process -> [processes, n]."""
-        gathered = self.accelerator.gather(state[None].to(self.accelerator.device)) if self.is_distributed else state[None]
+        gathered = (
+            self.accelerator.gather(state[None].to(self.accelerator.device)) if self.is_distributed else state[None]
+        )
         return gathered.cpu()
 
     def _refuse_sharding(self, method):
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-            raise ValueError(f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type}; "
-                             "use trainer.accelerator.save_state and load_state")
+            raise ValueError(
+                f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type}; "
+                "use trainer.accelerator.save_state and load_state"
+            )
 
 
 def _split_optimizer(state_dict):
@@ -119,7 +129,9 @@ def _to_bytes(state):
     try:
         text = json.dumps(state)
     except TypeError as error:
-        raise ValueError(f"save_state: optimizer and lr_scheduler must have a state that JSON can hold, got {error}") from None
+        raise ValueError(
+            f"save_state: optimizer and lr_scheduler must have a state that JSON can hold, got {error}"
+        ) from None
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

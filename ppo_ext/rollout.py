@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,7 +16,7 @@ class Rollout:
 
     queries: list  # B tensors [query_length] int64
     responses: list  # B tensors [response_length] int64
-    response_masks: Optional[list]  # B tensors [response_length], or None: every response token counts
+    response_masks: list | None  # B tensors [response_length], or None: every response token counts
     model_inputs: dict  # input_ids, attention_mask, ...: each [B, T]
     logprobs: torch.Tensor  # [B, T-1] float32, of the policy that wrote the responses
     values: torch.Tensor  # [B, T-1] float32
@@ -28,7 +27,10 @@ class Rollout:
     def __getitem__(self, rows):
         """The rollout of some of the samples; `rows` is a list of indices."""
         index = torch.as_tensor(rows, device=self.mask.device)
-        pick = lambda samples: None if samples is None else [samples[row] for row in rows]
+
+        def pick(samples):
+            return None if samples is None else [samples[row] for row in rows]
+
         return Rollout(
             queries=pick(self.queries),
             responses=pick(self.responses),
@@ -45,9 +47,9 @@ class Rollout:
 def token_mask(attention_mask, query_lengths, response_lengths, response_masks=None, is_encoder_decoder=False):
     """Which columns are about a response token that counts.
 
-    Column t is about token t + 1, so a response that starts at token q fills columns q - 1 and on, and the last column is
-    always 0. An encoder-decoder response starts with the decoder's start token, which nothing predicts; as in TRL the
-    token after it does not count either.
+    Column t is about token t + 1, so a response that starts at token q fills columns q - 1 and on, and the last column
+    is always 0. An encoder-decoder response starts with the decoder's start token, which nothing predicts; as in TRL
+    the token after it does not count either.
 
     Args:
         attention_mask: [B, T] int64, 1 where a token is no padding, on either side.

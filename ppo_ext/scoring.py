@@ -15,6 +15,7 @@ class ScoringMixin:
 
     def prepare_model_inputs(self, queries, responses):
         """Collated model inputs: input_ids and attention_mask [B, T], for an encoder-decoder also decoder_*."""
+
         def collate(samples):
             return self.data_collator([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples])
 
@@ -23,7 +24,9 @@ class ScoringMixin:
             input_data["decoder_input_ids"] = decoder["input_ids"]
             input_data["decoder_attention_mask"] = decoder["attention_mask"]
         else:
-            input_data = collate([torch.cat([query, response]) for query, response in zip(queries, responses)])
+            input_data = collate(
+                [torch.cat([query, response]) for query, response in zip(queries, responses, strict=True)]
+            )
         input_data.pop("labels", None)  # the model would compute a loss of its own
         return input_data.to(self.current_device)
 
@@ -32,8 +35,11 @@ class ScoringMixin:
         if self.is_distributed:
             for name, tensor in model_inputs.items():
                 model_inputs[name] = self.accelerator.pad_across_processes(
-                    tensor, dim=1, pad_index=self.tokenizer.pad_token_id if name.endswith("input_ids") else 0,
-                    pad_first=self.tokenizer.padding_side == "left")
+                    tensor,
+                    dim=1,
+                    pad_index=self.tokenizer.pad_token_id if name.endswith("input_ids") else 0,
+                    pad_first=self.tokenizer.padding_side == "left",
+                )
         return model_inputs
 
     @torch.no_grad()
@@ -49,14 +55,14 @@ class ScoringMixin:
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)
             batch = (queries[rows], responses[rows], {name: x[rows] for name, x in model_inputs.items()})
-            options = dict(return_logits=full, response_masks=response_masks and response_masks[rows])
+            options = {"return_logits": full, "response_masks": response_masks and response_masks[rows]}
             logprobs, logits, values, mask = self.batched_forward_pass(self.model, *batch, **options)
             with self.optional_peft_ctx():
                 ref_model = self.model if self.is_peft_model else self.ref_model
                 ref_logprobs, ref_logits, _, _ = self.batched_forward_pass(ref_model, *batch, **options)
             kls = [full_kl(logits, ref_logits, mask=mask)] if full else []
             parts.append((logprobs, ref_logprobs, values, mask, *kls))
-        logprobs, ref_logprobs, values, mask, *kls = map(join, zip(*parts))
+        logprobs, ref_logprobs, values, mask, *kls = map(join, zip(*parts, strict=True))
         if full:
             self._full_kls[logprobs] = kls[0]
         return logprobs, ref_logprobs, values, mask
@@ -83,8 +89,9 @@ class ScoringMixin:
             masks = response_masks and response_masks[rows]
             scored = self._forward(model, queries[rows], responses[rows], chunk, masks, with_entropy)
             parts.append(scored if return_logits else {**scored, "logits": None})
-        whole = {name: None if parts[0][name] is None else join([part[name] for part in parts])[:, :-1]
-                 for name in parts[0]}
+        whole = {
+            name: None if parts[0][name] is None else join([part[name] for part in parts])[:, :-1] for name in parts[0]
+        }
         if with_entropy:
             self._entropies[whole["logprobs"]] = whole["entropy"]
         self._empty_device_cache()
@@ -97,15 +104,22 @@ class ScoringMixin:
         """
         decoder = "decoder_" if self.is_encoder_decoder else ""
         input_ids, attention_mask = chunk[f"{decoder}input_ids"], chunk[f"{decoder}attention_mask"]
-        mask = token_mask(attention_mask, [len(query) for query in queries], [len(ids) for ids in responses],
-                          response_masks, self.is_encoder_decoder)
+        mask = token_mask(
+            attention_mask,
+            [len(query) for query in queries],
+            [len(ids) for ids in responses],
+            response_masks,
+            self.is_encoder_decoder,
+        )
         if self.tokenizer.padding_side == "left" and not self.is_encoder_decoder:
             if takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model):
                 chunk = {"position_ids": position_ids(attention_mask), **chunk}
         logits, _, values = model(**chunk)
         labels, entropy = next_tokens(input_ids), None
         if with_entropy:
-            logprobs, entropy = logprobs_and_entropy(logits, labels, mask=mask, inplace_backward=self._may_overwrite_logits)
+            logprobs, entropy = logprobs_and_entropy(
+                logits, labels, mask=mask, inplace_backward=self._may_overwrite_logits
+            )
             entropy = entropy.detach()
         else:
             logprobs = token_logprobs(logits, labels, mask=mask)

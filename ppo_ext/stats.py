@@ -55,21 +55,21 @@ def stats_to_np(stats_dict):
 
 
 def on_host(stats):
-    """The dict with its tensors detached and on the CPU: one transfer per dtype, so one wait for a step's statistics."""
+    """The dict with its tensors detached and on the CPU: one transfer per dtype, so one wait for the statistics."""
     tensors = {key: value.detach() for key, value in stats.items() if isinstance(value, torch.Tensor)}
     result = {**stats, **tensors}
     away = [key for key, value in tensors.items() if value.device.type != "cpu"]
     for group in {(tensors[key].dtype, tensors[key].device) for key in away}:
         keys = [key for key in away if (tensors[key].dtype, tensors[key].device) == group]
         flat = torch.cat([tensors[key].reshape(-1) for key in keys]).cpu()
-        result.update(zip(keys, unpack(flat, [tensors[key] for key in keys])))
+        result.update(zip(keys, unpack(flat, [tensors[key] for key in keys]), strict=True))
     return result
 
 
 def unpack(flat, like):
     """The consecutive parts of a 1-D tensor in the shapes of the tensors in `like`."""
     parts = flat.split([tensor.numel() for tensor in like])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, like)]
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 class Clock:
@@ -132,7 +132,7 @@ class RunningMoments:
         return self.accelerator.reduce(x.float().to(self.accelerator.device), reduction="sum")
 
     def scale(self, scores, subtract_mean):
-        """(scores - mean) / std or scores / std. Source: TRL 0.9.6, `PPOTrainer.step` (0.11.4 raises AttributeError)."""
+        """(scores - mean) / std or scores / std. Source: TRL 0.9.6, `PPOTrainer.step` (0.11.4 raises here)."""
         shifted = scores - self.mean if subtract_mean else scores
         return shifted / (self.std + torch.finfo(scores.dtype).eps)
 

@@ -47,7 +47,8 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         clock = Clock()
         self._start_step()
         queries, responses, scores, response_masks = self._step_safety_checker(
-            self.config.batch_size, queries, responses, scores, response_masks)
+            self.config.batch_size, queries, responses, scores, response_masks
+        )
         scores = self._scale_scores(torch.stack(scores))
         self._push_if_best(scores)
         with clock("forward_pass"):
@@ -58,20 +59,25 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         with clock("compute_advantages"):
             values, advantages, returns = self.compute_advantages(values, rewards, mask)
         with clock("optimize_step"):
-            rollout = Rollout(queries, responses, response_masks, model_inputs, logprobs, values, mask, advantages,
-                              returns)
+            rollout = Rollout(
+                queries, responses, response_masks, model_inputs, logprobs, values, mask, advantages, returns
+            )
             train_stats = self._train(rollout)
         with clock("calc_stats"):
-            stats = self._to_host(self.record_step_stats(
-                scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, non_score_reward=non_score_reward,
-                train_stats=train_stats, kl_coef=self.kl_ctl.value, masks=mask, queries=queries, responses=responses,
-                kls=kls))
+            stats = self._record(
+                rollout,
+                train_stats,
+                scores=scores,
+                ref_logprobs=ref_logprobs,
+                non_score_reward=non_score_reward,
+                kls=kls,
+            )
         self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return {**stats, **clock.total()}
 
-    # ---- before the first forward pass --------------------------------------------------------------------------------
+    # ---- before the first forward pass -----------------------------------------------------------------------------
 
     def _start_step(self):
         """Config fields may have been set since the last step."""
@@ -100,7 +106,7 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
 
-    # ---- rewards and advantages ---------------------------------------------------------------------------------------
+    # ---- rewards and advantages ------------------------------------------------------------------------------------
 
     def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
         """Per-token rewards: minus kl_coef times the KL penalty, plus the score at the last token that counts.
@@ -115,7 +121,10 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         """
         penalty, kls = self.config.kl_penalty, None
         if type(self)._kl_penalty is not PPOTrainer._kl_penalty:
-            penalty, kls = "full", torch.stack([self._kl_penalty(*rows) for rows in zip(logprobs, ref_logprobs)])
+            penalty, kls = (
+                "full",
+                torch.stack([self._kl_penalty(*rows) for rows in zip(logprobs, ref_logprobs, strict=True)]),
+            )
         elif penalty == "full":
             kls = self._full_kls.get(logprobs)
             kls = full_kl(logprobs, ref_logprobs, mask=masks) if kls is None else kls
@@ -143,7 +152,7 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         advantages, returns = gae(values, rewards, mask, gamma=self.config.gamma, lam=self.config.lam)
         return values.masked_fill(mask == 0, 0.0), masked_whiten(advantages, mask), returns
 
-    # ---- training -----------------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------------------------
 
     def _train(self, rollout):
         """config.ppo_epochs passes over the rollout, each in a new random order; returns the stacked statistics."""
@@ -160,24 +169,32 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         """Index lists of one epoch, drawn from numpy's global stream as TRL does."""
         order = np.random.permutation(self.config.batch_size).tolist()
         size = self.config.mini_batch_size
-        return [order[start:start + size] for start in range(0, len(order), size)]
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _train_on(self, batch):
         self._may_overwrite_logits = self.config.inplace_logits_grad and self._loss_is_ours
         try:
             with self.accelerator.accumulate(self.model):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
-                    self.model, batch.queries, batch.responses, batch.model_inputs, return_logits=True,
-                    response_masks=batch.response_masks)
-                return self.train_minibatch(batch.logprobs, batch.values, logprobs, logits, vpreds, batch.mask,
-                                            batch.advantages, batch.returns)
+                    self.model,
+                    batch.queries,
+                    batch.responses,
+                    batch.model_inputs,
+                    return_logits=True,
+                    response_masks=batch.response_masks,
+                )
+                return self.train_minibatch(
+                    batch.logprobs, batch.values, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns
+                )
         finally:
             self._may_overwrite_logits = False
 
     @property
     def _loss_is_ours(self):
         """False in a subclass with a loss of its own, which may read logits in ways that overwriting would spoil."""
-        overridden = any(getattr(type(self), name) is not getattr(PPOTrainer, name) for name in ("loss", "train_minibatch"))
+        overridden = any(
+            getattr(type(self), name) is not getattr(PPOTrainer, name) for name in ("loss", "train_minibatch")
+        )
         return not overridden
 
     def train_minibatch(self, old_logprobs, values, logprobs, logits, vpreds, mask, advantages, returns):
@@ -186,7 +203,8 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         Arguments are those of `loss`. Returns its statistics.
         """
         loss_p, loss_v, train_stats = self.loss(
-            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
+            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+        )
         self.accelerator.backward(loss_p + loss_v)
         self._update(train_stats.pop("policy/skipped", None), train_stats.pop("policy/ratio_mean", None))
         self._empty_device_cache()
@@ -205,9 +223,18 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         Source: TRL 0.11.4, `PPOTrainer.loss`.
         """
         pg_loss, vf_loss, stats = policy_and_value_loss(
-            logprobs, old_logprobs, advantages, vpreds, values, returns, mask, vf_coef=self.config.vf_coef,
-            cliprange=self.config.cliprange, cliprange_value=self.config.cliprange_value,
-            ratio_threshold=self.config.ratio_threshold)
+            logprobs,
+            old_logprobs,
+            advantages,
+            vpreds,
+            values,
+            returns,
+            mask,
+            vf_coef=self.config.vf_coef,
+            cliprange=self.config.cliprange,
+            cliprange_value=self.config.cliprange_value,
+            ratio_threshold=self.config.ratio_threshold,
+        )
         entropy = self._entropies.get(logprobs)
         if entropy is None:
             no_labels = torch.zeros_like(mask, dtype=torch.int64)
@@ -239,12 +266,14 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         if self.is_distributed:
             kept = self.accelerator.reduce(kept, reduction="sum")
         kept, *rows = torch.cat([kept.reshape(1), guarded.flatten()]).tolist()
-        for skipped, ratio_mean in zip(rows[::2], rows[1::2]):
+        for skipped, ratio_mean in zip(rows[::2], rows[1::2], strict=True):
             if skipped:
                 self.skipped_minibatches += 1
                 warnings.warn(
                     f"PPOTrainer: the mean ratio of a mini batch is {ratio_mean:.2f}, above ratio_threshold = "
-                    f"{self.config.ratio_threshold:.2f}; the mini batch is skipped", stacklevel=4)
+                    f"{self.config.ratio_threshold:.2f}; the mini batch is skipped",
+                    stacklevel=4,
+                )
         return kept > 0
 
     def _early_stop(self, policykl):

@@ -41,7 +41,7 @@ def spy_on_updates(trainer):
     return norms
 
 
-# ---- what TRL gets wrong ----------------------------------------------------------------------------------------------
+# ---- what TRL gets wrong -------------------------------------------------------------------------------------------
 
 
 def test_gradient_is_clipped_at_every_update():
@@ -90,7 +90,7 @@ def test_left_padding_moves_no_position():
     right, left = (steps(tiny_models.trainer(padding_side=side, optimizer=sgd))[0] for side in ("right", "left"))
     assert scalars(left) == pytest.approx(scalars(right), rel=1e-3, abs=1e-5)
     columns = [stats["objective/logprobs"] for stats in (right, left)]
-    for ours, expected in zip(*columns):
+    for ours, expected in zip(*columns, strict=True):
         np.testing.assert_allclose(ours[ours != 0], expected[expected != 0], atol=2e-5)
 
 
@@ -114,7 +114,9 @@ def test_ratio_guard_skips_the_update_too():
     steps(trainer)  # Adam now has momentum
     before = tiny_models.weights(trainer)
     trainer.config.ratio_threshold = 0.5
-    with pytest.warns(UserWarning, match=r"the mean ratio of a mini batch is 1.00, above ratio_threshold = 0.50; .* skipped"):
+    with pytest.warns(
+        UserWarning, match=r"the mean ratio of a mini batch is 1.00, above ratio_threshold = 0.50; .* skipped"
+    ):
         (stats,) = steps(trainer)
     assert_unmoved(before, trainer)
     assert trainer.skipped_minibatches == 4
@@ -161,12 +163,12 @@ def test_accumulation_goes_on_in_the_last_batch_of_a_dataloader():
 
 
 def test_generation_runs_without_dropout():
-    trainer = tiny_models.trainer(changes=dict(attn_pdrop=0.5, resid_pdrop=0.5))
+    trainer = tiny_models.trainer(changes={"attn_pdrop": 0.5, "resid_pdrop": 0.5})
     trainer.model.train()
     queries, _, _ = tiny_models.batch(4, 1)
-    options = dict(do_sample=False, max_new_tokens=8, pad_token_id=0)
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
     first, second = (trainer.generate(queries, batch_size=4, **options) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert trainer.model.training, "the mode the user had set comes back"
     steps(trainer)
     assert not trainer.model.training
@@ -184,11 +186,16 @@ def test_generation_cuts_after_the_first_end_of_sequence():
     eos = tiny_models.EOS
     rows = torch.tensor([[0, 5, 6, 9, eos, 3, eos], [4, 5, 6, 9, 8, 7, 3]])
     queries = [torch.tensor([5, 6]), torch.tensor([4, 5, 6])]
-    trim = lambda *options: [row.tolist() for row in trainer._trim(rows, queries, 3, *options)]
+
+    def trim(*options):
+        return [row.tolist() for row in trainer._trim(rows, queries, 3, *options)]
+
     assert trim(False, True) == [[9, eos], [9, 8, 7, 3]]
     assert trim(True, True) == [[5, 6, 9, eos], [4, 5, 6, 9, 8, 7, 3]]
     assert trim(False, False) == [[9, eos, 3, eos], [9, 8, 7, 3]]
-    with pytest.raises(ValueError, match=r"PPOTrainer.generate: query_tensor must be a 1-D tensor .*, got shape \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"PPOTrainer.generate: query_tensor must be a 1-D tensor .*, got shape \[1, 2\]"
+    ):
         trainer.generate(torch.ones(1, 2, dtype=torch.int64))
 
 
@@ -197,12 +204,12 @@ def test_reference_responses_of_a_lora_policy_come_without_the_adapter():
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = tiny_models.trainer("llama", peft_config=config)
     queries, _, _ = tiny_models.batch(4, 1)
-    options = dict(do_sample=False, max_new_tokens=8, pad_token_id=0, batch_size=4)
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "batch_size": 4}
     policy, reference = trainer.generate(queries, generate_ref_response=True, **options)
-    assert any(not torch.equal(a, b) for a, b in zip(policy, reference))
+    assert any(not torch.equal(a, b) for a, b in zip(policy, reference, strict=True))
     with trainer.model.pretrained_model.disable_adapter():
         without = trainer.generate(queries, **options)
-    assert all(torch.equal(a, b) for a, b in zip(reference, without))
+    assert all(torch.equal(a, b) for a, b in zip(reference, without, strict=True))
 
 
 def test_kl_coefficient_stays_a_float():
@@ -211,7 +218,7 @@ def test_kl_coefficient_stays_a_float():
     assert type(trainer.kl_ctl.value) is float and trainer.kl_ctl.value != 0.2
 
 
-# ---- what subclasses and callers rely on ------------------------------------------------------------------------------
+# ---- what subclasses and callers rely on ---------------------------------------------------------------------------
 
 
 def test_an_overridden_penalty_is_used():
@@ -227,7 +234,9 @@ def test_an_overridden_penalty_is_used():
     torch.testing.assert_close(doubled[0], torch.tensor([[-0.2, 1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("kl_penalty, expected", [("kl", [0.5, 0.0, -2.0]), ("abs", [0.5, 0.0, 2.0]), ("mse", [0.125, 0.0, 2.0])])
+@pytest.mark.parametrize(
+    "kl_penalty, expected", [("kl", [0.5, 0.0, -2.0]), ("abs", [0.5, 0.0, 2.0]), ("mse", [0.125, 0.0, 2.0])]
+)
 def test_penalty_of_one_row(kl_penalty, expected):
     trainer = tiny_models.trainer(kl_penalty=kl_penalty)
     got = trainer._kl_penalty(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -1.0]))
@@ -248,7 +257,9 @@ def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
     from ppo_ext import scoring
 
     seen, op = [], scoring.full_kl
-    monkeypatch.setattr(scoring, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw))
+    monkeypatch.setattr(
+        scoring, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
+    )
     steps(tiny_models.trainer(kl_penalty="full"))
     assert seen == [2, 2]
 
@@ -257,7 +268,9 @@ def test_the_loss_gets_a_view_of_the_logits_and_no_copy():
     trainer = tiny_models.trainer()
     queries, responses, _ = tiny_models.batch(2, 1)
     inputs = trainer.prepare_model_inputs(queries, responses)
-    logprobs, logits, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs, return_logits=True)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(
+        trainer.model, queries, responses, inputs, return_logits=True
+    )
     width = inputs["input_ids"].shape[1]
     assert logits._base is not None and logits.shape == (2, width - 1, tiny_models.VOCAB)
     assert logprobs.shape == values.shape == mask.shape == (2, width - 1) and mask.dtype == torch.int64
@@ -268,7 +281,9 @@ def test_loss_called_by_hand_finds_the_entropy_itself():
     trainer = tiny_models.trainer()
     queries, responses, _ = tiny_models.batch(2, 1)
     inputs = trainer.prepare_model_inputs(queries, responses)
-    logprobs, logits, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs, return_logits=True)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(
+        trainer.model, queries, responses, inputs, return_logits=True
+    )
     rest = (torch.randn_like(values), torch.randn_like(values))
     known = trainer.loss(logprobs.detach(), values.detach(), logits, values, logprobs, mask, *rest)
     other = trainer.loss(logprobs.detach(), values.detach(), logits, values, logprobs.clone(), mask, *rest)
@@ -293,7 +308,9 @@ def test_the_two_losses_have_gradients_of_their_own():
 def test_an_entropy_bonus_in_a_subclass_reads_the_logits():
     class WithBonus(ppo_ext.PPOTrainer):
         def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
-            policy, value, stats = super().loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
+            policy, value, stats = super().loss(
+                old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+            )
             entropy = torch.distributions.Categorical(logits=logits).entropy()
             return policy - 0.5 * entropy[mask != 0].mean(), value, stats
 
@@ -335,7 +352,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
         trainer = tiny_models.trainer("llama", gradient_checkpointing=checkpointing, optimizer=sgd)
         calls = []
         layer = trainer.model.pretrained_model.model.layers[0].mlp
-        layer.register_forward_pre_hook(lambda *_: calls.append(None))  # recomputing stops before the layer ends
+        # before the forward, since recomputing stops before it ends
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         results.append(scalars(steps(trainer)[0]))
         counts.append(len(calls))
     scoring, training = 2, 4  # mini batches
@@ -365,7 +383,7 @@ def fresh_accelerate():
 
 
 def test_mixed_precision_leaves_logits_in_half_precision(fresh_accelerate):
-    trainer = tiny_models.trainer("llama", accelerator_kwargs=dict(mixed_precision="bf16", cpu=True))
+    trainer = tiny_models.trainer("llama", accelerator_kwargs={"mixed_precision": "bf16", "cpu": True})
     queries, responses, _ = tiny_models.batch(2, 1)
     inputs = trainer.prepare_model_inputs(queries, responses)
     for model in (trainer.model, trainer.ref_model):
@@ -391,7 +409,7 @@ def test_config_fields_may_change_between_steps():
     assert_unmoved(before, trainer)
 
 
-# ---- what a step leaves behind ----------------------------------------------------------------------------------------
+# ---- what a step leaves behind -------------------------------------------------------------------------------------
 
 
 def test_log_stats_reaches_any_tracker():
@@ -417,7 +435,9 @@ def test_log_stats_reaches_any_tracker():
     kept = Kept()
     trainer = tiny_models.trainer(log_with=kept)
     (stats,) = steps(trainer)
-    trainer.log_stats(stats, {"query": ["a"] * 4, "response": ["b"] * 4}, [1, 2.0, torch.tensor(3.0), torch.tensor([6])])
+    trainer.log_stats(
+        stats, {"query": ["a"] * 4, "response": ["b"] * 4}, [1, 2.0, torch.tensor(3.0), torch.tensor([6])]
+    )
     assert kept.config["trl_ppo_trainer_config"]["batch_size"] == 4
     (row,) = kept.rows
     assert row["env/reward_mean"] == 3 and row["env/reward_std"] == pytest.approx(2.1602469)
@@ -427,9 +447,9 @@ def test_log_stats_reaches_any_tracker():
 def test_a_very_negative_kl_is_named():
     trainer = tiny_models.trainer()
     queries, _, scores = tiny_models.batch(4, 1)
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, return_prompt=False)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_prompt": False}
     _, responses = trainer.generate(queries, generate_ref_response=True, **options)
-    trainer.model.pretrained_model.lm_head.weight.data.zero_()  # a uniform policy, which the reference's favourites surprise
+    trainer.model.pretrained_model.lm_head.weight.data.zero_()  # uniform, so the reference's favourites surprise it
     with pytest.warns(UserWarning, match=r"the KL per sequence is -\d.*, below -1. .* sample with top_k=0"):
         stats = trainer.step(queries, responses, scores)
     assert stats["objective/kl"] < -1
@@ -464,7 +484,9 @@ def test_shared_layers_stay_frozen():
     trainer = ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer(), num_shared_layers=1)
     before = tiny_models.weights(trainer)
     steps(trainer)
-    moved = {name for name, parameter in tiny_models.weights(trainer).items() if not torch.equal(parameter, before[name])}
+    moved = {
+        name for name, parameter in tiny_models.weights(trainer).items() if not torch.equal(parameter, before[name])
+    }
     assert not any("transformer.h.0" in name or "wte" in name for name in moved)
     assert any("transformer.h.1" in name for name in moved)
 
@@ -473,7 +495,10 @@ def test_unused_columns_of_a_dataset_are_dropped():
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict({"input_ids": [[3, 4]] * 4, "query": ["a"] * 4, "other": [1] * 4})
     trainer = tiny_models.trainer()
-    collate = lambda samples: samples
+
+    def collate(samples):
+        return samples
+
     assert set(next(iter(trainer.prepare_dataloader(dataset, collate)))[0]) == {"input_ids", "query"}
     trainer.config.remove_unused_columns = False
     assert set(next(iter(trainer.prepare_dataloader(dataset, collate)))[0]) == {"input_ids", "query", "other"}
@@ -484,8 +509,17 @@ def test_training_raises_the_score():
     queries = [torch.tensor([5, 6])] * 16
     means = []
     for _ in range(8):
-        responses = trainer.generate(queries, return_prompt=False, batch_size=16, do_sample=True, top_k=0, top_p=1.0,
-                                     min_new_tokens=6, max_new_tokens=6, pad_token_id=0)
+        responses = trainer.generate(
+            queries,
+            return_prompt=False,
+            batch_size=16,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=6,
+            max_new_tokens=6,
+            pad_token_id=0,
+        )
         scores = [(ids < 20).float().mean() for ids in responses]
         trainer.step(queries, responses, scores)
         means.append(torch.stack(scores).mean().item())

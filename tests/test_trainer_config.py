@@ -21,11 +21,13 @@ def test_fields_and_defaults_are_those_of_trl():
     assert {field.name for field in dataclasses.fields(ours)} - their_fields == OURS
     for name, expected in vars(theirs).items():
         assert getattr(ours, name) == expected, name
-    assert {key for key in ours.to_dict()} - OURS == {key for key in theirs.to_dict()} - OURS
+    assert set(ours.to_dict()) - OURS == set(theirs.to_dict()) - OURS
 
 
 def test_derived_fields():
-    config = ppo_ext.PPOConfig(steps=100, batch_size=12, mini_batch_size=2, gradient_accumulation_steps=3, backward_batch_size=99)
+    config = ppo_ext.PPOConfig(
+        steps=100, batch_size=12, mini_batch_size=2, gradient_accumulation_steps=3, backward_batch_size=99
+    )
     assert (config.backward_batch_size, config.total_ppo_epochs) == (6, 9)
 
 
@@ -38,7 +40,16 @@ def test_older_spellings():
 
 @pytest.mark.parametrize("parse", ["transformers", "tyro"])
 def test_command_lines(parse):
-    arguments = ["--batch_size", "4", "--mini_batch_size", "2", "--tracker_kwargs", '{"wandb": {"name": "x"}}', "--max_grad_norm", "0.5"]
+    arguments = [
+        "--batch_size",
+        "4",
+        "--mini_batch_size",
+        "2",
+        "--tracker_kwargs",
+        '{"wandb": {"name": "x"}}',
+        "--max_grad_norm",
+        "0.5",
+    ]
     if parse == "transformers":
         from transformers import HfArgumentParser
 
@@ -48,26 +59,33 @@ def test_command_lines(parse):
     assert (config.batch_size, config.max_grad_norm, config.tracker_kwargs) == (4, 0.5, {"wandb": {"name": "x"}})
 
 
-@pytest.mark.parametrize("fields, kind, text", [
-    (dict(batch_size=128, mini_batch_size=24, gradient_accumulation_steps=2), ValueError,
-     "batch_size must be a multiple of mini_batch_size * gradient_accumulation_steps, got 128 and 24 * 2 = 48"),
-    (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
-    (dict(mini_batch_size=2.0), TypeError, "mini_batch_size must be an int, got 2.0 (float)"),
-    (dict(ppo_epochs=True), TypeError, "ppo_epochs must be an int, got True (bool)"),
-    (dict(learning_rate="1e-5"), TypeError, "learning_rate must be a number, got '1e-5' (str)"),
-    (dict(learning_rate=-1e-5), ValueError, "learning_rate must be finite and not negative, got -1e-05"),
-    (dict(learning_rate=float("nan")), ValueError, "learning_rate must be finite and not negative, got nan"),
-    (dict(init_kl_coef=float("inf")), ValueError, "init_kl_coef must be finite and not negative, got inf"),
-    (dict(gamma=1.1), ValueError, "gamma must lie in [0, 1], got 1.1"),
-    (dict(lam=-0.1), ValueError, "lam must lie in [0, 1], got -0.1"),
-    (dict(cliprange=-0.2), ValueError, "cliprange must be finite and not negative, got -0.2"),
-    (dict(max_grad_norm=0.0), ValueError, "max_grad_norm must be positive or None, got 0.0"),
-    (dict(score_clip=-1), ValueError, "score_clip must be positive or None, got -1"),
-    (dict(ratio_threshold=0), ValueError, "ratio_threshold must be positive, got 0"),
-    (dict(target=0.0), ValueError, "target must be positive when adap_kl_ctrl is on, got 0.0"),
-    (dict(horizon=0), ValueError, "horizon must be positive, got 0"),
-    (dict(kl_penalty="k3"), ValueError, "kl_penalty must be one of kl, abs, mse, full, got 'k3'"),
-], ids=lambda value: ",".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "fields, kind, text",
+    [
+        (
+            {"batch_size": 128, "mini_batch_size": 24, "gradient_accumulation_steps": 2},
+            ValueError,
+            "batch_size must be a multiple of mini_batch_size * gradient_accumulation_steps, got 128 and 24 * 2 = 48",
+        ),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"mini_batch_size": 2.0}, TypeError, "mini_batch_size must be an int, got 2.0 (float)"),
+        ({"ppo_epochs": True}, TypeError, "ppo_epochs must be an int, got True (bool)"),
+        ({"learning_rate": "1e-5"}, TypeError, "learning_rate must be a number, got '1e-5' (str)"),
+        ({"learning_rate": -1e-5}, ValueError, "learning_rate must be finite and not negative, got -1e-05"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite and not negative, got nan"),
+        ({"init_kl_coef": float("inf")}, ValueError, "init_kl_coef must be finite and not negative, got inf"),
+        ({"gamma": 1.1}, ValueError, "gamma must lie in [0, 1], got 1.1"),
+        ({"lam": -0.1}, ValueError, "lam must lie in [0, 1], got -0.1"),
+        ({"cliprange": -0.2}, ValueError, "cliprange must be finite and not negative, got -0.2"),
+        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive or None, got 0.0"),
+        ({"score_clip": -1}, ValueError, "score_clip must be positive or None, got -1"),
+        ({"ratio_threshold": 0}, ValueError, "ratio_threshold must be positive, got 0"),
+        ({"target": 0.0}, ValueError, "target must be positive when adap_kl_ctrl is on, got 0.0"),
+        ({"horizon": 0}, ValueError, "horizon must be positive, got 0"),
+        ({"kl_penalty": "k3"}, ValueError, "kl_penalty must be one of kl, abs, mse, full, got 'k3'"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
 def test_rejects(fields, kind, text):
     with pytest.raises(kind) as error:
         ppo_ext.PPOConfig(**fields)
@@ -81,7 +99,9 @@ def test_rejects(fields, kind, text):
 
 def test_wandb_must_be_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="log_with='wandb' needs wandb, which is not installed; run pip install wandb"):
+    with pytest.raises(
+        ImportError, match="log_with='wandb' needs wandb, which is not installed; run pip install wandb"
+    ):
         ppo_ext.PPOConfig(log_with="wandb")
 
 

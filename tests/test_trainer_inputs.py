@@ -17,7 +17,7 @@ def trainer():
 
 def valid():
     queries, responses, scores = tiny_models.batch(4, 1)
-    return dict(queries=queries, responses=responses, scores=scores)
+    return {"queries": queries, "responses": responses, "scores": scores}
 
 
 def replaced(name, i, value):
@@ -37,71 +37,147 @@ ONES = torch.ones(3, dtype=torch.int64)
 
 BAD = {
     "queries is no list": (
-        lambda: {**valid(), "queries": torch.ones(4, 3, dtype=torch.int64)}, TypeError,
-        "queries must be a list with one entry per sample, got Tensor"),
+        lambda: {**valid(), "queries": torch.ones(4, 3, dtype=torch.int64)},
+        TypeError,
+        "queries must be a list with one entry per sample, got Tensor",
+    ),
     "responses is None": (
-        lambda: {**valid(), "responses": None}, TypeError, "responses must be a list with one entry per sample, got NoneType"),
+        lambda: {**valid(), "responses": None},
+        TypeError,
+        "responses must be a list with one entry per sample, got NoneType",
+    ),
     "scores is a number": (
-        lambda: {**valid(), "scores": 1.0}, TypeError, "scores must be a list with one entry per sample, got float"),
+        lambda: {**valid(), "scores": 1.0},
+        TypeError,
+        "scores must be a list with one entry per sample, got float",
+    ),
     "too few queries": (
-        lambda: {**valid(), "queries": valid()["queries"][:3]}, ValueError, "queries must have config.batch_size = 4 entries, got 3"),
+        lambda: {**valid(), "queries": valid()["queries"][:3]},
+        ValueError,
+        "queries must have config.batch_size = 4 entries, got 3",
+    ),
     "too many responses": (
-        lambda: {**valid(), "responses": valid()["responses"] * 2}, ValueError,
-        "responses must have config.batch_size = 4 entries, got 8"),
-    "no scores": (lambda: {**valid(), "scores": []}, ValueError, "scores must have config.batch_size = 4 entries, got 0"),
+        lambda: {**valid(), "responses": valid()["responses"] * 2},
+        ValueError,
+        "responses must have config.batch_size = 4 entries, got 8",
+    ),
+    "no scores": (
+        lambda: {**valid(), "scores": []},
+        ValueError,
+        "scores must have config.batch_size = 4 entries, got 0",
+    ),
     "query is text": (
-        lambda: replaced("queries", 2, "w3 w4"), TypeError, "queries[2] must be a 1-D tensor of token ids, got str"),
+        lambda: replaced("queries", 2, "w3 w4"),
+        TypeError,
+        "queries[2] must be a 1-D tensor of token ids, got str",
+    ),
     "response is a list": (
-        lambda: replaced("responses", 1, [3, 4]), TypeError, "responses[1] must be a 1-D tensor of token ids, got list"),
+        lambda: replaced("responses", 1, [3, 4]),
+        TypeError,
+        "responses[1] must be a 1-D tensor of token ids, got list",
+    ),
     "query is float": (
-        lambda: replaced("queries", 0, torch.tensor([3.0])), TypeError, "queries[0] must hold integer token ids, got torch.float32"),
+        lambda: replaced("queries", 0, torch.tensor([3.0])),
+        TypeError,
+        "queries[0] must hold integer token ids, got torch.float32",
+    ),
     "response is bool": (
-        lambda: replaced("responses", 3, torch.tensor([True])), TypeError, "responses[3] must hold integer token ids, got torch.bool"),
+        lambda: replaced("responses", 3, torch.tensor([True])),
+        TypeError,
+        "responses[3] must hold integer token ids, got torch.bool",
+    ),
     "query is 2-D": (
-        lambda: replaced("queries", 1, torch.ones(1, 3, dtype=torch.int64)), ValueError,
-        "queries[1] must be a 1-D tensor of token ids, got shape [1, 3]"),
+        lambda: replaced("queries", 1, torch.ones(1, 3, dtype=torch.int64)),
+        ValueError,
+        "queries[1] must be a 1-D tensor of token ids, got shape [1, 3]",
+    ),
     "response is 0-D": (
-        lambda: replaced("responses", 0, torch.tensor(3)), ValueError,
-        "responses[0] must be a 1-D tensor of token ids, got shape []"),
+        lambda: replaced("responses", 0, torch.tensor(3)),
+        ValueError,
+        "responses[0] must be a 1-D tensor of token ids, got shape []",
+    ),
     "empty response": (
-        lambda: replaced("responses", 3, torch.tensor([], dtype=torch.int64)), ValueError,
-        "responses[3] must hold at least one token, got 0"),
+        lambda: replaced("responses", 3, torch.tensor([], dtype=torch.int64)),
+        ValueError,
+        "responses[3] must hold at least one token, got 0",
+    ),
     "empty query": (
-        lambda: replaced("queries", 0, torch.tensor([], dtype=torch.int64)), ValueError,
-        "queries[0] must hold at least one token, got 0"),
+        lambda: replaced("queries", 0, torch.tensor([], dtype=torch.int64)),
+        ValueError,
+        "queries[0] must hold at least one token, got 0",
+    ),
     "response beyond the context": (
-        lambda: replaced("responses", 1, torch.full((60,), 5)), ValueError,
-        "queries[1] and responses[1] must together fit the model's context of 48 tokens, got "),
+        lambda: replaced("responses", 1, torch.full((60,), 5)),
+        ValueError,
+        "queries[1] and responses[1] must together fit the model's context of 48 tokens, got ",
+    ),
     "response id beyond the vocabulary": (
-        lambda: replaced("responses", 1, torch.tensor([3, 48])), ValueError,
-        "responses[1][1] must lie in the vocabulary [0, 48), got 48"),
+        lambda: replaced("responses", 1, torch.tensor([3, 48])),
+        ValueError,
+        "responses[1][1] must lie in the vocabulary [0, 48), got 48",
+    ),
     "negative query id": (
-        lambda: replaced("queries", 2, torch.tensor([3, 4, -100])), ValueError,
-        "queries[2][2] must lie in the vocabulary [0, 48), got -100"),
-    "score is NaN": (lambda: replaced("scores", 1, torch.tensor(NAN)), ValueError, "scores[1] must be finite in float32, got nan"),
+        lambda: replaced("queries", 2, torch.tensor([3, 4, -100])),
+        ValueError,
+        "queries[2][2] must lie in the vocabulary [0, 48), got -100",
+    ),
+    "score is NaN": (
+        lambda: replaced("scores", 1, torch.tensor(NAN)),
+        ValueError,
+        "scores[1] must be finite in float32, got nan",
+    ),
     "score is inf": (lambda: replaced("scores", 0, INF), ValueError, "scores[0] must be finite in float32, got inf"),
-    "score overflows float32": (lambda: replaced("scores", 3, 1e300), ValueError, "scores[3] must be finite in float32, got inf"),
+    "score overflows float32": (
+        lambda: replaced("scores", 3, 1e300),
+        ValueError,
+        "scores[3] must be finite in float32, got inf",
+    ),
     "score is text": (
-        lambda: replaced("scores", 2, "good"), TypeError, "scores[2] must be a number or a tensor of one element, got str"),
+        lambda: replaced("scores", 2, "good"),
+        TypeError,
+        "scores[2] must be a number or a tensor of one element, got str",
+    ),
     "score is None": (
-        lambda: replaced("scores", 2, None), TypeError, "scores[2] must be a number or a tensor of one element, got NoneType"),
+        lambda: replaced("scores", 2, None),
+        TypeError,
+        "scores[2] must be a number or a tensor of one element, got NoneType",
+    ),
     "score has two elements": (
-        lambda: replaced("scores", 2, torch.ones(2)), ValueError, "scores[2] must be a single number, got a tensor of shape [2]"),
+        lambda: replaced("scores", 2, torch.ones(2)),
+        ValueError,
+        "scores[2] must be a single number, got a tensor of shape [2]",
+    ),
     "score is 2-D": (
-        lambda: replaced("scores", 0, torch.ones(1, 1)), ValueError, "scores[0] must be a single number, got a tensor of shape [1, 1]"),
+        lambda: replaced("scores", 0, torch.ones(1, 1)),
+        ValueError,
+        "scores[0] must be a single number, got a tensor of shape [1, 1]",
+    ),
     "score is complex": (
-        lambda: replaced("scores", 0, torch.tensor(1j)), TypeError, "scores[0] must be a real number, got torch.complex64"),
+        lambda: replaced("scores", 0, torch.tensor(1j)),
+        TypeError,
+        "scores[0] must be a real number, got torch.complex64",
+    ),
     "too few masks": (lambda: masks(ONES), ValueError, "response_masks must have config.batch_size = 4 entries, got 1"),
     "masks are a tensor": (
-        lambda: {**masks(), "response_masks": torch.ones(4, 3)}, TypeError,
-        "response_masks must be a list with one entry per sample, got Tensor"),
-    "mask is a list": (lambda: masks(ONES, [1, 1, 1], ONES, ONES), TypeError, "response_masks[1] must be a 1-D tensor, got list"),
+        lambda: {**masks(), "response_masks": torch.ones(4, 3)},
+        TypeError,
+        "response_masks must be a list with one entry per sample, got Tensor",
+    ),
+    "mask is a list": (
+        lambda: masks(ONES, [1, 1, 1], ONES, ONES),
+        TypeError,
+        "response_masks[1] must be a 1-D tensor, got list",
+    ),
     "mask is too short": (
-        lambda: masks(ONES, ONES, ONES[:2], ONES), ValueError,
-        "response_masks[2] must have the shape [3] of responses[2], got [2]"),
+        lambda: masks(ONES, ONES, ONES[:2], ONES),
+        ValueError,
+        "response_masks[2] must have the shape [3] of responses[2], got [2]",
+    ),
     "mask counts nothing": (
-        lambda: masks(ONES, ONES, ONES, 0 * ONES), ValueError,
-        "response_masks[3] must leave at least one token that counts, got [0, 0, 0]"),
+        lambda: masks(ONES, ONES, ONES, 0 * ONES),
+        ValueError,
+        "response_masks[3] must leave at least one token that counts, got [0, 0, 0]",
+    ),
 }
 
 
@@ -122,14 +198,23 @@ def test_rejects_a_response_without_a_token_that_counts_in_an_encoder_decoder():
     trainer = tiny_models.trainer("t5")
     queries, responses, scores = tiny_models.batch(4, 1, start_token=0)
     responses[1] = responses[1][:2]
-    with pytest.raises(ValueError, match=r"responses\[1\] must hold at least 3 tokens for an encoder-decoder model, got 2"):
+    with pytest.raises(
+        ValueError, match=r"responses\[1\] must hold at least 3 tokens for an encoder-decoder model, got 2"
+    ):
         trainer.step(queries, responses, scores)
 
 
-@pytest.mark.parametrize("convert", [
-    lambda score: score.reshape(1), float, lambda score: score.double(), lambda score: np.float32(score),
-    lambda score: score.clone().requires_grad_(),
-], ids=["1-D", "float", "float64", "numpy", "requires_grad"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda score: score.reshape(1),
+        float,
+        lambda score: score.double(),
+        lambda score: np.float32(score),
+        lambda score: score.clone().requires_grad_(),
+    ],
+    ids=["1-D", "float", "float64", "numpy", "requires_grad"],
+)
 def test_accepts_scores_in_every_form(convert):
     def one_step(form):
         trainer = tiny_models.trainer()
@@ -142,7 +227,9 @@ def test_accepts_scores_in_every_form(convert):
         assert np.array_equal(got[key], value), key
 
 
-@pytest.mark.parametrize("scores", [[1, 0, 3, -2], [torch.tensor(i) for i in (1, 0, 3, -2)], (True, False, 3, -2)], ids=repr)
+@pytest.mark.parametrize(
+    "scores", [[1, 0, 3, -2], [torch.tensor(i) for i in (1, 0, 3, -2)], (True, False, 3, -2)], ids=repr
+)
 def test_accepts_integer_scores(trainer, scores):
     queries, responses, _ = tiny_models.batch(4, 1)
     assert trainer.step(queries, responses, scores)["ppo/mean_scores"] == 0.5
@@ -150,8 +237,10 @@ def test_accepts_integer_scores(trainer, scores):
 
 def test_accepts_int32_ids_and_masks_of_every_dtype(trainer):
     queries, responses, scores = tiny_models.batch(4, 1)
-    response_masks = [torch.ones(len(ids), dtype=dtype) for ids, dtype in
-                      zip(responses, (torch.bool, torch.int32, torch.float32, torch.int64))]
+    response_masks = [
+        torch.ones(len(ids), dtype=dtype)
+        for ids, dtype in zip(responses, (torch.bool, torch.int32, torch.float32, torch.int64), strict=True)
+    ]
     stats = trainer.step([ids.int() for ids in queries], [ids.int() for ids in responses], scores, response_masks)
     assert np.isfinite(stats["ppo/loss/total"])
 
@@ -160,19 +249,22 @@ def test_inputs_are_not_changed(trainer):
     queries, responses, scores = tiny_models.batch(4, 1)
     copies = [[tensor.clone() for tensor in tensors] for tensors in (queries, responses, scores)]
     trainer.step(queries, responses, scores)
-    for tensors, expected in zip((queries, responses, scores), copies):
-        assert all(torch.equal(a, b) for a, b in zip(tensors, expected))
+    for tensors, expected in zip((queries, responses, scores), copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
-@pytest.mark.parametrize("argument, value, text", [
-    ("config", {}, "config must be a PPOConfig, got dict"),
-    ("model", torch.nn.Linear(1, 1), "model must be a model with a value head, such as .*, got Linear"),
-    ("ref_model", "gpt2", "ref_model must be None or a model with a value head, .*, got str"),
-    ("tokenizer", None, "tokenizer must be a transformers tokenizer, got NoneType"),
-    ("dataset", 3, "dataset must be a torch or datasets Dataset, got int"),
-    ("lr_scheduler", 3, "lr_scheduler must be a torch LRScheduler, got int"),
-])
+@pytest.mark.parametrize(
+    "argument, value, text",
+    [
+        ("config", {}, "config must be a PPOConfig, got dict"),
+        ("model", torch.nn.Linear(1, 1), "model must be a model with a value head, such as .*, got Linear"),
+        ("ref_model", "gpt2", "ref_model must be None or a model with a value head, .*, got str"),
+        ("tokenizer", None, "tokenizer must be a transformers tokenizer, got NoneType"),
+        ("dataset", 3, "dataset must be a torch or datasets Dataset, got int"),
+        ("lr_scheduler", 3, "lr_scheduler must be a torch LRScheduler, got int"),
+    ],
+)
 def test_constructor_rejects(trainer, argument, value, text):
-    arguments = dict(config=trainer.config, model=trainer.model, tokenizer=trainer.tokenizer)
+    arguments = {"config": trainer.config, "model": trainer.model, "tokenizer": trainer.tokenizer}
     with pytest.raises(TypeError, match=f"PPOTrainer: {text}"):
         ppo_ext.PPOTrainer(**{**arguments, argument: value})

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-WORKER = '''
+WORKER = """
 import json, os, sys, warnings
 
 import tiny_models
@@ -21,7 +21,8 @@ report = {}
 
 
 def trainer(**config):
-    return tiny_models.trainer(accelerator_kwargs={"cpu": True}, gradient_accumulation_steps=2, mini_batch_size=1, **config)
+    config = {"accelerator_kwargs": {"cpu": True}, "gradient_accumulation_steps": 2, "mini_batch_size": 1, **config}
+    return tiny_models.trainer(**config)
 
 
 def batch(seed):
@@ -62,7 +63,7 @@ ours.log_stats(stats, {"query": [], "response": []}, [float(rank)] * 4)
 report["rewards"] = [values["env/reward_dist"].tolist() for values in logged]
 with open(os.path.join(sys.argv[1], f"{rank}.json"), "w") as file:
     json.dump(report, file)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,10 @@ def reports(tmp_path_factory):
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, folder],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, check=True, timeout=240)
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        timeout=240,
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -101,7 +105,9 @@ def test_score_moments_are_those_of_all_processes(reports):
     import torch
 
     first, second = reports
-    scores = torch.stack([score for i in range(2) for rank in range(2) for score in tiny_models.batch(4, 10 * i + rank)[2]])
+    scores = torch.stack(
+        [score for i in range(2) for rank in range(2) for score in tiny_models.batch(4, 10 * i + rank)[2]]
+    )
     assert first["moments"] == second["moments"]
     assert first["moments"] == pytest.approx([scores.mean().item(), scores.std().item(), 16], rel=1e-5)
 

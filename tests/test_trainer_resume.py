@@ -26,8 +26,9 @@ def go_on(trainer, first, last):
     trail = []
     for i in range(first, last):
         queries, _, scores = tiny_models.batch(4, 50 + i)
-        responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=6, min_new_tokens=3,
-                                     pad_token_id=0)
+        responses = trainer.generate(
+            queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=6, min_new_tokens=3, pad_token_id=0
+        )
         stats = trainer.step(queries, responses, scores)
         trail.append({key: value for key, value in stats.items() if not key.startswith("time/")})
         trail[-1]["drawn"] = (random.random(), np.random.rand(), torch.rand(()).item(), trainer.kl_ctl.value)
@@ -36,7 +37,7 @@ def go_on(trainer, first, last):
 
 def lora():
     peft = pytest.importorskip("peft")
-    return dict(name="llama", peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return {"name": "llama", "peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}
 
 
 @pytest.mark.parametrize("options", [dict, lora])
@@ -54,7 +55,9 @@ def test_resuming_changes_no_bit(tmp_path, options):
             assert np.array_equal(got[key], value), key
     for name, parameter in tiny_models.weights(whole).items():
         assert torch.equal(resumed.accelerator.unwrap_model(resumed.model).get_parameter(name), parameter), name
-    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**4)
+    assert (
+        resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**4)
+    )
 
 
 def test_a_damaged_file_changes_nothing(tmp_path):

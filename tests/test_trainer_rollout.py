@@ -10,8 +10,8 @@ QUERIES, RESPONSES = [3, 5, 4, 6], [4, 6, 2, 5]
 
 
 def attention(side):
-    width = max(q + r for q, r in zip(QUERIES, RESPONSES))
-    rows = [[1] * (q + r) + [0] * (width - q - r) for q, r in zip(QUERIES, RESPONSES)]
+    width = max(q + r for q, r in zip(QUERIES, RESPONSES, strict=True))
+    rows = [[1] * (q + r) + [0] * (width - q - r) for q, r in zip(QUERIES, RESPONSES, strict=True)]
     return torch.tensor([row if side == "right" else row[::-1] for row in rows])
 
 
@@ -35,7 +35,10 @@ def test_response_masks(side):
     masks = [torch.tensor(row) for row in ([1, 0, 0, 1], [0.0, 0.5, 1.0, 0.0, 0.0, 0.0], [False, True], [1] * 5)]
     whole = columns(token_mask(attention(side), QUERIES, RESPONSES))
     mask = token_mask(attention(side), QUERIES, RESPONSES, masks)
-    expected = [[column for column, keep in zip(row, kept.tolist()) if keep] for row, kept in zip(whole, masks)]
+    expected = [
+        [column for column, keep in zip(row, kept.tolist(), strict=True) if keep]
+        for row, kept in zip(whole, masks, strict=True)
+    ]
     assert columns(mask) == expected and set(mask.unique().tolist()) == {0, 1}
 
 
@@ -67,4 +70,6 @@ def test_some_samples_of_a_rollout():
     rollout = Rollout(ragged, ragged, None, {"input_ids": tokens[0]}, *tokens)
     part = rollout[[2, 0]]
     assert [len(query) for query in part.queries] == [3, 1] and part.response_masks is None
-    assert torch.equal(part.returns, tokens[4][[2, 0]]) and torch.equal(part.model_inputs["input_ids"], tokens[0][[2, 0]])
+    assert torch.equal(part.returns, tokens[4][[2, 0]]) and torch.equal(
+        part.model_inputs["input_ids"], tokens[0][[2, 0]]
+    )

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from conftest import require_trl
 
-SCRIPT = '''
+SCRIPT = """
 import json
 
 import torch
@@ -40,8 +40,9 @@ def collator(data):
 config = PPOConfig(
     model_name=MODEL, task_name="script", reward_model="words", query_dataset="words", learning_rate=1e-3,
     batch_size=4, mini_batch_size=2, gradient_accumulation_steps=1, ppo_epochs=2, early_stopping=False, target_kl=0.1,
-    kl_penalty="kl", seed=3, use_score_scaling=False, use_score_norm=False, score_clip=None, remove_unused_columns=False,
-    optimize_cuda_cache=False, tracker_project_name="script", accelerator_kwargs={"cpu": True},
+    kl_penalty="kl", seed=3, use_score_scaling=False, use_score_norm=False, score_clip=None,
+    remove_unused_columns=False, optimize_cuda_cache=False,
+    tracker_project_name="script", accelerator_kwargs={"cpu": True},
 )
 set_seed(config.seed)
 tokenizer = AutoTokenizer.from_pretrained(config.model_name)
@@ -52,7 +53,8 @@ optimizer = torch.optim.Adam(filter(lambda p: p.requires_grad, model.parameters(
 ppo_trainer = PPOTrainer(
     config, model, ref_model, tokenizer, dataset=Prompts(tokenizer), data_collator=collator, optimizer=optimizer)
 generation_kwargs = {
-    "min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id}
+    "min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id
+}
 output_length_sampler = LengthSampler(4, 8)
 assert ppo_trainer.accelerator.num_processes == 1 and ppo_trainer.accelerator.is_main_process
 
@@ -62,19 +64,19 @@ for epoch, batch in enumerate(ppo_trainer.dataloader):
         query_tensors, return_prompt=False, generate_ref_response=True, length_sampler=output_length_sampler,
         batch_size=2, **generation_kwargs)
     batch["response"] = tokenizer.batch_decode(response_tensors)
-    batch["ref_response"] = tokenizer.batch_decode(ref_response_tensors)
+    batch["ref_response"] = ref_texts = tokenizer.batch_decode(ref_response_tensors)
     rewards = [torch.tensor(float(len(set(ids.tolist()))) - 3.0) for ids in response_tensors]
     stats = ppo_trainer.step(query_tensors, response_tensors, rewards)
     ppo_trainer.log_stats(stats, batch, rewards, columns_to_log=["query", "response", "ref_response"])
     scalars = {key: value for key, value in stats.items() if isinstance(value, float) and not key.startswith("time/")}
-    print(json.dumps({"texts": batch["response"] + batch["ref_response"], "kl_coef": float(ppo_trainer.kl_ctl.value), **scalars}))
+    print(json.dumps({"texts": batch["response"] + ref_texts, "kl_coef": float(ppo_trainer.kl_ctl.value), **scalars}))
 
 one = ppo_trainer.generate(query_tensors[0], max_new_tokens=5, **generation_kwargs)
 print(json.dumps({"texts": tokenizer.batch_decode(one)}))
 ppo_trainer.save_pretrained(SAVED)
 reloaded = AutoModelForCausalLMWithValueHead.from_pretrained(SAVED)
 print(json.dumps({"v_head": reloaded.v_head.summary.weight.sum().item()}))
-'''
+"""
 
 
 def printed(script, folder, saved):
@@ -97,7 +99,7 @@ def test_a_script_prints_the_same_numbers(tmp_path, monkeypatch):
     assert changed.count("ppo_ext.trl") == 2
     ours = printed(changed, folder, tmp_path / "ours")
     assert len(theirs) == len(ours) == 5
-    for their_line, our_line in zip(theirs, ours):
+    for their_line, our_line in zip(theirs, ours, strict=True):
         assert our_line.keys() == their_line.keys()
         for key, expected in their_line.items():
             same = expected if key == "texts" else pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -14,8 +14,16 @@ from conftest import require_trl
 import ppo_ext.trl
 
 IMPORTS = {
-    "": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "PPOConfig", "PPOTrainer",
-         "PreTrainedModelWrapper", "SUPPORTED_ARCHITECTURES", "create_reference_model", "set_seed"],
+    "": [
+        "AutoModelForCausalLMWithValueHead",
+        "AutoModelForSeq2SeqLMWithValueHead",
+        "PPOConfig",
+        "PPOTrainer",
+        "PreTrainedModelWrapper",
+        "SUPPORTED_ARCHITECTURES",
+        "create_reference_model",
+        "set_seed",
+    ],
     ".core": ["LengthSampler", "respond_to_batch", "logprobs_from_logits", "set_seed"],
     ".models": ["AutoModelForCausalLMWithValueHead", "create_reference_model", "PreTrainedModelWrapper"],
     ".trainer": ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer", "RunningMoments"],
@@ -43,16 +51,22 @@ def test_trl_is_not_imported():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-
 def test_trainer_methods_take_what_trl_takes():
     theirs = {name: f for name, f in vars(require_trl().PPOTrainer).items() if inspect.isfunction(inspect.unwrap(f))}
     names = [name for name in theirs if not name.startswith("_")] + [
-        "__init__", "_early_stop", "_generate_batched", "_kl_penalty", "_remove_unused_columns", "_save_pretrained",
-        "_set_signature_columns_if_needed", "_step_safety_checker"]
+        "__init__",
+        "_early_stop",
+        "_generate_batched",
+        "_kl_penalty",
+        "_remove_unused_columns",
+        "_save_pretrained",
+        "_set_signature_columns_if_needed",
+        "_step_safety_checker",
+    ]
     for name in names:
         expected = list(inspect.signature(theirs[name]).parameters)
         got = list(inspect.signature(getattr(ppo_ext.trl.PPOTrainer, name)).parameters)
-        assert got[:len(expected)] == expected, name
+        assert got[: len(expected)] == expected, name
 
 
 def test_trainer_attributes():
@@ -77,7 +91,9 @@ def test_best_of_n():
 
     sampler = ppo_ext.trl.BestOfNSampler(model, tokenizer, count, lambda: 6, sample_size=5, n_candidates=2, seed=0)
     best = sampler.generate([torch.tensor([5, 6, 7]), torch.tensor([8])], do_sample=True, pad_token_id=0)
-    assert [len(texts) for texts in best] == [2, 2] and all(count(texts) == sorted(count(texts), reverse=True) for texts in best)
+    assert [len(texts) for texts in best] == [2, 2] and all(
+        count(texts) == sorted(count(texts), reverse=True) for texts in best
+    )
     (alone,) = sampler.generate(torch.tensor([5, 6, 7]), do_sample=True, pad_token_id=0)
     assert len(alone) == 2
     with pytest.raises(TypeError, match="BestOfNSampler: model must be a model with a value head, got GPT2LMHeadModel"):

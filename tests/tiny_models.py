@@ -28,22 +28,22 @@ def tokenizer(padding_side="right"):
 
 
 def gpt2(**changes):
-    sizes = dict(vocab_size=VOCAB, n_positions=48, n_embd=24, n_layer=2, n_head=2)
+    sizes = {"vocab_size": VOCAB, "n_positions": 48, "n_embd": 24, "n_layer": 2, "n_head": 2}
     return GPT2LMHeadModel(
         GPT2Config(**{**sizes, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD, **changes})
     )
 
 
 def llama(**changes):
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=48,
-    )
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 48,
+    }
     return LlamaForCausalLM(
         LlamaConfig(**{**sizes, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD, **changes})
     )
@@ -122,9 +122,14 @@ def trainer(name="gpt2", *, padding_side="right", peft_config=None, changes=None
     torch.manual_seed(7)
     wrapper = ppo_ext.AutoModelForSeq2SeqLMWithValueHead if name == "t5" else ppo_ext.AutoModelForCausalLMWithValueHead
     model = wrapper.from_pretrained(base, **({"peft_config": peft_config} if peft_config else {}))
-    defaults = dict(batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-3)
-    return (kind or ppo_ext.PPOTrainer)(ppo_ext.PPOConfig(**{**defaults, **config}), model, None, tokenizer(padding_side),
-                                        optimizer=optimizer and optimizer(model.parameters()))
+    defaults = {"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-3}
+    return (kind or ppo_ext.PPOTrainer)(
+        ppo_ext.PPOConfig(**{**defaults, **config}),
+        model,
+        None,
+        tokenizer(padding_side),
+        optimizer=optimizer and optimizer(model.parameters()),
+    )
 
 
 def weights(trainer):

@@ -1,8 +1,8 @@
 """TRL's names for PPO: `from ppo_ext.trl import PPOTrainer, PPOConfig, ...` where a script says `from trl import ...`.
 
-`ppo_ext.trl.core`, `.models`, `.trainer`, `.extras` and `.import_utils` stand for the modules of TRL with these names. TRL
-itself is not needed. Names and signatures follow TRL 0.11.4; the README's table "Differences from TRL" lists where the
-numbers differ.
+`ppo_ext.trl.core`, `.models`, `.trainer`, `.extras` and `.import_utils` stand for the modules of TRL with these names.
+TRL itself is not needed. Names and signatures follow TRL 0.11.4; the README's table "Differences from TRL" lists where
+the numbers differ.
 """
 
 from . import core, extras, import_utils, models, trainer

@@ -119,7 +119,7 @@ class LengthSampler:
 
 
 class PPODecorators:
-    """`with PPODecorators.empty_device_cache():` frees cached device memory at its end, if optimize_device_cache is set."""
+    """`with PPODecorators.empty_device_cache():` frees cached device memory, if optimize_device_cache is set."""
 
     optimize_device_cache = False
 
@@ -145,6 +145,8 @@ def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
             raise ValueError(f"randn_tensor: generator must be on the CPU or on {device}, got {one.device}")
     source = generators[0].device if generators[0] is not None else device
     rows = [tuple(shape)] if len(generators) == 1 else [(1, *shape[1:])] * shape[0]
-    drawn = [torch.randn(row, generator=one, device=source, dtype=dtype, layout=layout)
-             for row, one in zip(rows, generators)]
+    drawn = [
+        torch.randn(row, generator=one, device=source, dtype=dtype, layout=layout)
+        for row, one in zip(rows, generators, strict=True)
+    ]
     return torch.cat(drawn).to(device)

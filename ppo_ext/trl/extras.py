@@ -13,8 +13,17 @@ class BestOfNSampler:
     generation_config: handed to the model's `generate`. Source: TRL 0.11.4, `BestOfNSampler`.
     """
 
-    def __init__(self, model, tokenizer, queries_to_scores, length_sampler, sample_size=4, seed=None, n_candidates=1,
-                 generation_config=None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        queries_to_scores,
+        length_sampler,
+        sample_size=4,
+        seed=None,
+        n_candidates=1,
+        generation_config=None,
+    ):
         if not isinstance(model, SUPPORTED_ARCHITECTURES):
             raise TypeError(f"BestOfNSampler: model must be a model with a value head, got {type(model).__name__}")
         if seed is not None:
@@ -39,8 +48,9 @@ class BestOfNSampler:
         results = []
         for query in queries:
             ids = torch.as_tensor(query).repeat(self.sample_size, 1).to(device)
-            samples = self.model.generate(ids, max_new_tokens=self.length_sampler(), generation_config=self.gen_config,
-                                          **generation_kwargs).squeeze()
+            samples = self.model.generate(
+                ids, max_new_tokens=self.length_sampler(), generation_config=self.gen_config, **generation_kwargs
+            ).squeeze()
             texts = self.tokenizer.batch_decode(samples, skip_special_tokens=skip_special_tokens)
             scores = torch.tensor(self.queries_to_scores(texts))
             results.append([texts[i] for i in scores.topk(self.n_candidates).indices])
