@@ -53,7 +53,9 @@ def run(model, **kwargs):
     captured = []
 
     def capture(module, inputs, output):
-        captured.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+        # a composed model's decoder has a language model head of its own, whose output starts with logits
+        if hasattr(output, "last_hidden_state"):
+            captured.append(output.last_hidden_state)
 
     handles = [module.register_forward_hook(capture) for module in _backbones(model)]
     try:
@@ -71,8 +73,9 @@ def run(model, **kwargs):
 def _backbones(model):
     """The modules below the language model head that may feed it; of those that run, the outermost ends last.
 
-    OPT for one calls its decoder and passes by the base model around it, T5 has no base model.
+    OPT for one calls its decoder and passes by the base model around it; T5 has no base model.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    candidates = (model.base_model, getattr(model.base_model, "decoder", None))
+    decoder = getattr(model.base_model, "decoder", None)
+    candidates = dict.fromkeys((model.base_model, decoder, getattr(decoder, "base_model", None)))
     return [module for module in candidates if module is not None and module is not model]

@@ -144,6 +144,13 @@ def test_scoring_leaves_the_policy_as_it_was(base_path, reward_path):
     assert torch.equal(model.eval()(**inputs())[0], outputs)
 
 
+def test_scoring_leaves_a_frozen_policy_frozen(base_path, reward_path, tmp_path):
+    load_with_reward(models, base_path, reward_path).save_pretrained(tmp_path / "policy")
+    model = models.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy", reward_adapter=reward_path)
+    model.compute_reward_score(**inputs())
+    assert not [name for name, p in model.pretrained_model.named_parameters() if p.requires_grad]
+
+
 def test_reward_adapter_is_not_saved_with_the_policy(base_path, reward_path, tmp_path):
     load_with_reward(models, base_path, reward_path).save_pretrained(tmp_path / "policy")
     assert not (tmp_path / "policy" / "reward_adapter").exists()

@@ -1,5 +1,7 @@
 """The value-head models against live TRL 0.11.4: same head, outputs, gradients; checkpointing and the cache."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from head_models import (
     ARCHITECTURES,
     HIDDEN,
     LAYER_LISTS,
+    VOCAB,
     assert_same_outputs,
     assert_same_state,
     inputs,
@@ -193,6 +196,36 @@ def test_rejects_unknown_init_and_config_without_width():
         ValueHead(object())
     with pytest.raises(TypeError, match="must be a path, a hub id or a PreTrainedModel, got int"):
         models.AutoModelForCausalLMWithValueHead.from_pretrained(3)
+
+
+def test_width_is_the_last_hidden_states_own():
+    config = {"is_encoder_decoder": True, "decoder": SimpleNamespace(hidden_size=6), "hidden_size": 5}
+    assert ValueHead(SimpleNamespace(**config)).summary.in_features == 6
+    assert ValueHead(SimpleNamespace(**{**config, "is_encoder_decoder": False})).summary.in_features == 5
+    assert ValueHead(SimpleNamespace(**config, word_embed_proj_dim=4)).summary.in_features == 4
+    assert ValueHead(SimpleNamespace(text_config=SimpleNamespace(hidden_size=7))).summary.in_features == 7
+
+
+def test_composed_encoder_decoder_matches_trl():
+    trl = require_trl()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=8))
+    decoder = tiny("gpt2").config
+    decoder.update({"is_decoder": True, "add_cross_attention": True})
+    backbone = transformers.EncoderDecoderModel(encoder=encoder, decoder=transformers.GPT2LMHeadModel(decoder)).eval()
+    pair = []
+    for module in (models, trl):
+        torch.manual_seed(1)
+        pair.append(module.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(backbone).eval())
+    assert_same_outputs(*pair, inputs("t5"))
+
+
+def test_backbone_on_meta_keeps_its_head():
+    with torch.device("meta"):
+        backbone = transformers.GPT2LMHeadModel(tiny("gpt2").config)
+    head = models.AutoModelForCausalLMWithValueHead.from_pretrained(backbone).v_head
+    assert head.summary.weight.device.type == "cpu"
 
 
 def test_dropout_comes_from_config_then_keyword():
