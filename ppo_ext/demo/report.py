@@ -68,7 +68,8 @@ def seconds_table(stages: dict[str, dict]) -> Table:
         "reward": lambda s: f"held-out accuracy {100 * s['accuracy']:.1f} %, ties {100 * s['ties']:.1f} %",
     }
     for name, results in stages.items():
-        result.add_row(name, f"{results['seconds']:.0f}", f"{results['cpu_seconds']:.0f}", texts[name](results) if name in texts else "")
+        text = texts[name](results) if name in texts else ""
+        result.add_row(name, f"{results['seconds']:.0f}", f"{results['cpu_seconds']:.0f}", text)
     total, cpu = (sum(s[key] for s in stages.values()) for key in ("seconds", "cpu_seconds"))
     result.add_row("all", f"{total:.0f}", f"{cpu:.0f}", style="bold")
     return result
