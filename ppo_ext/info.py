@@ -143,6 +143,10 @@ def diagnose(report):
         if "no C++ compiler" in reason:
             return problem, f"apt-get install -y g++ && {_reinstall()}"
         return problem, _reinstall("CUDA_HOME=/usr/local/cuda PPO_EXT_CUDA=1 " if missing == "cuda" else "")
+    driver, nvcc = report["cuda"]["driver"], build.get("nvcc")
+    if driver and nvcc and int(driver.split(".")[0]) < int(nvcc.split(".")[0]):
+        return f"kernels built by nvcc {nvcc} need a newer driver than this one for CUDA {driver}", _reinstall(
+            f"CUDA_HOME=/usr/local/cuda-{driver} PPO_EXT_CUDA=1 ")
     if bare:
         archs = " ".join(sorted({*bare, *build.get("sass", [])}))
         return f"no kernels for a GPU of capability {bare[0]}", _reinstall(f'TORCH_CUDA_ARCH_LIST="{archs}" ')

@@ -111,19 +111,22 @@ def test_cpu_level():
     assert info.cpu_level(set(v4) - {"fma"}) == "default"
 
 
-def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, build=None):
+def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver="13.0"):
     device = {"name": "a GPU", "capability": "7.5", "covered_by": covered}
-    return {"libraries": {"cpu": cpu, "cuda": cuda}, "build": build or {"sass": ["9.0"]},
-            "cuda": {"devices": [device]}, "selftest": {"cuda": {"passed": passed}}}
+    return {"libraries": {"cpu": cpu, "cuda": cuda}, "build": {"sass": ["9.0"], "nvcc": "13.0"},
+            "cuda": {"devices": [device], "driver": driver}, "selftest": {"cuda": {"passed": passed}}}
 
 
-def test_diagnosis_of_a_good_report():
-    assert info.diagnose(report()) == (None, None)
+@pytest.mark.parametrize("driver", ["13.0", "13.2", None])
+def test_diagnosis_of_a_good_report(driver):
+    assert info.diagnose(report(driver=driver)) == (None, None)
 
 
 @pytest.mark.parametrize("broken, problem, command", [
     (report(cuda="_C_cuda.so was not built"), "_C_cuda.so was not built", "PPO_EXT_CUDA=1"),
     (report(covered=None), "no kernels for a GPU of capability 7.5", 'TORCH_CUDA_ARCH_LIST="7.5 9.0"'),
+    (report(driver="12.8"), "kernels built by nvcc 13.0 need a newer driver than this one for CUDA 12.8",
+     "CUDA_HOME=/usr/local/cuda-12.8 PPO_EXT_CUDA=1"),
     (report(passed=False), "the self-test fails on cuda", "pip install"),
 ])
 def test_diagnosis_names_one_command(monkeypatch, broken, problem, command):
