@@ -11,6 +11,7 @@
 #include "load.cuh"
 #include "reduce.cuh"
 #include "rows.h"
+#include "tiles.cuh"
 
 namespace ppo_ext {
 namespace {

@@ -11,6 +11,7 @@
 #include "logprobs.h"
 #include "reduce.cuh"
 #include "rows.h"
+#include "tiles.cuh"
 
 namespace ppo_ext {
 namespace {
@@ -67,7 +68,7 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
 // ---- kernels ----
 
 template <int kThreads, bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 4) forward_kernel(const Forward<T, A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) forward_kernel(const Forward<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
   const A c = job.inv_temperature;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 4) forward_kernel
 }
 
 template <bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 4) backward_kernel(const Backward<T, A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kernel(const Backward<T, A> job) {
   const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
     const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
