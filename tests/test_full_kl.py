@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-import ppo_ext
 from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
 from conftest import assert_same_bits, assert_within_torch_error, require_trl
+
+import ppo_ext
 from ppo_ext import reference
 
 INF = math.inf
@@ -179,12 +179,16 @@ def test_rejects_bad_arguments(device):
     inputs = logits_inputs((2, 3, 7), torch.float32, device)
     logits, ref_logits = inputs["logits"], inputs["ref_logits"]
     cases = [
-        (TypeError, r"full_kl: logits must be float32, bfloat16, float16 or float64, got torch.int64", (logits.long(), ref_logits)),
+        (TypeError, r"full_kl: logits must be float32, bfloat16, float16 or float64, got torch.int64",
+         (logits.long(), ref_logits)),
         (TypeError, r"full_kl: ref_logits must have the dtype torch.float32 of logits, got torch.bfloat16",
          (logits, ref_logits.bfloat16())),
-        (ValueError, r"full_kl: ref_logits must have the shape \[2, 3, 7\] of logits, got \[2, 3, 6\]", (logits, ref_logits[..., :6])),
-        (ValueError, r"full_kl: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]", (logits[..., :0], ref_logits)),
-        (ValueError, r"full_kl: ref_logits must be on the device .* of logits, got meta", (logits, ref_logits.to("meta"))),
+        (ValueError, r"full_kl: ref_logits must have the shape \[2, 3, 7\] of logits, got \[2, 3, 6\]",
+         (logits, ref_logits[..., :6])),
+        (ValueError, r"full_kl: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
+         (logits[..., :0], ref_logits)),
+        (ValueError, r"full_kl: ref_logits must be on the device .* of logits, got meta",
+         (logits, ref_logits.to("meta"))),
     ]
     for kind, text, arguments in cases:
         with pytest.raises(kind, match=text):

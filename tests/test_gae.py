@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-import ppo_ext
 from cases import FLOATS, TOKEN_SHAPES, token_inputs
 from conftest import assert_same_bits, assert_within_torch_error, require_trl
+
+import ppo_ext
 from ppo_ext import reference
 
 OPTIONS = {"gamma": 0.97, "lam": 0.9}

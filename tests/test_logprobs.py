@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-import ppo_ext
 from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
 from conftest import assert_same_bits, assert_within_torch_error, require_trl
+
+import ppo_ext
 from ppo_ext import reference
 
 INF = math.inf
@@ -69,7 +69,8 @@ def test_gradcheck_float64(device, output):
     inputs = logits_inputs((2, 3, 9), torch.float64, device)
     logits = inputs["logits"].requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: ppo_ext.logprobs_and_entropy(x, inputs["labels"], mask=inputs["mask"], temperature=1.3)[output], logits)
+        lambda x: ppo_ext.logprobs_and_entropy(x, inputs["labels"], mask=inputs["mask"],
+                                               temperature=1.3)[output], logits)
 
 
 def test_opcheck(device):
@@ -229,7 +230,8 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(device, dtype):
     for name, view in strided_views(inputs["logits"]):
         leaf = view.detach().requires_grad_()
         logits = leaf.view_as(leaf)
-        logprobs, entropy = ppo_ext.logprobs_and_entropy(logits, inputs["labels"], mask=inputs["mask"], inplace_backward=True)
+        logprobs, entropy = ppo_ext.logprobs_and_entropy(logits, inputs["labels"], mask=inputs["mask"],
+                                                         inplace_backward=True)
         before, version = logits.detach().clone(), logits._version
         assert_same_bits("forward leaves the logits", before, inputs["logits"])
         ((logprobs * inputs["grad_logprobs"]).sum() + (entropy * inputs["grad_entropy"]).sum()).backward()
@@ -260,14 +262,17 @@ def test_rejects_bad_arguments(device):
     inputs = logits_inputs((2, 3, 7), torch.float32, device)
     logits, labels = inputs["logits"], inputs["labels"]
     cases = [
-        (TypeError, r"logprobs: logits must be float32, bfloat16, float16 or float64, got torch.int64", (labels, labels), {}),
+        (TypeError, r"logprobs: logits must be float32, bfloat16, float16 or float64, got torch.int64",
+         (labels, labels), {}),
         (TypeError, r"logprobs: logits must be a torch.Tensor, got list", ([1.0], labels), {}),
         (TypeError, r"logprobs: labels must be int64 or int32, got torch.float32", (logits, labels.float()), {}),
-        (ValueError, r"logprobs: labels must have the shape \[2, 3\] of logits without its last dimension, got \[2, 2\]",
+        (ValueError,
+         r"logprobs: labels must have the shape \[2, 3\] of logits without its last dimension, got \[2, 2\]",
          (logits, labels[:, :2]), {}),
         (ValueError, r"logprobs: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
          (logits[..., :0], labels), {}),
-        (ValueError, r"logprobs: temperature must be a positive finite number, got 0", (logits, labels), {"temperature": 0}),
+        (ValueError, r"logprobs: temperature must be a positive finite number, got 0", (logits, labels),
+         {"temperature": 0}),
         (ValueError, r"logprobs: temperature must be a positive finite number, got nan", (logits, labels),
          {"temperature": math.nan}),
         (ValueError, r"logprobs: mask must have the shape \[2, 3\] of labels, got \[3\]", (logits, labels),
@@ -292,7 +297,8 @@ def test_equals_trl(dtype):
     core = require_trl().core
     inputs = logits_inputs((3, 7, 501), dtype)
     logprobs, entropy = ppo_ext.logprobs_and_entropy(inputs["logits"], inputs["labels"])
-    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-6,
+                               atol=1e-6)
     torch.testing.assert_close(entropy, core.entropy_from_logits(inputs["logits"]), rtol=1e-5, atol=1e-5)
 
 
@@ -300,7 +306,8 @@ def test_reference_equals_trl():
     core = require_trl().core
     inputs = logits_inputs((3, 7, 501), torch.float64)
     logprobs, entropy = reference.logprobs_and_entropy(inputs["logits"], inputs["labels"])
-    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-12,
+                               atol=1e-12)
     torch.testing.assert_close(entropy, core.entropy_from_logits(inputs["logits"]), rtol=1e-10, atol=1e-10)
 
 

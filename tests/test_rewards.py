@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-import ppo_ext
 from cases import FLOATS, TOKEN_SHAPES, token_inputs
 from conftest import assert_same_bits, assert_within_torch_error, require_trl
+
+import ppo_ext
 from ppo_ext import reference
 
 PENALTIES = ("kl", "abs", "mse", "full")
@@ -80,13 +80,18 @@ def test_opcheck(device):
 def test_rejects_bad_arguments(device):
     x, scores = torch.zeros(4, 7, device=device), torch.zeros(4, device=device)
     cases = [
-        (TypeError, "kl_rewards: scores must be float32, bfloat16, float16 or float64, got torch.int64", (scores.long(), x, x, x), {}),
+        (TypeError, "kl_rewards: scores must be float32, bfloat16, float16 or float64, got torch.int64",
+         (scores.long(), x, x, x), {}),
         (ValueError, r"kl_rewards: scores must have the shape \[4\] of the first dimension of logprobs, got \[3\]",
          (scores[:3], x, x, x), {}),
-        (ValueError, r"kl_rewards: ref_logprobs must have the shape \[4, 7\] of logprobs, got \[4, 6\]", (scores, x, x[:, 1:], x), {}),
-        (ValueError, r"kl_rewards: mask must have the shape \[4, 7\] of logprobs, got \[4\]", (scores, x, x, scores), {}),
-        (ValueError, r"kl_rewards: logprobs must have the shape \[B, T\], got \[4\]", (scores, scores, scores, scores), {}),
-        (ValueError, "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got 'k9'", (scores, x, x, x), {"kl_penalty": "k9"}),
+        (ValueError, r"kl_rewards: ref_logprobs must have the shape \[4, 7\] of logprobs, got \[4, 6\]",
+         (scores, x, x[:, 1:], x), {}),
+        (ValueError, r"kl_rewards: mask must have the shape \[4, 7\] of logprobs, got \[4\]", (scores, x, x, scores),
+         {}),
+        (ValueError, r"kl_rewards: logprobs must have the shape \[B, T\], got \[4\]", (scores, scores, scores, scores),
+         {}),
+        (ValueError, "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got 'k9'", (scores, x, x, x),
+         {"kl_penalty": "k9"}),
         (ValueError, "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got none with 'full'",
          (scores, x, x, x), {"kl_penalty": "full"}),
         (ValueError, "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got one with 'kl'",
@@ -103,9 +108,11 @@ def test_rejects_bad_arguments(device):
 def test_equals_trl(kl_penalty, op):
     trl = require_trl()
     inputs = token_inputs((6, 40))
-    stub = type("Trainer", (), {"config": type("Config", (), {"kl_penalty": kl_penalty})(), "_kl_penalty": trl.PPOTrainer._kl_penalty,
+    stub = type("Trainer", (),
+                {"config": type("Config", (), {"kl_penalty": kl_penalty})(), "_kl_penalty": trl.PPOTrainer._kl_penalty,
                                 "kl_ctl": type("KL", (), {"value": 0.2})()})()
-    theirs = trl.PPOTrainer.compute_rewards(stub, inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"], inputs["mask"])
+    theirs = trl.PPOTrainer.compute_rewards(stub, inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"],
+                                            inputs["mask"])
     counts = inputs["mask"] == 1
     for name, a, b in zip(NAMES, run(inputs, kl_penalty, op), theirs):
         torch.testing.assert_close(a[counts], b[counts], rtol=1e-6, atol=1e-7, msg=name)
