@@ -42,23 +42,21 @@ def test_matches_float64(device, shape):
 def test_hand_worked_case(device):
     """Two counted tokens: a ratio clipped from above, and one inside with a clipped value."""
     log = math.log
-    inputs = {"logprobs": torch.tensor([[log(2.0), log(1.1), 9.0]], device=device),
-              "old_logprobs": torch.zeros(1, 3, device=device),
-              "advantages": torch.tensor([[1.0, 2.0, 9.0]], device=device), "vpreds": torch.tensor([[0.1, 1.0, 9.0]],
-                                                                                                   device=device),
-              "values": torch.zeros(1, 3, device=device), "returns": torch.tensor([[0.0, 1.5, 9.0]], device=device),
-              "mask": torch.tensor([[1, 1, 0]], device=device)}
+
+    def row(*numbers):
+        return torch.tensor([numbers], dtype=torch.float32, device=device)
+
+    inputs = {"logprobs": row(log(2.0), log(1.1), 9.0), "old_logprobs": row(0, 0, 0), "advantages": row(1.0, 2.0, 9.0),
+              "vpreds": row(0.1, 1.0, 9.0), "values": row(0, 0, 0), "returns": row(0.0, 1.5, 9.0), "mask": row(1, 1, 0)}
     result = run(inputs, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)
     pg_loss = (-1.2 - 2.2) / 2
     vf_loss = 0.5 * (0.1**2 + 1.3**2) / 2
-    expected = {"loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": pg_loss + 0.1 * vf_loss,
-                "policy/clipfrac": 0.5,
-                "val/clipfrac": 0.5, "policy/ratio_mean": 1.55, "policy/policykl": -(log(2.0) + log(1.1)) / 2,
-                "policy/approxkl": 0.5 * (log(2.0)**2 + log(1.1)**2) / 2, "policy/advantages_mean": 1.5,
-                "policy/skipped": 0.0,
-                "returns/mean": 0.75, "returns/var": 1.125, "val/vpred": 0.55, "val/error": (0.01 + 0.25) / 2,
-                "val/mean": 0.0,
-                "val/var": 0.0}
+    expected = {
+        "loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": pg_loss + 0.1 * vf_loss,
+        "policy/approxkl": 0.5 * (log(2.0)**2 + log(1.1)**2) / 2, "policy/policykl": -(log(2.0) + log(1.1)) / 2,
+        "policy/clipfrac": 0.5, "policy/advantages_mean": 1.5, "policy/ratio_mean": 1.55, "policy/skipped": 0.0,
+        "returns/mean": 0.75, "returns/var": 1.125, "val/vpred": 0.55, "val/error": (0.01 + 0.25) / 2,
+        "val/clipfrac": 0.5, "val/mean": 0.0, "val/var": 0.0}
     assert {k: result[k].item() for k in STAT_NAMES} == pytest.approx(expected, abs=1e-6)
     assert result["grad_logprobs"].tolist()[0] == pytest.approx([0.0, -2.0 * 1.1 / 2, 0.0], abs=1e-6)
     assert result["grad_vpreds"].tolist()[0] == pytest.approx([0.1 * 0.1 / 2, 0.0, 0.0], abs=1e-6)
