@@ -79,15 +79,15 @@ __device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kC
 
 // ---- kernels ----
 
-template <int kThreads, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
+template <int kThreads, bool kAligned, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 || !kAligned ? 2 : 3) forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
   const A c = in.inv_temperature;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows; n += int64_t(gridDim.x) * kGroups) {
     KLState<A> state = kl_empty<A>();
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!in.mask || in.mask[n]) {
-      read_rows<kThreads>(in.at(n), [&](const auto& x) { add_logits(state, x, c); });
+      read_rows<kThreads, kAligned>(in.at(n), [&](const auto& x) { add_logits(state, x, c); });
       state = reduce_group<kThreads>(state, [c](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       ref_log_sum = softmax_log_sum(state.ref_sum);
@@ -161,9 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, T
     const Inputs<T, A> in = inputs_of<T, A>(logits, ref_logits, mask, temperature);
     const RowStats<A> out = StatTensors{kl, max, log_sum, ref_max, ref_log_sum}.pointers<A>();
     if (in.rows.V <= kWarpPerRow) {
-      launch(forward_kernel<kWarp, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, out);
+      launch(forward_kernel<kWarp, false, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, out);
     } else {
-      launch(forward_kernel<kBlock, T, A>, in.rows.rows, kBlock, in, out);
+      const bool aligned = all_aligned(in.logits, in.rows) && all_aligned(in.ref_logits, in.ref_rows);
+      launch(aligned ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, in.rows.rows, kBlock, in, out);
     }
   });
   return {kl, max, log_sum, ref_max, ref_log_sum};

@@ -6,6 +6,7 @@
 
 #include "host_device.h"
 #include "reduce.cuh"
+#include "rows.h"
 
 namespace ppo_ext {
 
@@ -124,49 +125,52 @@ constexpr int kBatch = kInputs == 1 ? 4 : 2;
 // on the columns only.
 template <class T>
 struct PackedRow {
-  const T* packs;  // the row at column begin
-  int64_t stride, begin, V;
+  const T* packs;  // the row at column `begin`
+  int64_t stride;
+  int last;  // the last pack that is whole
 
   // Packs first, first + step, ... before `end`; beyond the end, packs of `fill`.
-  template <int kCount>
+  template <bool kAligned, int kCount>
   __device__ __forceinline__ void load(int first, int step, int end, const Pack& fill, Pack (&batch)[kCount]) const {
     if (first + (kCount - 1) * step < end) {
-      load_part<true>(first, step, end, batch);
+      load_part<kAligned, true>(first, step, end, batch);
     } else {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) batch[k] = fill;
-      load_part<false>(first, step, end, batch);
+      load_part<kAligned, false>(first, step, end, batch);
     }
   }
 
-  template <bool kWhole, int kCount>
+  template <bool kAligned, bool kWhole, int kCount>
   __device__ __forceinline__ void load_part(int first, int step, int end, Pack (&batch)[kCount]) const {
     const int beyond = bytes_beyond_boundary(packs);
-    if (stride != 1) {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (kWhole || first + k * step < end) batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
-    } else if (beyond == 0) {
+    if (kAligned || (stride == 1 && beyond == 0)) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k)
         if (kWhole || first + k * step < end) batch[k] = load_pack(reinterpret_cast<const Pack*>(packs) + first + k * step);
+    } else if (stride != 1) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (kWhole || first + k * step < end) batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
     } else {
       // Each pack lies in two aligned ones; the row's first and last may reach out of it and are gathered instead.
-      const int last = int((V - begin) / kPack<T>) - 1;
       const Pack* const across = reinterpret_cast<const Pack*>(reinterpret_cast<uintptr_t>(packs) - beyond) + first;
-      Pack next[kCount];
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int i = first + k * step;
-        if ((!kWhole && i >= end) || i == 0 || i >= last) continue;
-        batch[k] = load_common_pack(across + k * step);
-        next[k] = load_common_pack(across + k * step + 1);
-      }
+      for (int k = 0; k < kCount; k += 2) {  // two at a time, to keep registers for the rest
+        Pack next[2];
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int i = first + k * step;
-        if (kWhole || i < end)
-          batch[k] = i == 0 || i >= last ? gather_pack(packs + int64_t(i) * kPack<T>, 1) : shift_packs(batch[k], next[k], beyond);
+        for (int j = 0; j < 2; ++j) {
+          const int i = first + (k + j) * step;
+          if ((!kWhole && i >= end) || i == 0 || i >= last) continue;
+          batch[k + j] = load_common_pack(across + (k + j) * step);
+          next[j] = load_common_pack(across + (k + j) * step + 1);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int i = first + (k + j) * step;
+          if (!kWhole && i >= end) continue;
+          batch[k + j] = i == 0 || i >= last ? gather_pack(packs + int64_t(i) * kPack<T>, 1) : shift_packs(batch[k + j], next[j], beyond);
+        }
       }
     }
   }
@@ -182,7 +186,7 @@ struct Rows {
   __device__ __forceinline__ accumulate_t<T> at(int input, int64_t v) const { return accumulate_t<T>(row[input][v * stride[input]]); }
 
   __device__ __forceinline__ PackedRow<T> packed(int input, int64_t begin) const {
-    return {row[input] + begin * stride[input], stride[input], begin, V};
+    return {row[input] + begin * stride[input], stride[input], int((V - begin) / kPack<T>) - 1};
   }
 };
 
@@ -193,8 +197,17 @@ __device__ __forceinline__ Pack pack_of_minus_infinity() {
   return pack_of<T>(x);
 }
 
-// Calls f on this thread's share of the rows, in pieces A[kInputs][n] of several n, filled up with -inf.
-template <int kThreads, class T, int kInputs, class F>
+// Whether every row starts at a multiple of 16 bytes and is dense.
+template <class T>
+bool all_aligned(const T* logits, const LogitRows& rows) {
+  bool result = rows.stride_v == 1 && is_aligned(logits);
+  for (int d = 0; d < rows.dims; ++d) result = result && rows.strides[d] % kPack<T> == 0;
+  return result;
+}
+
+// Calls f on this thread's share of the rows, in pieces A[kInputs][n] of several n, filled up with -inf. The pieces
+// depend on V only; kAligned spares a kernel whose rows are all_aligned the other ways to read.
+template <int kThreads, bool kAligned, class T, int kInputs, class F>
 __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f) {
   using A = accumulate_t<T>;
   const int thread = thread_of_group<kThreads>(), packs = int(in.V / kPack<T>);
@@ -203,7 +216,7 @@ __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f
     Pack batch[kInputs][kBatch<kInputs>];
     A x[kInputs][kBatch<kInputs> * kPack<T>];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) in.packed(i, 0).load(first, kThreads, packs, fill, batch[i]);
+    for (int i = 0; i < kInputs; ++i) in.packed(i, 0).template load<kAligned>(first, kThreads, packs, fill, batch[i]);
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
 #pragma unroll

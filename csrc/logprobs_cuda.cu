@@ -67,8 +67,8 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
 
 // ---- kernels ----
 
-template <int kThreads, bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) forward_kernel(const Forward<T, A> job) {
+template <int kThreads, bool kAligned, bool kEntropy, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3)) forward_kernel(const Forward<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
   const A c = job.inv_temperature;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) forward_kernel
         const int64_t label = job.labels[n];
         if (uint64_t(label) < uint64_t(job.rows.V)) picked = A(row[label * job.rows.stride_v]);
       }
-      read_rows<kThreads>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
+      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
                           [&](const auto& x) { add_logits<kEntropy>(state, x[0], c); });
       state = reduce_group<kThreads>(state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
@@ -129,15 +129,17 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kerne
 
 // ---- launchers ----
 
+template <int kThreads, bool kAligned, class T, class A>
+void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
+  const auto kernel = job.entropy ? forward_kernel<kThreads, kAligned, true, T, A> : forward_kernel<kThreads, kAligned, false, T, A>;
+  launch(kernel, divide_up(job.rows.rows, kBlock / kThreads), kBlock, job);
+}
+
 template <class T, class A>
 void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
-  const int64_t N = job.rows.rows;
-  if (job.rows.V <= kWarpPerRow) {
-    const auto kernel = job.entropy ? forward_kernel<kWarp, true, T, A> : forward_kernel<kWarp, false, T, A>;
-    launch(kernel, divide_up(N, kBlock / kWarp), kBlock, job);
-  } else {
-    launch(job.entropy ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, N, kBlock, job);
-  }
+  if (job.rows.V <= kWarpPerRow) return launch_forward<kWarp, false>(launch, job);
+  if (all_aligned(job.logits, job.rows)) return launch_forward<kBlock, true>(launch, job);
+  launch_forward<kBlock, false>(launch, job);
 }
 
 template <class T, class A>

@@ -61,7 +61,7 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
   for (int first = t.first + int(threadIdx.x); first < t.end; first += kBatch<kInputs> * kThreads) {
     Pack batch[kInputs][kBatch<kInputs>];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).load(first, kThreads, t.end, Pack{}, batch[i]);
+    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).template load<false>(first, kThreads, t.end, Pack{}, batch[i]);
 #pragma unroll
     for (int k = 0; k < kBatch<kInputs>; ++k) {
       if (first + k * kThreads >= t.end) break;
