@@ -64,8 +64,8 @@ def seconds_table(stages: dict[str, dict]) -> Table:
     result.add_column("result")
     texts = {
         "sft": lambda s: f"held-out loss {s['eval_loss']:.2f} nats per token",
-        "pairs": lambda s: f"labeller agrees with the gold metric on {100 * s['ceiling']:.0f} %",
-        "reward": lambda s: f"held-out accuracy {100 * s['accuracy']:.1f} %, ties {100 * s['ties']:.1f} %",
+        "pairs": lambda s: f"{100 * s['ceiling']:.0f} % of votes follow the gold metric",
+        "reward": lambda s: f"held-out accuracy {100 * s['accuracy']:.1f} %",
     }
     for name, results in stages.items():
         text = texts[name](results) if name in texts else ""
