@@ -17,7 +17,7 @@ endif
 .PHONY: demo test build lint bench info clean
 
 demo: build
-	$(BIN)/python -m ppo_ext demo $(ARGS)
+	$(BIN)/python -m ppo_ext demo $(or $(ARGS),--overwrite)
 
 test: build
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
