@@ -21,7 +21,11 @@ _LAZY = {
     "AutoModelForSeq2SeqLMWithValueHead": "models",
     "PreTrainedModelWrapper": "models",
     "create_reference_model": "models",
+    "RewardConfig": "reward",
     "RewardTrainer": "reward",
+    "normalize_rewards": "reward",
+    "reward_loss": "reward",
+    "SFTConfig": "sft",
     "SFTTrainer": "sft",
 }
 
