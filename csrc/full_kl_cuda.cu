@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kC
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 || !kAligned ? 2 : 3) forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3) forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
   const A c = in.inv_temperature;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows; n += int64_t(gridDim.x) * kGroups) {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 || !kAligned ? 2 : 3) f
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
     backward_kernel(const Inputs<T, A> in, const RowStats<A> saved, const A* grad_kl, const Gradient<T> out) {
   for (int64_t i = blockIdx.x; i < in.rows.rows * out.tiles; i += gridDim.x) {
     const int64_t n = i / out.tiles, tile = i % out.tiles;

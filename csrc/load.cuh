@@ -132,7 +132,7 @@ struct PackedRow {
   // Packs first, first + step, ... before `end`; beyond the end, packs of `fill`.
   template <bool kAligned, int kCount>
   __device__ __forceinline__ void load(int first, int step, int end, const Pack& fill, Pack (&batch)[kCount]) const {
-    if (first + (kCount - 1) * step < end) {
+    if (kAligned && first + (kCount - 1) * step < end) {
       load_part<kAligned, true>(first, step, end, batch);
     } else {
 #pragma unroll

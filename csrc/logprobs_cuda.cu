@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3)) forward_kernel(const Forward<T, A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3)) forward_kernel(const Forward<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
   const A c = job.inv_temperature;
