@@ -99,16 +99,16 @@ def find_cxx(env: Mapping[str, str] = os.environ) -> list[str] | None:
 
 
 def find_ninja(env: Mapping[str, str] = os.environ) -> str | None:
-    """ninja on $PATH, beside the interpreter, or in the `ninja` package; None if there is none."""
-    beside = os.pathsep.join([env.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    found = shutil.which("ninja", path=beside)
-    if found is None:
-        try:
-            from ninja import BIN_DIR
-        except ImportError:
-            return None
-        found = shutil.which("ninja", path=BIN_DIR)
-    return found
+    """ninja of the `ninja` package, beside the interpreter, or on $PATH; None if there is none.
+
+    The package comes first, as pip's isolated build has it too: another version of ninja would build all over again.
+    """
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    folders = [BIN_DIR, str(Path(sys.executable).parent), env.get("PATH", os.defpath)]
+    return shutil.which("ninja", path=os.pathsep.join(filter(None, folders)))
 
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
