@@ -94,8 +94,8 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     Notes:
         Where two terms of a max or min tie, the gradient goes half to each, and the clip passes it at its bounds, as in
         torch. If no token counts, loss, gradients and statistics are 0. Variances are unbiased, 0 for one token.
-        Loss, statistics and gradients come from one pass with float64 sums in a fixed order on the CPU, float32 in a
-        fixed order on CUDA: same bits on every run. Differentiable once.
+        Loss, statistics and gradients come from one pass, with float64 sums in a fixed order: same bits on every run.
+        Differentiable once.
 
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.

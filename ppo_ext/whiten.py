@@ -102,8 +102,8 @@ def masked_mean(values, mask, axis=None):
         TypeError: values is not of a floating dtype. ValueError: mask does not broadcast to values, or a device differs.
 
     Notes:
-        Entries with mask 0 are never read into the result. float64 sums on the CPU, Chan's pairwise merge in float32 on
-        CUDA, both in a fixed order: same bits on every run. Differentiable once in `values`.
+        Entries with mask 0 are never read into the result. float64 sums in a fixed order: same bits on every run.
+        Differentiable once in `values`.
 
     Source: TRL 0.11.4, `masked_mean` (which divides by the sum of the mask before broadcasting, and gives NaN for an
     empty mask).
