@@ -63,6 +63,9 @@ ours.log_stats(stats, {"query": [], "response": []}, [float(rank)] * 4)
 report["rewards"] = [values["env/reward_dist"].tolist() for values in logged]
 with open(os.path.join(sys.argv[1], f"{rank}.json"), "w") as file:
     json.dump(report, file)
+del ours
+torch.distributed.barrier()  # without an orderly end gloo's threads may abort the process that leaves first
+torch.distributed.destroy_process_group()
 """
 
 
