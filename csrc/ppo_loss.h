@@ -5,7 +5,7 @@
 // Backward  by the chain rule, with torch's ties: half to each side of a max or min, everything at the bounds of the clip
 #pragma once
 
-#include "host_device.h"
+#include "whiten.h"
 
 namespace ppo_ext {
 
@@ -28,10 +28,15 @@ struct PPOTerms {
   A pg_clipped, vf_clipped;                   // 1 where the clipped term is the larger one
 };
 
+// exp(logprob - old_logprob); the CPU computes many at a time instead.
 template <class A>
-PPO_HD void policy_terms(const PPOToken<A>& x, A cliprange, PPOTerms<A>& out) {
+PPO_HD A token_ratio(A logprob, A old_logprob) {
+  return exp(logprob - old_logprob);
+}
+
+template <class A>
+PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, A cliprange, PPOTerms<A>& out) {
   const A low = A(1) - cliprange, high = A(1) + cliprange;
-  const A ratio = exp(x.logprob - x.old_logprob);
   const A bounded = min_or_nan(max_or_nan(ratio, low), high);
   const A pg1 = -x.advantage * ratio, pg2 = -x.advantage * bounded;
   const A share = share_of_max(pg1, pg2);
@@ -62,11 +67,47 @@ PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& ou
 }
 
 template <class A>
-PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A cliprange, A cliprange_value) {
+PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A ratio, A cliprange, A cliprange_value) {
   PPOTerms<A> out;
-  policy_terms(x, cliprange, out);
+  policy_terms(x, ratio, cliprange, out);
   value_terms(x, cliprange_value, out);
   return out;
+}
+
+// Sums over counted tokens; `returns` and `values` carry the count.
+struct PPOSums {
+  double pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
+  Moments<double> returns, values;
+};
+
+PPO_HD PPOSums ppo_merge(const PPOSums& a, const PPOSums& b) {
+  return {a.pg + b.pg, a.vf + b.vf, a.approxkl + b.approxkl, a.policykl + b.policykl, a.clipfrac + b.clipfrac,
+          a.advantage + b.advantage, a.ratio + b.ratio, a.vpred + b.vpred, a.error + b.error, a.vf_clipfrac + b.vf_clipfrac,
+          moments_merge(a.returns, b.returns), moments_merge(a.values, b.values)};
+}
+
+template <class A>
+PPO_HD void ppo_write_stats(const PPOSums& sums, double vf_coef, double ratio_threshold, A* stats, A* loss) {
+  const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
+  const bool skipped = sums.ratio * scale > ratio_threshold;
+  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
+  stats[kLossPolicy] = A(pg);
+  stats[kLossValue] = A(vf);
+  stats[kLossTotal] = *loss = A(pg + vf_coef * vf);
+  stats[kApproxKL] = A(sums.approxkl * scale);
+  stats[kPolicyKL] = A(sums.policykl * scale);
+  stats[kClipFrac] = A(sums.clipfrac * scale);
+  stats[kAdvantagesMean] = A(sums.advantage * scale);
+  stats[kRatioMean] = A(sums.ratio * scale);
+  stats[kSkipped] = skipped ? A(1) : A(0);
+  stats[kReturnsMean] = A(sums.returns.mean);
+  stats[kReturnsVar] = A(unbiased_var(count, biased_var(sums.returns)));
+  stats[kVPred] = A(sums.vpred * scale);
+  stats[kValError] = A(sums.error * scale);
+  stats[kValClipFrac] = A(sums.vf_clipfrac * scale);
+  stats[kValMean] = A(sums.values.mean);
+  stats[kValVar] = A(unbiased_var(count, biased_var(sums.values)));
+  stats[kGradScale] = skipped ? A(0) : A(scale);
 }
 
 }  // namespace ppo_ext

@@ -1,8 +1,8 @@
 // ppo_loss_cpu.cpp
 // Computes  see ppo_loss.h
 // Bytes     37 per token in fp32: six inputs, the mask, the ratio and two gradients
-// Launch    threads over blocks of 8192 tokens
-// Sums      fp64 within a block, then over blocks in their order: same bits for any threads
+// Launch    threads over blocks of 8192 tokens, each in vectorised chunks
+// Sums      fp64 within a chunk, over chunks, then over blocks in their order: same bits for any threads
 // Limits    none
 
 #include <vector>
@@ -10,17 +10,13 @@
 #include "checks.h"
 #include "parallel.h"
 #include "ppo_loss.h"
-#include "whiten.h"
+#include "simd.h"
 
 namespace ppo_ext {
 namespace {
 
-constexpr int64_t kBlock = 8192;
-
-struct Partial {
-  double count, pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
-  Moments<double> returns, values;
-};
+constexpr int64_t kBlock = 8192;  // what a thread takes at a time
+constexpr int kChunk = 256;       // what is worked on at a time within it
 
 template <class A>
 struct Job {
@@ -30,112 +26,121 @@ struct Job {
   A cliprange, cliprange_value, vf_coef;
 };
 
+// A chunk's inputs, 0 where masked, and its terms; entries beyond its end are masked too.
 template <class A>
-PPOToken<A> token(const Job<A>& job, int64_t i) {
-  return {job.logprobs[i], job.old_logprobs[i], job.advantages[i], job.vpreds[i], job.values[i], job.returns[i]};
+struct Chunk {
+  A logprob[kChunk], old_logprob[kChunk], advantage[kChunk], vpred[kChunk], value[kChunk], ret[kChunk], ratio[kChunk];
+  A counts[kChunk], pg[kChunk], vf[kChunk], pg_clipped[kChunk], vf_clipped[kChunk];
+};
+
+PPO_INLINE void fill_ratios(Chunk<float>& c) {
+  for (int i = 0; i < kChunk; i += kLanes) store(c.ratio + i, exp_vector(load(c.logprob + i) - load(c.old_logprob + i)));
+}
+
+PPO_INLINE void fill_ratios(Chunk<double>& c) {
+  for (int i = 0; i < kChunk; ++i) c.ratio[i] = token_ratio(c.logprob[i], c.old_logprob[i]);
 }
 
 template <class A>
-void add(Partial& sums, const PPOToken<A>& x, const PPOTerms<A>& terms) {
-  const double d = double(x.logprob) - x.old_logprob, error = double(x.vpred) - x.ret;
-  sums.count += 1;
-  sums.pg += terms.pg;
-  sums.vf += terms.vf;
-  sums.approxkl += 0.5 * d * d;
-  sums.policykl -= d;
-  sums.clipfrac += terms.pg_clipped;
-  sums.advantage += x.advantage;
-  sums.ratio += terms.ratio;
-  sums.vpred += x.vpred;
-  sums.error += error * error;
-  sums.vf_clipfrac += terms.vf_clipped;
+PPO_INLINE void read_chunk(const Job<A>& job, int64_t begin, int n, Chunk<A>& c) {
+  for (int i = 0; i < kChunk; ++i) c.counts[i] = i < n && job.mask[begin + i] ? A(1) : A(0);
+  const auto read = [&](const A* from, A* to) {
+    for (int i = 0; i < n; ++i) to[i] = c.counts[i] != A(0) ? from[begin + i] : A(0);
+    for (int i = n; i < kChunk; ++i) to[i] = A(0);
+  };
+  read(job.logprobs, c.logprob);
+  read(job.old_logprobs, c.old_logprob);
+  read(job.advantages, c.advantage);
+  read(job.vpreds, c.vpred);
+  read(job.values, c.value);
+  read(job.returns, c.ret);
 }
 
-void merge(Partial& a, const Partial& b) {
-  a.count += b.count;
-  a.pg += b.pg;
-  a.vf += b.vf;
-  a.approxkl += b.approxkl;
-  a.policykl += b.policykl;
-  a.clipfrac += b.clipfrac;
-  a.advantage += b.advantage;
-  a.ratio += b.ratio;
-  a.vpred += b.vpred;
-  a.error += b.error;
-  a.vf_clipfrac += b.vf_clipfrac;
-  a.returns = moments_merge(a.returns, b.returns);
-  a.values = moments_merge(a.values, b.values);
-}
-
-// Mean and squared distances from it, over the tokens [begin, end) that count.
+// The terms of a chunk, and the per-token results.
 template <class A>
-Moments<double> block_moments(const A* x, const bool* mask, int64_t begin, int64_t end, double count) {
-  double sum = 0, m2 = 0;
-  for (int64_t i = begin; i < end; ++i) sum += mask[i] ? x[i] : 0;
-  const double mean = count == 0 ? 0 : sum / count;
-  for (int64_t i = begin; i < end; ++i) {
-    const double gap = mask[i] ? x[i] - mean : 0;
-    m2 += gap * gap;
+PPO_INLINE void fill_chunk(const Job<A>& job, int64_t begin, int n, Chunk<A>& c) {
+  read_chunk(job, begin, n, c);
+  fill_ratios(c);
+  for (int i = 0; i < n; ++i) {
+    const PPOToken<A> x{c.logprob[i], c.old_logprob[i], c.advantage[i], c.vpred[i], c.value[i], c.ret[i]};
+    const PPOTerms<A> terms = ppo_terms(x, c.ratio[i], job.cliprange, job.cliprange_value);
+    const bool counts = c.counts[i] != A(0);
+    c.pg[i] = terms.pg;
+    c.vf[i] = terms.vf;
+    c.pg_clipped[i] = terms.pg_clipped;
+    c.vf_clipped[i] = terms.vf_clipped;
+    job.ratio[begin + i] = counts ? c.ratio[i] : A(0);
+    job.grad_logprobs[begin + i] = counts ? terms.grad_logprob : A(0);
+    job.grad_vpreds[begin + i] = counts ? job.vf_coef * terms.grad_vpred : A(0);
   }
+}
+
+// Sum of term(i) over the chunk's first n entries, in 8 sums side by side; masked entries are 0 or selected away.
+template <class F>
+PPO_INLINE double chunk_sum(int n, const F& term) {
+  double sums[8] = {};
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) sums[k] += term(i + k);
+  for (int k = 0; i < n; ++i, ++k) sums[k] += term(i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <class A>
+PPO_INLINE Moments<double> chunk_moments(const Chunk<A>& c, const A* x, int n, double count) {
+  const double mean = count == 0 ? 0 : chunk_sum(n, [&](int i) { return double(x[i]); }) / count;
+  const double m2 = chunk_sum(n, [&](int i) {
+    const double gap = c.counts[i] != A(0) ? x[i] - mean : 0;
+    return gap * gap;
+  });
   return {count, mean, m2};
 }
 
-// Fills the per-token results of tokens [begin, end) and returns their sums.
 template <class A>
-Partial fill_block(const Job<A>& job, int64_t begin, int64_t end) {
-  Partial sums{};
-  for (int64_t i = begin; i < end; ++i) {
-    if (!job.mask[i]) {
-      job.ratio[i] = job.grad_logprobs[i] = job.grad_vpreds[i] = A(0);
-      continue;
-    }
-    const PPOToken<A> x = token(job, i);
-    const PPOTerms<A> terms = ppo_terms(x, job.cliprange, job.cliprange_value);
-    job.ratio[i] = terms.ratio;
-    job.grad_logprobs[i] = terms.grad_logprob;
-    job.grad_vpreds[i] = job.vf_coef * terms.grad_vpred;
-    add(sums, x, terms);
+PPO_INLINE PPOSums chunk_sums(const Chunk<A>& c, int n) {
+  const auto plain = [&](const A* x) { return chunk_sum(n, [&](int i) { return double(x[i]); }); };
+  const auto counted = [&](const A* x) { return chunk_sum(n, [&](int i) { return c.counts[i] != A(0) ? double(x[i]) : 0; }); };
+  const double count = plain(c.counts);
+  return {counted(c.pg),
+          counted(c.vf),
+          chunk_sum(n, [&](int i) { return 0.5 * (double(c.logprob[i]) - c.old_logprob[i]) * (double(c.logprob[i]) - c.old_logprob[i]); }),
+          chunk_sum(n, [&](int i) { return double(c.old_logprob[i]) - c.logprob[i]; }),
+          counted(c.pg_clipped),
+          plain(c.advantage),
+          counted(c.ratio),
+          plain(c.vpred),
+          chunk_sum(n, [&](int i) { return (double(c.vpred[i]) - c.ret[i]) * (double(c.vpred[i]) - c.ret[i]); }),
+          counted(c.vf_clipped),
+          chunk_moments(c, c.ret, n, count),
+          chunk_moments(c, c.value, n, count)};
+}
+
+template <class A>
+PPO_INLINE PPOSums fill_tokens(const Job<A>& job, int64_t begin, int64_t end) {
+  Chunk<A> chunk;
+  PPOSums sums{};
+  for (; begin < end; begin += kChunk) {
+    const int n = end - begin < kChunk ? int(end - begin) : kChunk;
+    fill_chunk(job, begin, n, chunk);
+    sums = ppo_merge(sums, chunk_sums(chunk, n));
   }
-  sums.returns = block_moments(job.returns, job.mask, begin, end, sums.count);
-  sums.values = block_moments(job.values, job.mask, begin, end, sums.count);
   return sums;
 }
 
-template <class A>
-void write_stats(const Partial& sums, double vf_coef, double ratio_threshold, A* stats, A* loss) {
-  const double scale = sums.count > 0 ? 1.0 / sums.count : 0.0;
-  const bool skipped = sums.ratio * scale > ratio_threshold;
-  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
-  const auto var = [&](const Moments<double>& m) { return A(unbiased_var(m.weight, biased_var(m))); };
-  stats[kLossPolicy] = A(pg);
-  stats[kLossValue] = A(vf);
-  stats[kLossTotal] = *loss = A(pg + vf_coef * vf);
-  stats[kApproxKL] = A(sums.approxkl * scale);
-  stats[kPolicyKL] = A(sums.policykl * scale);
-  stats[kClipFrac] = A(sums.clipfrac * scale);
-  stats[kAdvantagesMean] = A(sums.advantage * scale);
-  stats[kRatioMean] = A(sums.ratio * scale);
-  stats[kSkipped] = A(skipped);
-  stats[kReturnsMean] = A(sums.returns.mean);
-  stats[kReturnsVar] = var(sums.returns);
-  stats[kVPred] = A(sums.vpred * scale);
-  stats[kValError] = A(sums.error * scale);
-  stats[kValClipFrac] = A(sums.vf_clipfrac * scale);
-  stats[kValMean] = A(sums.values.mean);
-  stats[kValVar] = var(sums.values);
-  stats[kGradScale] = A(skipped ? 0.0 : scale);
-}
+// Fills the per-token results of tokens [begin, end) and returns their sums.
+PPO_CLONES PPOSums fill_block(const Job<float>& job, int64_t begin, int64_t end) { return fill_tokens(job, begin, end); }
+PPO_CLONES PPOSums fill_block(const Job<double>& job, int64_t begin, int64_t end) { return fill_tokens(job, begin, end); }
 
 template <class A>
-Partial sum_all(const Job<A>& job, int64_t tokens) {
+PPOSums sum_all(const Job<A>& job, int64_t tokens) {
   const int64_t blocks = (tokens + kBlock - 1) / kBlock;
-  std::vector<Partial> parts(blocks, Partial{});
+  std::vector<PPOSums> parts(blocks, PPOSums{});
   parallel_rows(blocks, kBlock, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       parts[b] = fill_block(job, b * kBlock, (b + 1) * kBlock < tokens ? (b + 1) * kBlock : tokens);
   });
-  Partial sums{};
-  for (const Partial& part : parts) merge(sums, part);
+  PPOSums sums{};
+  for (const PPOSums& part : parts) sums = ppo_merge(sums, part);
   return sums;
 }
 
@@ -155,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor logprobs,
     const Job<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages),    pointer<A>(vpreds),
                      pointer<A>(values),   pointer<A>(returns),      pointer<bool>(mask),       pointer<A>(ratio),
                      pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), A(cliprange), A(cliprange_value), A(vf_coef)};
-    write_stats(sum_all(job, logprobs.numel()), vf_coef, ratio_threshold, pointer<A>(stats), pointer<A>(loss));
+    ppo_write_stats(sum_all(job, logprobs.numel()), vf_coef, ratio_threshold, pointer<A>(stats), pointer<A>(loss));
   };
   dtype == ScalarType::Double ? run(0.0) : run(0.0f);
   return {loss, stats, ratio, grad_logprobs, grad_vpreds};

@@ -8,7 +8,6 @@
 #include "launch.h"
 #include "ppo_loss.h"
 #include "reduce.cuh"
-#include "whiten.h"
 
 namespace ppo_ext {
 namespace {
@@ -16,12 +15,6 @@ namespace {
 constexpr int kBlock = 512;
 constexpr int64_t kTokensPerPart = 2048;
 constexpr int64_t kMaxParts = kBlock;  // so that one block merges them, one each thread
-
-// Sums over counted tokens; `returns` and `values` carry the count.
-struct PPOSums {
-  double pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
-  Moments<double> returns, values;
-};
 
 template <class A>
 struct Job {
@@ -43,12 +36,6 @@ __device__ __forceinline__ PPOSums sums_of_token(const PPOToken<A>& x, const PPO
           {1.0, x.ret, 0.0}, {1.0, x.value, 0.0}};
 }
 
-__device__ __forceinline__ PPOSums merge(const PPOSums& a, const PPOSums& b) {
-  return {a.pg + b.pg, a.vf + b.vf, a.approxkl + b.approxkl, a.policykl + b.policykl, a.clipfrac + b.clipfrac,
-          a.advantage + b.advantage, a.ratio + b.ratio, a.vpred + b.vpred, a.error + b.error, a.vf_clipfrac + b.vf_clipfrac,
-          moments_merge(a.returns, b.returns), moments_merge(a.values, b.values)};
-}
-
 // Fills the per-token results of one token and gives its terms of the sums.
 template <class A>
 __device__ __forceinline__ PPOSums fill_token(const Job<A>& job, int64_t i) {
@@ -57,40 +44,15 @@ __device__ __forceinline__ PPOSums fill_token(const Job<A>& job, int64_t i) {
     return {};
   }
   const PPOToken<A> x{job.logprobs[i], job.old_logprobs[i], job.advantages[i], job.vpreds[i], job.values[i], job.returns[i]};
-  const PPOTerms<A> terms = ppo_terms(x, job.cliprange, job.cliprange_value);
+  const PPOTerms<A> terms = ppo_terms(x, token_ratio(x.logprob, x.old_logprob), job.cliprange, job.cliprange_value);
   job.ratio[i] = terms.ratio;
   job.grad_logprobs[i] = terms.grad_logprob;
   job.grad_vpreds[i] = A(job.vf_coef) * terms.grad_vpred;
   return sums_of_token(x, terms);
 }
 
-template <class A>
-__device__ __forceinline__ void write_stats(const PPOSums& sums, const Job<A>& job) {
-  const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
-  const bool skipped = sums.ratio * scale > job.ratio_threshold;
-  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
-  A* const stats = job.stats;
-  stats[kLossPolicy] = A(pg);
-  stats[kLossValue] = A(vf);
-  stats[kLossTotal] = *job.loss = A(pg + job.vf_coef * vf);
-  stats[kApproxKL] = A(sums.approxkl * scale);
-  stats[kPolicyKL] = A(sums.policykl * scale);
-  stats[kClipFrac] = A(sums.clipfrac * scale);
-  stats[kAdvantagesMean] = A(sums.advantage * scale);
-  stats[kRatioMean] = A(sums.ratio * scale);
-  stats[kSkipped] = skipped ? A(1) : A(0);
-  stats[kReturnsMean] = A(sums.returns.mean);
-  stats[kReturnsVar] = A(unbiased_var(count, biased_var(sums.returns)));
-  stats[kVPred] = A(sums.vpred * scale);
-  stats[kValError] = A(sums.error * scale);
-  stats[kValClipFrac] = A(sums.vf_clipfrac * scale);
-  stats[kValMean] = A(sums.values.mean);
-  stats[kValVar] = A(unbiased_var(count, biased_var(sums.values)));
-  stats[kGradScale] = skipped ? A(0) : A(scale);
-}
-
 __device__ __forceinline__ PPOSums merge_block(const PPOSums& sums) {
-  return reduce_group<kBlock>(sums, [](const PPOSums& a, const PPOSums& b) { return merge(a, b); });
+  return reduce_group<kBlock>(sums, [](const PPOSums& a, const PPOSums& b) { return ppo_merge(a, b); });
 }
 
 // ---- kernels ----
@@ -99,20 +61,20 @@ template <class A>
 __global__ void __launch_bounds__(kBlock) ppo_loss_kernel(const Job<A> job, PPOSums* parts) {
   PPOSums sums{};
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < job.tokens; i += int64_t(gridDim.x) * kBlock)
-    sums = merge(sums, fill_token(job, i));
+    sums = ppo_merge(sums, fill_token(job, i));
   sums = merge_block(sums);
   if (threadIdx.x != 0) return;
   if (parts) {
     parts[blockIdx.x] = sums;
   } else {
-    write_stats(sums, job);
+    ppo_write_stats(sums, job.vf_coef, job.ratio_threshold, job.stats, job.loss);
   }
 }
 
 template <class A>
 __global__ void __launch_bounds__(kBlock) finish_kernel(const Job<A> job, const PPOSums* parts, int count) {
   const PPOSums sums = merge_block(int(threadIdx.x) < count ? parts[threadIdx.x] : PPOSums{});
-  if (threadIdx.x == 0) write_stats(sums, job);
+  if (threadIdx.x == 0) ppo_write_stats(sums, job.vf_coef, job.ratio_threshold, job.stats, job.loss);
 }
 
 template <class A>

@@ -83,6 +83,17 @@ constexpr float kLog2e = 1.44269504f;
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kExp2Low = -126.0f;  // the smallest exponent of a normal float
 
+// 2^f for |f| <= 1/2: minimax, relative error 2e-8.
+PPO_INLINE f32v exp2_polynomial(f32v f) {
+  f32v p = splat(1.5353362e-4f);
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.618437e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 0.24022648f;
+  p = p * f + 0.6931472f;
+  return p * f + 1.0f;
+}
+
 // 2^x for x <= 127 to about one unit in the last place. NaN stays; below -126 the result is 2^-126, which a sum of terms
 // next to 1 cannot see.
 PPO_INLINE f32v exp2_clamped(f32v x) {
@@ -90,18 +101,22 @@ PPO_INLINE f32v exp2_clamped(f32v x) {
   const f32v bounded = low > x ? low : x;
   const f32v round = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 rounds to an integer, kept in the low bits with the bias
   const f32v shifted = bounded + round;
-  const f32v f = bounded - (shifted - round);
-  f32v p = splat(1.5353362e-4f);  // minimax for 2^f on [-1/2, 1/2], relative error 2e-8
-  p = p * f + 1.3398874e-3f;
-  p = p * f + 9.618437e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 0.24022648f;
-  p = p * f + 0.6931472f;
-  p = p * f + 1.0f;
-  return p * (f32v)((i32v)shifted << 23);
+  return exp2_polynomial(bounded - (shifted - round)) * (f32v)((i32v)shifted << 23);
 }
 
-// The same with an exact 0 below -126, where a probability's gradient has to vanish.
+// exp(x) over the whole range to about one unit in the last place: 0 below -87, inf above 88.7, NaN for NaN.
+PPO_INLINE f32v exp_vector(f32v x) {
+  const f32v low = splat(-87.33654f), high = splat(88.72284f);
+  const f32v bounded = x < low ? low : (x > high ? high : x);
+  const f32v round = splat(12582912.0f + 126.0f);  // half the power of 2, as the whole one may be 2^128
+  const f32v shifted = bounded * kLog2e + round;
+  const f32v n = shifted - round;
+  const f32v rest = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  const f32v result = exp2_polynomial(rest * kLog2e) * (f32v)((i32v)shifted << 23) * 2.0f;
+  return x > high ? splat(INFINITY) : result;
+}
+
+// 2^x for x <= 127 with an exact 0 below -126, where a probability's gradient has to vanish.
 PPO_INLINE f32v exp2_or_zero(f32v x) { return x < kExp2Low ? splat(0.0f) : exp2_clamped(x); }
 
 // The lanes of x, added in pairs in fp64.

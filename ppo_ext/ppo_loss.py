@@ -112,10 +112,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     if not _native.available(logprobs.device.type):
         return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
                                   vf_coef=vf_coef, ratio_threshold=ratio_threshold)
-    old_logprobs, advantages, values, returns = (x.detach() for x in (old_logprobs, advantages, values, returns))
     loss, vector, ratio = _PPOLoss.apply(logprobs, vpreds, old_logprobs, advantages, values, returns, mask,
                                          *coefficients)
     stats = dict(zip(STAT_NAMES, vector.unbind(0)))
-    stats["policy/advantages"] = advantages.masked_fill(~mask, 0.0)
+    stats["policy/advantages"] = torch.where(mask, advantages, 0.0)
     stats["policy/ratio"] = ratio
     return loss, stats
