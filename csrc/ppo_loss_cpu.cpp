@@ -1,6 +1,6 @@
 // ppo_loss_cpu.cpp
 // Computes  see ppo_loss.h
-// Bytes     37 per token in fp32: six inputs, the mask, the ratio and two gradients
+// Bytes     41 per token in fp32: six inputs, the mask, the ratio, the counted advantages and two gradients
 // Launch    threads over blocks of 8192 tokens, each in vectorised chunks
 // Sums      fp64 within a chunk, over chunks, then over blocks in their order: same bits for any threads
 // Limits    none
@@ -22,7 +22,7 @@ template <class A>
 struct Job {
   const A *logprobs, *old_logprobs, *advantages, *vpreds, *values, *returns;
   const bool* mask;
-  A *ratio, *grad_logprobs, *grad_vpreds;
+  A *ratio, *counted_advantages, *grad_logprobs, *grad_vpreds;
   A cliprange, cliprange_value, vf_coef;
 };
 
@@ -30,7 +30,7 @@ struct Job {
 template <class A>
 struct Chunk {
   A logprob[kChunk], old_logprob[kChunk], advantage[kChunk], vpred[kChunk], value[kChunk], ret[kChunk], ratio[kChunk];
-  A counts[kChunk], pg[kChunk], vf[kChunk], pg_clipped[kChunk], vf_clipped[kChunk];
+  A counts[kChunk], pg[kChunk], vf[kChunk], pg_clipped[kChunk], vf_clipped[kChunk], grad_logprob[kChunk], grad_vpred[kChunk];
 };
 
 PPO_INLINE void fill_ratios(Chunk<float>& c) {
@@ -43,8 +43,9 @@ PPO_INLINE void fill_ratios(Chunk<double>& c) {
 
 template <class A>
 PPO_INLINE void read_chunk(const Job<A>& job, int64_t begin, int n, Chunk<A>& c) {
-  for (int i = 0; i < kChunk; ++i) c.counts[i] = i < n && job.mask[begin + i] ? A(1) : A(0);
-  const auto read = [&](const A* from, A* to) {
+  for (int i = 0; i < n; ++i) c.counts[i] = job.mask[begin + i] ? A(1) : A(0);
+  for (int i = n; i < kChunk; ++i) c.counts[i] = A(0);
+  const auto read = [&](const A* from, A* to) PPO_INLINE_LAMBDA {
     for (int i = 0; i < n; ++i) to[i] = c.counts[i] != A(0) ? from[begin + i] : A(0);
     for (int i = n; i < kChunk; ++i) to[i] = A(0);
   };
@@ -61,35 +62,38 @@ template <class A>
 PPO_INLINE void fill_chunk(const Job<A>& job, int64_t begin, int n, Chunk<A>& c) {
   read_chunk(job, begin, n, c);
   fill_ratios(c);
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < kChunk; ++i) {
     const PPOToken<A> x{c.logprob[i], c.old_logprob[i], c.advantage[i], c.vpred[i], c.value[i], c.ret[i]};
     const PPOTerms<A> terms = ppo_terms(x, c.ratio[i], job.cliprange, job.cliprange_value);
-    const bool counts = c.counts[i] != A(0);
     c.pg[i] = terms.pg;
     c.vf[i] = terms.vf;
     c.pg_clipped[i] = terms.pg_clipped;
     c.vf_clipped[i] = terms.vf_clipped;
-    job.ratio[begin + i] = counts ? c.ratio[i] : A(0);
-    job.grad_logprobs[begin + i] = counts ? terms.grad_logprob : A(0);
-    job.grad_vpreds[begin + i] = counts ? job.vf_coef * terms.grad_vpred : A(0);
+    c.grad_logprob[i] = terms.grad_logprob;
+    c.grad_vpred[i] = job.vf_coef * terms.grad_vpred;
   }
+  const auto write = [&](const A* from, A* to) PPO_INLINE_LAMBDA {
+    for (int i = 0; i < n; ++i) to[begin + i] = c.counts[i] != A(0) ? from[i] : A(0);
+  };
+  write(c.ratio, job.ratio);
+  write(c.advantage, job.counted_advantages);
+  write(c.grad_logprob, job.grad_logprobs);
+  write(c.grad_vpred, job.grad_vpreds);
 }
 
-// Sum of term(i) over the chunk's first n entries, in 8 sums side by side; masked entries are 0 or selected away.
+// Sum of term(i) over the chunk, in 8 sums side by side; masked entries are 0 or selected away.
 template <class F>
-PPO_INLINE double chunk_sum(int n, const F& term) {
+PPO_INLINE double chunk_sum(const F& term) {
   double sums[8] = {};
-  int i = 0;
-  for (; i + 8 <= n; i += 8)
+  for (int i = 0; i < kChunk; i += 8)
     for (int k = 0; k < 8; ++k) sums[k] += term(i + k);
-  for (int k = 0; i < n; ++i, ++k) sums[k] += term(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 template <class A>
-PPO_INLINE Moments<double> chunk_moments(const Chunk<A>& c, const A* x, int n, double count) {
-  const double mean = count == 0 ? 0 : chunk_sum(n, [&](int i) { return double(x[i]); }) / count;
-  const double m2 = chunk_sum(n, [&](int i) {
+PPO_INLINE Moments<double> chunk_moments(const Chunk<A>& c, const A* x, double count) {
+  const double mean = count == 0 ? 0 : chunk_sum([&](int i) PPO_INLINE_LAMBDA { return double(x[i]); }) / count;
+  const double m2 = chunk_sum([&](int i) PPO_INLINE_LAMBDA {
     const double gap = c.counts[i] != A(0) ? x[i] - mean : 0;
     return gap * gap;
   });
@@ -97,22 +101,22 @@ PPO_INLINE Moments<double> chunk_moments(const Chunk<A>& c, const A* x, int n, d
 }
 
 template <class A>
-PPO_INLINE PPOSums chunk_sums(const Chunk<A>& c, int n) {
-  const auto plain = [&](const A* x) { return chunk_sum(n, [&](int i) { return double(x[i]); }); };
-  const auto counted = [&](const A* x) { return chunk_sum(n, [&](int i) { return c.counts[i] != A(0) ? double(x[i]) : 0; }); };
+PPO_INLINE PPOSums chunk_sums(const Chunk<A>& c) {
+  const auto plain = [&](const A* x) PPO_INLINE_LAMBDA { return chunk_sum([&](int i) PPO_INLINE_LAMBDA { return double(x[i]); }); };
+  const auto counted = [&](const A* x) PPO_INLINE_LAMBDA { return chunk_sum([&](int i) PPO_INLINE_LAMBDA { return c.counts[i] != A(0) ? double(x[i]) : 0; }); };
   const double count = plain(c.counts);
   return {counted(c.pg),
           counted(c.vf),
-          chunk_sum(n, [&](int i) { return 0.5 * (double(c.logprob[i]) - c.old_logprob[i]) * (double(c.logprob[i]) - c.old_logprob[i]); }),
-          chunk_sum(n, [&](int i) { return double(c.old_logprob[i]) - c.logprob[i]; }),
+          chunk_sum([&](int i) PPO_INLINE_LAMBDA { return 0.5 * (double(c.logprob[i]) - c.old_logprob[i]) * (double(c.logprob[i]) - c.old_logprob[i]); }),
+          chunk_sum([&](int i) PPO_INLINE_LAMBDA { return double(c.old_logprob[i]) - c.logprob[i]; }),
           counted(c.pg_clipped),
           plain(c.advantage),
           counted(c.ratio),
           plain(c.vpred),
-          chunk_sum(n, [&](int i) { return (double(c.vpred[i]) - c.ret[i]) * (double(c.vpred[i]) - c.ret[i]); }),
+          chunk_sum([&](int i) PPO_INLINE_LAMBDA { return (double(c.vpred[i]) - c.ret[i]) * (double(c.vpred[i]) - c.ret[i]); }),
           counted(c.vf_clipped),
-          chunk_moments(c, c.ret, n, count),
-          chunk_moments(c, c.value, n, count)};
+          chunk_moments(c, c.ret, count),
+          chunk_moments(c, c.value, count)};
 }
 
 template <class A>
@@ -122,7 +126,7 @@ PPO_INLINE PPOSums fill_tokens(const Job<A>& job, int64_t begin, int64_t end) {
   for (; begin < end; begin += kChunk) {
     const int n = end - begin < kChunk ? int(end - begin) : kChunk;
     fill_chunk(job, begin, n, chunk);
-    sums = ppo_merge(sums, chunk_sums(chunk, n));
+    sums = ppo_merge(sums, chunk_sums(chunk));
   }
   return sums;
 }
@@ -146,24 +150,24 @@ PPOSums sum_all(const Job<A>& job, int64_t tokens) {
 
 // ---- entry points ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                                Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
-                                                                double cliprange, double cliprange_value, double vf_coef,
-                                                                double ratio_threshold) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
+                                                                        Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
+                                                                        double cliprange, double cliprange_value,
+                                                                        double vf_coef, double ratio_threshold) {
   check_ppo_loss(logprobs, {&old_logprobs, &advantages, &vpreds, &values, &returns}, mask);
   const ScalarType dtype = logprobs.scalar_type();
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOStats}, dtype);
   const auto like = [&] { return new_token_tensor(logprobs, logprobs.dim(), dtype); };
-  Tensor ratio = like(), grad_logprobs = like(), grad_vpreds = like();
+  Tensor ratio = like(), counted_advantages = like(), grad_logprobs = like(), grad_vpreds = like();
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const Job<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages),    pointer<A>(vpreds),
                      pointer<A>(values),   pointer<A>(returns),      pointer<bool>(mask),       pointer<A>(ratio),
-                     pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), A(cliprange), A(cliprange_value), A(vf_coef)};
+                     pointer<A>(counted_advantages), pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), A(cliprange), A(cliprange_value), A(vf_coef)};
     ppo_write_stats(sum_all(job, logprobs.numel()), vf_coef, ratio_threshold, pointer<A>(stats), pointer<A>(loss));
   };
   dtype == ScalarType::Double ? run(0.0) : run(0.0f);
-  return {loss, stats, ratio, grad_logprobs, grad_vpreds};
+  return {loss, stats, ratio, counted_advantages, grad_logprobs, grad_vpreds};
 }
 
 template <class A>

@@ -1,6 +1,6 @@
 // ppo_loss_cuda.cu
 // Computes  see ppo_loss.h
-// Bytes     37 per token in fp32: six inputs, the mask, the ratio and two gradients; backward 16
+// Bytes     41 per token in fp32: six inputs, the mask, the ratio, the counted advantages and two gradients; backward 16
 // Launch    blocks of 512 threads, 4 tokens a thread; one kernel up to 2048 tokens, beyond that a second one that merges
 // Sums      in fp64, variances by Chan's merge, in an order that depends on the number of tokens only
 // Limits    none
@@ -20,7 +20,7 @@ template <class A>
 struct Job {
   const A *logprobs, *old_logprobs, *advantages, *vpreds, *values, *returns;
   const bool* mask;
-  A *ratio, *grad_logprobs, *grad_vpreds;
+  A *ratio, *counted_advantages, *grad_logprobs, *grad_vpreds;
   int64_t tokens;
   A cliprange, cliprange_value;
   double vf_coef, ratio_threshold;
@@ -40,12 +40,13 @@ __device__ __forceinline__ PPOSums sums_of_token(const PPOToken<A>& x, const PPO
 template <class A>
 __device__ __forceinline__ PPOSums fill_token(const Job<A>& job, int64_t i) {
   if (!job.mask[i]) {
-    job.ratio[i] = job.grad_logprobs[i] = job.grad_vpreds[i] = A(0);
+    job.ratio[i] = job.counted_advantages[i] = job.grad_logprobs[i] = job.grad_vpreds[i] = A(0);
     return {};
   }
   const PPOToken<A> x{job.logprobs[i], job.old_logprobs[i], job.advantages[i], job.vpreds[i], job.values[i], job.returns[i]};
   const PPOTerms<A> terms = ppo_terms(x, token_ratio(x.logprob, x.old_logprob), job.cliprange, job.cliprange_value);
   job.ratio[i] = terms.ratio;
+  job.counted_advantages[i] = x.advantage;
   job.grad_logprobs[i] = terms.grad_logprob;
   job.grad_vpreds[i] = A(job.vf_coef) * terms.grad_vpred;
   return sums_of_token(x, terms);
@@ -100,7 +101,7 @@ void launch_forward(const Launcher& launch, const Job<A>& job, const Tensor& scr
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
                                                                  Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
                                                                  double cliprange, double cliprange_value, double vf_coef,
                                                                  double ratio_threshold) {
@@ -110,17 +111,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs
   const int64_t n = logprobs.numel(), parts = std::max<int64_t>(1, std::min(kMaxParts, divide_up(n, kTokensPerPart)));
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOStats}, dtype);
   const auto like = [&] { return new_token_tensor(logprobs, logprobs.dim(), dtype); };
-  Tensor ratio = like(), grad_logprobs = like(), grad_vpreds = like();
+  Tensor ratio = like(), counted_advantages = like(), grad_logprobs = like(), grad_vpreds = like();
   const Tensor scratch = new_tensor(logprobs, {parts > 1 ? parts * int64_t(sizeof(PPOSums) / sizeof(double)) : 0}, ScalarType::Double);
   dispatch_floats(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Job<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages), pointer<A>(vpreds), pointer<A>(values),
-                     pointer<A>(returns),  pointer<bool>(mask),      pointer<A>(ratio),      pointer<A>(grad_logprobs),
-                     pointer<A>(grad_vpreds), n, A(cliprange), A(cliprange_value), vf_coef, ratio_threshold, pointer<A>(stats),
+                     pointer<A>(returns),  pointer<bool>(mask),      pointer<A>(ratio),      pointer<A>(counted_advantages),
+                     pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), n, A(cliprange), A(cliprange_value), vf_coef, ratio_threshold, pointer<A>(stats),
                      pointer<A>(loss)};
     launch_forward(launch, job, scratch, parts);
   });
-  return {loss, stats, ratio, grad_logprobs, grad_vpreds};
+  return {loss, stats, ratio, counted_advantages, grad_logprobs, grad_vpreds};
 }
 
 std::tuple<Tensor, Tensor> ppo_loss_backward_cuda(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds) {

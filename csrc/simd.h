@@ -15,6 +15,7 @@
 #define PPO_CLONES
 #endif
 #define PPO_INLINE inline __attribute__((always_inline))
+#define PPO_INLINE_LAMBDA __attribute__((always_inline))
 
 // Vectors are passed between inlined functions only, so no call depends on the ABI this warns about.
 #pragma GCC diagnostic ignored "-Wpsabi"

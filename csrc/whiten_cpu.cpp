@@ -33,13 +33,13 @@ PPO_INLINE double total(const double (&sums)[kSums]) {
 template <class A>
 PPO_INLINE Moments<double> moments_of(const A* values, const A* weights, int64_t n) {
   double weight[kSums] = {}, sum[kSums] = {}, m2[kSums] = {};
-  for_each_sum(n, [&](int64_t i, int k) {
+  for_each_sum(n, [&](int64_t i, int k) PPO_INLINE_LAMBDA {
     const double w = weights[i], x = w == 0 ? 0 : values[i];
     weight[k] += w;
     sum[k] += w * x;
   });
   const double all = total(weight), mean = all == 0 ? 0 : total(sum) / all;
-  for_each_sum(n, [&](int64_t i, int k) {
+  for_each_sum(n, [&](int64_t i, int k) PPO_INLINE_LAMBDA {
     const double w = weights[i], gap = w == 0 ? 0 : values[i] - mean;
     m2[k] += w * gap * gap;
   });
@@ -57,7 +57,7 @@ PPO_INLINE void fill_gradient_entries(const A* g, const A* x, const A* w, int64_
                                       A* out) {
   const double scale = whiten_scale(m.weight, biased_var(m));
   double sum[kSums] = {}, sum_centred[kSums] = {};
-  for_each_sum(n, [&](int64_t i, int k) {
+  for_each_sum(n, [&](int64_t i, int k) PPO_INLINE_LAMBDA {
     const double gi = w[i] == A(0) ? 0 : g[i], gap = w[i] == A(0) ? 0 : x[i] - m.mean;
     sum[k] += gi;
     sum_centred[k] += gi * gap;

@@ -5,6 +5,12 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def value_error(error):
+    """What a kernel found wrong with its arguments, as a ValueError: newer versions of torch raise RuntimeError."""
+    text = str(error).split("\n")[0]
+    return ValueError(text) if " must " in text else error
+
+
 def fail(op, argument, condition, got, kind=ValueError):
     raise kind(f"{op}: {argument} must {condition}, got {got}")
 
@@ -36,7 +42,7 @@ def mask(op, x, expected, device_of, of):
     tensor(op, "mask", x)
     shape(op, "mask", x, expected, of)
     device(op, "mask", x, device_of, of)
-    return x if x.dtype == torch.bool else x != 0
+    return x if x.dtype == torch.bool else x.bool()
 
 
 def positive(op, argument, x):

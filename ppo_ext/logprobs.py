@@ -79,6 +79,16 @@ def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward):
     if not _native.available(logits.device.type):
         _check_ids(op, logits, labels, mask)
         return reference.logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    arguments = (logits, labels, mask, temperature, with_entropy)
+    if torch.compiler.is_compiling():
+        return _apply(*arguments, inplace_backward)
+    try:
+        return _apply(*arguments, inplace_backward)
+    except RuntimeError as error:
+        raise check.value_error(error) from None
+
+
+def _apply(logits, labels, mask, temperature, with_entropy, inplace_backward):
     if torch.is_grad_enabled() and logits.requires_grad:
         return _Logprobs.apply(logits, labels, mask, temperature, with_entropy, inplace_backward)
     return _forward(logits.detach(), labels, mask, temperature, with_entropy)[:2]

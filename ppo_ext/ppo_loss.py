@@ -1,7 +1,6 @@
 """PPO's clipped policy loss and clipped value loss, with every statistic of theirs, in one pass."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import _native, check, reference
 
@@ -14,7 +13,7 @@ _STATS = len(STAT_NAMES) + 1  # the last one is the factor that the saved gradie
 _forward, _forward_name = _native.define(
     "_ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor vpreds, Tensor values, Tensor returns,"
     " Tensor mask, float cliprange, float cliprange_value, float vf_coef, float ratio_threshold)"
-    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor grad_logprobs, Tensor grad_vpreds)")
+    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs, Tensor grad_vpreds)")
 _backward, _backward_name = _native.define(
     "_ppo_loss_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds)"
     " -> (Tensor, Tensor)")
@@ -22,7 +21,7 @@ _backward, _backward_name = _native.define(
 
 @torch.library.register_fake(_forward_name)
 def _(logprobs, *_):
-    token = [logprobs.new_empty(logprobs.shape) for _ in range(3)]
+    token = [logprobs.new_empty(logprobs.shape) for _ in range(4)]
     return logprobs.new_empty(()), logprobs.new_empty(_STATS), *token
 
 
@@ -32,31 +31,36 @@ def _(grad_loss, stats, grad_logprobs, grad_vpreds):
 
 
 class _PPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, vpreds, old_logprobs, advantages, values, returns, mask, *coefficients):
-        loss, stats, ratio, grad_logprobs, grad_vpreds = _forward(
-            logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *coefficients)
-        ctx.save_for_backward(stats, grad_logprobs, grad_vpreds)
-        ctx.mark_non_differentiable(stats, ratio)
-        ctx.set_materialize_grads(False)
-        return loss, stats, ratio
+    """The loss, whose gradients are known up to a factor by the time it is."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _stats, _ratio):
-        if grad_loss is None:
-            return (None,) * 11
-        return *_backward(grad_loss, *ctx.saved_tensors), *(None,) * 9
+    def forward(ctx, logprobs, vpreds, loss, stats, grad_logprobs, grad_vpreds):
+        ctx.save_for_backward(stats, grad_logprobs, grad_vpreds)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if grad_loss.requires_grad:  # cheaper than once_differentiable; nothing else here could need a second derivative
+            raise RuntimeError("ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
+                               "ppo_loss is differentiable once")
+        return *_backward(grad_loss, *ctx.saved_tensors), None, None, None, None
 
 
 def _prepare(logprobs, others, mask):
+    """The seven inputs, checked, dense and of one dtype; inputs that are so already cost one comparison each."""
     check.floating("ppo_loss", "logprobs", logprobs)
+    shape, dtype, device = logprobs.shape, logprobs.dtype, logprobs.device
+    tensors, alike = [logprobs], dtype in (torch.float32, torch.float64)
     for name, x in others:
         check.floating("ppo_loss", name, x)
-        check.shape("ppo_loss", name, x, logprobs.shape, "logprobs")
-        check.device("ppo_loss", name, x, logprobs.device, "logprobs")
-    mask = check.mask("ppo_loss", mask, logprobs.shape, logprobs.device, "logprobs").contiguous()
-    return [x.contiguous() for x in check.same_dtype(logprobs, *(x for _, x in others))], mask
+        if x.shape != shape:
+            check.shape("ppo_loss", name, x, shape, "logprobs")
+        if x.device != device:
+            check.device("ppo_loss", name, x, device, "logprobs")
+        alike = alike and x.dtype == dtype
+        tensors.append(x)
+    mask = check.mask("ppo_loss", mask, shape, device, "logprobs").contiguous()
+    return [x.contiguous() for x in (tensors if alike else check.same_dtype(*tensors))], mask
 
 
 def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
@@ -107,14 +111,16 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     others = (("old_logprobs", old_logprobs), ("advantages", advantages), ("vpreds", vpreds), ("values", values),
               ("returns", returns))
     tensors, mask = _prepare(logprobs, others, mask)
-    logprobs, old_logprobs, advantages, vpreds, values, returns = tensors
+    logprobs, vpreds = tensors[0], tensors[3]
     coefficients = (cliprange, cliprange_value, vf_coef, ratio_threshold)
     if not _native.available(logprobs.device.type):
         return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
                                   vf_coef=vf_coef, ratio_threshold=ratio_threshold)
-    loss, vector, ratio = _PPOLoss.apply(logprobs, vpreds, old_logprobs, advantages, values, returns, mask,
-                                         *coefficients)
+    loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = _forward(
+        *(x.detach() if x.requires_grad else x for x in tensors), mask, *coefficients)
+    if torch.is_grad_enabled() and (logprobs.requires_grad or vpreds.requires_grad):
+        loss = _PPOLoss.apply(logprobs, vpreds, loss, vector, grad_logprobs, grad_vpreds)
     stats = dict(zip(STAT_NAMES, vector.unbind(0)))
-    stats["policy/advantages"] = torch.where(mask, advantages, 0.0)
+    stats["policy/advantages"] = counted_advantages
     stats["policy/ratio"] = ratio
     return loss, stats

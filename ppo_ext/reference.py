@@ -143,7 +143,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
 
     ratio = torch.exp(logprobs - old_logprobs)
     pg_losses1 = -advantages * ratio
-    pg_losses2 = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
+    # torch.clamp up to torch 2.14; spelt out, as its gradient at the bounds (1 here) is 0 in later versions.
+    low, high = 1.0 - cliprange, 1.0 + cliprange
+    pg_losses2 = -advantages * torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
     pg_loss = masked_mean(torch.max(pg_losses1, pg_losses2), counts)
 
     ratio_mean = masked_mean(ratio, counts)

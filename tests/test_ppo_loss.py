@@ -171,12 +171,23 @@ def test_same_bits_for_any_threads(device):
             assert_same_bits(name, value, results[0][name])
 
 
+def test_no_second_derivative(device):
+    inputs = {k: token_inputs((2, 3), device)[k] for k in ORDER}
+    logprobs = inputs["logprobs"].requires_grad_()
+    weight = torch.ones((), device=device, requires_grad=True)
+    loss = weight * ppo_ext.ppo_loss(*inputs.values())[0]
+    with pytest.raises(RuntimeError, match="ppo_loss: .* differentiable once"):
+        torch.autograd.grad(loss, logprobs, create_graph=True)
+    grad, = torch.autograd.grad(ppo_ext.ppo_loss(*inputs.values())[0], logprobs, create_graph=True)
+    assert not grad.requires_grad
+
+
 def test_opcheck(device):
     inputs = {k: token_inputs((4, 9), device)[k] for k in ORDER}
     inputs["mask"] = inputs["mask"].bool()
     ops = torch.ops.ppo_ext
     torch.library.opcheck(ops._ppo_loss.default, (*inputs.values(), 0.2, 0.2, 0.1, 10.0))
-    loss, stats, _, grad_logprobs, grad_vpreds = ops._ppo_loss(*inputs.values(), 0.2, 0.2, 0.1, 10.0)
+    loss, stats, _, _, grad_logprobs, grad_vpreds = ops._ppo_loss(*inputs.values(), 0.2, 0.2, 0.1, 10.0)
     torch.library.opcheck(ops._ppo_loss_backward.default, (loss, stats, grad_logprobs, grad_vpreds))
 
 
