@@ -58,3 +58,19 @@ def assert_same_bits(name, a, b):
     assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
     different = ~((a == b) | (a.isnan() & b.isnan()))
     assert not different.any(), f"{name}: {int(different.sum())} of {a.numel()} entries differ"
+
+
+def assert_same_bits_for_any_threads(run):
+    """`run()` returns tensors, by name or in order; they must not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            result = run()
+            results.append(result if isinstance(result, dict) else dict(enumerate(result)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for name, value in result.items():
+            assert_same_bits(f"{name}, other threads", value, results[0][name])

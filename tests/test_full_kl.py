@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
-from conftest import assert_same_bits, assert_within_torch_error, require_trl
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
 from ppo_ext import reference
@@ -151,17 +151,7 @@ def test_identical_distributions_have_no_divergence(device):
 
 def test_same_bits_for_any_threads(device):
     inputs = logits_inputs((64, 5003), torch.float32, device)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(run(inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            assert_same_bits("threads", a, b)
+    assert_same_bits_for_any_threads(lambda: run(inputs))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

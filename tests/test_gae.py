@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import FLOATS, TOKEN_SHAPES, token_inputs
-from conftest import assert_same_bits, assert_within_torch_error, require_trl
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
 from ppo_ext import reference
@@ -94,17 +94,7 @@ def test_nan_spreads_to_earlier_tokens_of_its_row_only(device):
 
 def test_same_bits_for_any_threads(device):
     inputs = token_inputs((64, 4096), device)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(run(inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            assert_same_bits("threads", a, b)
+    assert_same_bits_for_any_threads(lambda: run(inputs))
 
 
 def test_detaches(device):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
-from conftest import assert_same_bits, assert_within_torch_error, require_trl
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
 from ppo_ext import reference
@@ -207,19 +207,9 @@ def test_common_offset_costs_no_accuracy(device, offset):
 
 def test_same_bits_for_any_threads_and_batch(device):
     inputs = logits_inputs((64, 5003), torch.float32, device)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(run(inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            assert_same_bits("threads", a, b)
+    assert_same_bits_for_any_threads(lambda: run(inputs))
     halves = [run({k: v[i:i + 32] for k, v in inputs.items()}) for i in (0, 32)]
-    for part, whole in enumerate(results[0]):
+    for part, whole in enumerate(run(inputs)):
         assert_same_bits("batch", torch.cat([h[part] for h in halves]), whole)
 
 

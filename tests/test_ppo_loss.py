@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import FLOATS, TOKEN_SHAPES, token_inputs
-from conftest import assert_same_bits, assert_within_torch_error, require_trl
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
 from ppo_ext import reference
@@ -158,17 +158,7 @@ def test_dtypes_and_views(device, dtype):
 
 def test_same_bits_for_any_threads(device):
     inputs = token_inputs((64, 2048), device)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(run(inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for name, value in other.items():
-            assert_same_bits(name, value, results[0][name])
+    assert_same_bits_for_any_threads(lambda: run(inputs))
 
 
 def test_no_second_derivative(device):
