@@ -157,7 +157,8 @@ void forward(const Tensor& logits, const LogitRows& rows, const Tensor& labels, 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor labels, std::optional<Tensor> mask,
-                                                        double temperature, bool with_entropy) {
+                                                        double temperature, bool with_entropy,
+                                                        std::optional<Tensor> /*label_note*/) {
   check_logprobs(logits, labels, mask);
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   check_labels(labels, mask_pointer(mask), rows.V);
