@@ -47,7 +47,7 @@ def test_no_function_of_a_level_can_replace_another_files(path):
     """The linker keeps one of several weak definitions: one with newer instructions would break older machines."""
     symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [line for line in symbols if re.match(r"[0-9a-f]* +[WVu] ", line)]
-    assert len(symbols) > 2 and not weak
+    assert any(" T " in line for line in symbols) and not weak
 
 
 def test_levels_agree_to_rounding():
