@@ -94,6 +94,7 @@ _Zloop:
         /*0060*/              @!P1 LDG.E.NA.LTC256B.128 R12, desc[UR6][R36.64] ;
         /*0070*/                   BRA `(.L_x_3) ;
 .L_x_2:
+        /*0078*/                   IMAD.WIDE R34, R8, 0x10, R2 ;
         /*0080*/                   LDG.E.NA.LTC256B.128 R12, desc[UR6][R34.64] ;
         /*0090*/                   LDG.E.NA.LTC256B.128 R16, desc[UR6][R34.64+0x1000] ;
 .L_x_3:
@@ -125,9 +126,9 @@ _Zspills:
 
 
 def test_one_iteration_is_counted_by_the_rule():
-    """By hand: 3 to the branch, 2 loads, 2 past the rescale, 4 to the end; the store of 4 bytes is none of 16."""
+    """By hand: 3 to the branch, an address, 2 loads, 2 past the rescale, 4 to the end; a store of 4 bytes is none of 16."""
     loop = sass.hot_loop_of(*sass.parse(SAMPLE)["_Zloop"])
-    assert loop == sass.HotLoop(loads=2, stores=1, instructions=11, exponentials=1)
+    assert loop == sass.HotLoop(loads=2, stores=1, instructions=12, exponentials=1)
 
 
 def test_a_load_under_opposite_predicates_is_one_load():
