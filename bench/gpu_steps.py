@@ -50,7 +50,7 @@ sys.exit(state != "loaded")
 
 def _pytest(name, seconds, *arguments, **more):
     command = ("python", "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *arguments)
-    return Step(name, seconds, command, needs=("pytest",), **more)
+    return Step(name, seconds, command, needs=("pytest", "pytest_benchmark"), **more)  # the second by pyproject.toml
 
 
 def _sanitizer(tool, *options):
