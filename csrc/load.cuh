@@ -32,9 +32,6 @@ __device__ __forceinline__ double exp2_of(double y) { return exp2(y); }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
 // ---- 16 bytes ----
 
 struct alignas(16) Pack {

@@ -27,6 +27,7 @@ struct Forward {
   const bool* mask;
   A inv_temperature;
   A *logprobs, *entropy, *max, *log_sum;
+  int64_t* label_note;  // may be null, see ppo_ext/labels.py
 };
 
 template <class T, class A>
@@ -62,6 +63,14 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
   if (kEntropy) state.weighted += A(kLn2) * weighted;
 }
 
+// Counts a label outside [0, V); of the first to come here row, id and V are kept.
+__device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t label, int64_t V) {
+  if (atomicAdd(reinterpret_cast<unsigned long long*>(note), 1ull) != 0) return;
+  note[1] = row;
+  note[2] = label;
+  note[3] = V;
+}
+
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, bool kEntropy, class T, class A>
@@ -77,7 +86,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
       A picked = A(NAN);
       if (first) {
         const int64_t label = job.labels[n];
-        if (uint64_t(label) < uint64_t(job.rows.V)) picked = A(row[label * job.rows.stride_v]);
+        if (uint64_t(label) < uint64_t(job.rows.V)) {
+          picked = A(row[label * job.rows.stride_v]);
+        } else if (job.label_note) {
+          note_label(job.label_note, n, label, job.rows.V);
+        }
       }
       read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V}, [&](const auto& x, const auto& top) {
         add_logits<kEntropy>(state, x[0], top[0], c);
@@ -155,8 +168,14 @@ void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
 // ---- entry points ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor labels, std::optional<Tensor> mask,
-                                                         double temperature, bool with_entropy) {
+                                                         double temperature, bool with_entropy,
+                                                         std::optional<Tensor> label_note) {
   check_logprobs(logits, labels, mask);
+  if (label_note) {
+    require_same_device("logprobs", "label_note", *label_note, logits);
+    require_dtype("logprobs", "label_note", *label_note, ScalarType::Long);
+    if (label_note->numel() != 4 || !label_note->is_contiguous()) reject("logprobs", "label_note", "have 4 entries", shape_text(*label_note));
+  }
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   const Launcher launch("logprobs", logits);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -167,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor l
     using A = accumulate_t<T>;
     launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask), A(1.0 / temperature),
                                          pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
-                                         pointer<A>(log_sum)});
+                                         pointer<A>(log_sum), label_note ? pointer<int64_t>(*label_note) : nullptr});
   });
   return {logprobs, entropy, max, log_sum};
 }

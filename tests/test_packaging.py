@@ -322,7 +322,8 @@ def sample_library(folder, text="int answer() { return 42; }\n"):
     (folder / "answer_cpu.cpp").write_text(text)
     cxx = find_tools.find_cxx() or pytest.skip("no C++ compiler here")
     compile = [*cxx, "-fPIC"]
-    return compile_library.Library("answer.so", [folder / "answer_cpu.cpp"], compile, [*cxx, "-shared"], [])
+    source = compile_library.Source(folder / "answer_cpu.cpp")
+    return compile_library.Library("answer.so", [source], compile, [*cxx, "-shared"], [])
 
 
 def test_compile_again_only_after_a_change(tmp_path):
