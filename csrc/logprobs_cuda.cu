@@ -47,10 +47,7 @@ struct Backward {
 // ---- device helpers ----
 
 template <bool kEntropy, class A, int kCount>
-__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A inv_temperature) {
-  A top = x[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) top = larger(top, x[k]);
+__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A top, A inv_temperature) {
   if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
   const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
   const A scale = inv_temperature * A(kLog2E);
@@ -95,8 +92,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
           note_label(job.label_note, n, label, job.rows.V);
         }
       }
-      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
-                          [&](const auto& x) { add_logits<kEntropy>(state, x[0], c); });
+      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V}, [&](const auto& x, const auto& top) {
+        add_logits<kEntropy>(state, x[0], top[0], c);
+      });
       state = reduce_group<kThreads>(state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       logprob = token_logprob(picked, state.max, log_sum, c);
@@ -112,8 +110,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
   }
 }
 
-template <bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kernel(const Backward<T, A> job) {
+template <bool kAligned, bool kEntropy, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3)) backward_kernel(const Backward<T, A> job) {
   const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
     const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
@@ -135,8 +133,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kerne
       return kEntropy ? e * (at_zero - slope * larger(y, A(-1e4))) : e * at_zero;
     };
     const auto grad_of_label = [=](A x) { return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c); };
-    write_tile<kBlock>(Rows<T, 1>{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V}, out, stride, tile, grad_of,
-                       label, grad_of_label);
+    const Rows<T, 1> logits{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V};
+    write_tile<kBlock, kAligned>(logits, out, stride, tile, grad_of, label, grad_of_label);
   }
 }
 
@@ -155,9 +153,16 @@ void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
   launch_forward<kBlock, false>(launch, job);
 }
 
+template <bool kAligned, class T, class A>
+void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
+  const auto kernel = job.grad_entropy ? backward_kernel<kAligned, true, T, A> : backward_kernel<kAligned, false, T, A>;
+  launch(kernel, job.rows.rows * job.tiles, kBlock, job);
+}
+
 template <class T, class A>
 void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
-  launch(job.grad_entropy ? backward_kernel<true, T, A> : backward_kernel<false, T, A>, job.rows.rows * job.tiles, kBlock, job);
+  const bool aligned = all_aligned(job.logits, job.rows) && all_aligned(job.grad, job.grad_rows);
+  aligned ? launch_backward<true>(launch, job) : launch_backward<false>(launch, job);
 }
 
 // ---- entry points ----
