@@ -86,17 +86,15 @@ def test_the_time_limit_holds(tmp_path):
     start = time.monotonic()
     steps = [python("long", "import time; time.sleep(60)"), python("late", "print('ran')"), python("later", "print('ran')")]
     _, summary = run(tmp_path, steps, "--minutes", "0.15")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert results(summary) == {"long": "timeout", "late": "skipped", "later": "skipped"}
     assert summary["steps"][1]["note"] == "no time is left"
 
 
 def test_a_process_that_a_step_leaves_behind_is_ended(tmp_path):
     pid = tmp_path / "pid"
-    code = (f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']);"
-            f"open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(99)")
-    run(tmp_path / "out", [python("parent", code, seconds=4)])
-    status = Path(f"/proc/{pid.read_text()}/stat")
+    run(tmp_path / "out", [Step("parent", 4, ("sh", "-c", f"sleep 99 & echo $! > {pid}; sleep 99"))])
+    status = Path(f"/proc/{pid.read_text().strip()}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
