@@ -1,12 +1,14 @@
 # On a fresh clone, with python3 >= 3.10 and g++ (nvcc is used if there), each of these does all its own set-up:
 #   make demo    SFT, reward model and PPO on a small task     (ARGS="--help" for its options)
 #   make test    the whole test suite                          (ARGS="tests/test_gae.py" for a part)
+#   make bench   ours and its peers, a selection in minutes    (make bench-full: everything, and keeps the rows)
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS     := $(VENV)/.peers
 PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # with a compiler, a kernel that does not compile is an error; without one, the reference implementation runs
@@ -14,7 +16,7 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: demo test build lint bench info clean
+.PHONY: demo test build lint bench bench-full info clean
 
 demo: build
 	$(BIN)/python -m ppo_ext demo $(or $(ARGS),--overwrite)
@@ -22,8 +24,15 @@ demo: build
 test: build
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
 
-bench: build
+# without a GPU there is no need to wait for the CUDA kernels
+bench bench-full: export PPO_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
+
+bench: build $(PEERS)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-full: build $(PEERS)
+	$(BIN)/python -m bench --full --save $(ARGS)
+	$(BIN)/python -m bench.render
 
 info: build
 	$(BIN)/python -m ppo_ext info
@@ -39,7 +48,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and what the tests need into $(VENV), once"
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation --editable '.[test,demo,bench,lint]'
+	$(PIP) --no-build-isolation --editable '.[test,demo,lint]'
+	touch $@
+
+# what ours is compared with; nothing else needs it, and a peer that cannot be had is a row that says so
+$(PEERS): $(INSTALLED)
+	-$(PIP) 'ppo_ext[bench]'
+	$(BIN)/python -m bench.peers --download
 	touch $@
 
 clean:

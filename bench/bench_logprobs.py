@@ -1,33 +1,25 @@
-"""logprobs and logprobs_and_entropy, forward and forward + backward. Floor: the logits once per pass.
+"""logprobs and logprobs_and_entropy, forward, backward, and both. Floor: the logits once per pass.
 
 A forward reads N*V*s bytes (s = size of a logit). A backward reads them again and writes the gradient, N*V*s bytes, to
 fresh memory or over the logits.
 """
+
+import functools
 
 import torch
 
 import ppo_ext
 from ppo_ext import reference
 
-from . import cases, trl_baseline
-from .suite import OURS, OURS_IN_PLACE, Case, Implementation, in_float64
+from . import cases, peers
+from .passes import BACKWARD, BOTH, FORWARD, Op
+from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 from .timing import Traffic
 
-_ROWS_AT_ONCE = 128  # the float64 reference of all rows at once would need many times the memory of the logits
-
-
-def forward(inputs, op, **options):
-    """op's outputs as a tuple."""
-    outputs = op(inputs["logits"], inputs["labels"], **options)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def forward_backward(inputs, op, **options):
-    """The gradient of the logits for the incoming gradients in `inputs`."""
-    logits = inputs["logits"].detach().requires_grad_()
-    outputs = forward({**inputs, "logits": logits}, op, **options)
-    incoming = [inputs[name].to(x.dtype) for name, x in zip(("grad_logprobs", "grad_entropy"), outputs)]
-    return torch.autograd.grad(outputs, logits, incoming)
+_ROWS_AT_ONCE = 32  # the float64 reference of all rows at once would need many times the memory of the logits
+OPS = {"logprobs": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs",)),
+       "logprobs_and_entropy": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",),
+                                  ("grad_logprobs", "grad_entropy"))}
 
 
 def by_rows(run, inputs):
@@ -38,47 +30,37 @@ def by_rows(run, inputs):
     return tuple(torch.cat(parts) for parts in zip(*pieces))
 
 
-def _gather_minus_logsumexp(logits, labels):
-    """The leanest expression in plain torch for fp32; what TRL moved to in 0.15, without its loop over rows."""
-    return logits.gather(-1, labels[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+def traffic(size, pass_name, *, reads=1, in_place=False):
+    """The floor of an op that reads `reads` tensors of `size` bytes in either pass and has the gradient of one."""
+    if pass_name == FORWARD:
+        return Traffic(read=reads * size)
+    gradient = {"update" if in_place else "copy": size}  # reads that tensor too
+    return Traffic(read=(reads - 1 if pass_name == BACKWARD else 2 * reads - 1) * size, **gradient)
 
 
-def _trl_logprobs(trl):
-    return lambda logits, labels: trl.logprobs_from_logits(logits[None], labels[None])[0]  # TRL takes [B, T, V]
-
-
-def _trl_logprobs_and_entropy(trl):
-    logprobs = _trl_logprobs(trl)
-    return lambda logits, labels: (logprobs(logits, labels), trl.entropy_from_logits(logits))
-
-
-def _case(name, shape, dtype, pass_name, *, upcast):
-    run = forward if pass_name == "forward" else forward_backward
-    ours, exact = getattr(ppo_ext, name), getattr(reference, name)
+def case(name, shape, dtype, pass_name, device, *, kind="speed", with_compiled=True):
+    op, ours, exact = OPS[name], getattr(ppo_ext, name), getattr(reference, name)
     size = shape[0] * shape[1] * dtype.itemsize
-    implementations = {OURS: Implementation(lambda inputs: run(inputs, ours))}
-    if run is forward_backward:
-        implementations[OURS_IN_PLACE] = Implementation(
-            lambda inputs: run(inputs, ours, inplace_backward=True), destroys_logits=True,
-            traffic=Traffic(read=size, update=size))
-    if name == "logprobs":
-        implementations["torch gather - logsumexp"] = Implementation(
-            lambda inputs: run(inputs, _gather_minus_logsumexp))
-    trl_op = _trl_logprobs if name == "logprobs" else _trl_logprobs_and_entropy
+    implementations = {OURS: op.implementation(pass_name, ours)}
+    if pass_name == BOTH and kind == "speed":
+        implementations[OURS_IN_PLACE] = op.implementation(
+            pass_name, functools.partial(ours, inplace_backward=True), destroys_logits=True,
+            traffic=traffic(size, pass_name, in_place=True))
     return Case(
         name, pass_name, shape, dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
-        reference=lambda inputs: by_rows(lambda rows: run(rows, exact), inputs),
-        implementations=implementations | trl_baseline.baselines(run, trl_op, upcast=upcast),
-        traffic=Traffic(read=size) if run is forward else Traffic(read=size, copy=size))
+        reference=lambda inputs: by_rows(lambda rows: op.results(pass_name, rows, exact), inputs),
+        implementations=implementations | peers.implementations(name, op, pass_name, device, dtype, with_compiled),
+        traffic=traffic(size, pass_name), kind=kind, capturable=True,
+        buffer_bytes=size if pass_name == BOTH and kind == "speed" else None)
 
 
 def suite(device, full):
     for shape in cases.logits_shapes(device, full):
         for dtype in cases.LOGIT_DTYPES:
-            low_precision = dtype != torch.float32
-            yield _case("logprobs", shape, dtype, "forward", upcast=low_precision)
-            yield _case("logprobs_and_entropy", shape, dtype, "forward", upcast=low_precision)
-            yield _case("logprobs", shape, dtype, "forward+backward", upcast=low_precision and full)
-            if full:
-                yield _case("logprobs_and_entropy", shape, dtype, "forward+backward", upcast=low_precision)
+            for name in OPS:
+                yield case(name, shape, dtype, FORWARD, device)
+                if full or dtype == torch.float32 and name == "logprobs":
+                    yield case(name, shape, dtype, BACKWARD, device)
+                if full or dtype == torch.float32 or name == "logprobs":
+                    yield case(name, shape, dtype, BOTH, device)

@@ -1,8 +1,9 @@
-"""ppo_loss with all its statistics, forward and backward. Floor: 6 arrays and the mask in, 4 arrays out.
+"""ppo_loss with all its statistics, forward, backward, and both. Floor: 6 arrays and the mask in, 4 arrays out.
 
-Reads 24 bytes per token and the int64 mask; writes the gradients of logprobs and vpreds and the two per-token
-statistics, 16. TRL's loss also takes the entropy of the logits; that is timed with logprobs_and_entropy and left out
-here. Checked: both gradients, the loss, and the statistics that both sides give.
+A forward reads 24 bytes per token and the int64 mask; it writes the gradients of logprobs and vpreds, which it knows up to
+a factor, and the two per-token statistics, 16. A backward reads the two gradients and writes them scaled. TRL's loss also
+takes the entropy of the logits; that is timed with logprobs_and_entropy and left out here. Checked: both gradients, the
+loss, and the statistics that an implementation gives.
 """
 
 import torch
@@ -10,38 +11,39 @@ import torch
 import ppo_ext
 from ppo_ext import reference
 
-from . import cases, trl_baseline
-from .suite import OURS, Case, Implementation, in_float64
+from . import cases, peers
+from .passes import BACKWARD, BOTH, FORWARD, Op
+from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
 _PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
-_STATS = ("loss/policy", "loss/value", "policy/approxkl", "policy/policykl", "policy/clipfrac",
-          "policy/advantages_mean", "returns/mean", "returns/var", "val/vpred", "val/error", "val/clipfrac", "val/mean",
-          "val/var")
+# the first four are those that every TRL has
+_STATS = ("loss/policy", "loss/value", "policy/clipfrac", "val/clipfrac", "policy/approxkl", "policy/policykl",
+          "policy/advantages_mean", "returns/mean", "returns/var", "val/vpred", "val/error", "val/mean", "val/var")
 
 
-def run(inputs, op):
-    leaves = {name: inputs[name].detach().requires_grad_() for name in ("logprobs", "vpreds")}
-    loss, stats = op(**{name: leaves.get(name, inputs[name]) for name in _PER_TOKEN})
-    gradients = torch.autograd.grad(loss, tuple(leaves.values()))
-    return [*gradients, loss.detach(), *(stats[name] for name in _STATS)]
+def _loss_and_stats(inputs, op):
+    loss, stats = op(**{name: inputs[name] for name in _PER_TOKEN})
+    return loss, *(stats[name] for name in _STATS if name in stats)
 
 
-def _trl_loss(trl):
-    def loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask):
-        pg_loss, vf_loss, stats = trl.loss_without_entropy(old_logprobs, values, logprobs, vpreds, logprobs, mask,
-                                                           advantages, returns)
-        return pg_loss + vf_loss, stats
-    return loss
+OP = Op(_loss_and_stats, ("logprobs", "vpreds"))
+
+
+def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
+    tokens = shape[0] * shape[1]
+    forward, backward = Traffic(read=16 * tokens, copy=16 * tokens), Traffic(copy=8 * tokens)
+    both = Traffic(read=16 * tokens, copy=24 * tokens)
+    return Case(
+        "ppo_loss", pass_name, shape, torch.float32,
+        make=lambda device: cases.token_inputs(shape, device),
+        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.ppo_loss),
+        implementations={OURS: OP.implementation(pass_name, ppo_ext.ppo_loss),
+                         **peers.implementations("ppo_loss", OP, pass_name, device, with_compiled=with_compiled)},
+        traffic={FORWARD: forward, BACKWARD: backward, BOTH: both}[pass_name], kind=kind, capturable=True)
 
 
 def suite(device, full):
     for shape in cases.token_shapes("ppo_loss", full):
-        tokens = shape[0] * shape[1]
-        yield Case(
-            "ppo_loss", "forward+backward", shape, torch.float32,
-            make=lambda device, shape=shape: cases.token_inputs(shape, device),
-            reference=lambda inputs: run(in_float64(inputs), reference.ppo_loss),
-            implementations={OURS: Implementation(lambda inputs: run(inputs, ppo_ext.ppo_loss)),
-                             **trl_baseline.baselines(run, _trl_loss)},
-            traffic=Traffic(read=16 * tokens, copy=16 * tokens))
+        for pass_name in (FORWARD, BACKWARD, BOTH) if full else (BOTH,):
+            yield case(shape, pass_name, device)

@@ -2,12 +2,15 @@
 
 import torch
 
-from tests.cases import GPT2, LLAMA, QWEN, logits_inputs, token_inputs
+from tests import cases as shared
+from tests.cases import GPT2, LLAMA, QWEN, token_inputs
 
-__all__ = ["LOGIT_DTYPES", "STEP", "head_shape", "logits_inputs", "logits_shapes", "token_inputs", "token_shapes"]
+__all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEP", "head_shape", "linear_shape", "logits_inputs", "logits_shapes",
+           "token_inputs", "token_shapes"]
 
+GAMMA, LAM = 1.0, 0.95  # TRL's defaults
 # [rows, vocabulary] of the ops on logits: (selection, full)
-LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
+LOGITS = {"cpu": ([(512, GPT2)], [(512, GPT2), (1024, GPT2), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
           "cuda": ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
@@ -16,8 +19,24 @@ TOKENS = {"gae": ([(64, 512)], [(64, 512), (8, 128), (512, 1024), (8, 8192)]),
           "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
-HEAD = {"cpu": (8, 128, GPT2), "cuda": (16, 512, LLAMA)}
+HEAD = {"cpu": (8, 64, GPT2), "cuda": (16, 512, LLAMA)}
+# [rows, hidden size, vocabulary] of the head of the language model
+LINEAR = {"cpu": (256, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
 STEP = (4, 64, GPT2)  # [batch size, tokens of query and response, vocabulary] of a whole PPO step
+# what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
+TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
+# what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches
+SWEEPS = {"cpu": {"V": (512, (1000, 8000, 32000, GPT2, LLAMA, QWEN)), "N": (GPT2, (1, 8, 64, 256, 512, 1024)),
+                  "T": (64, (16, 64, 256, 1024, 4096, 8192))},
+          "cuda": {"V": (4096, (1000, 8000, 32000, GPT2, LLAMA, QWEN)), "N": (LLAMA, (1, 8, 64, 512, 1024, 8192)),
+                   "T": (64, (16, 64, 256, 1024, 4096, 8192))}}
+
+
+def logits_inputs(shape, dtype, device):
+    """As in the tests, but a lone row is one that is not peaked: next to a result of 0 a relative error says nothing."""
+    if shape[0] != 1:
+        return shared.logits_inputs(shape, dtype, device)
+    return {name: x[1:] for name, x in shared.logits_inputs((2, *shape[1:]), dtype, device).items()}
 
 
 def logits_shapes(device, full):
@@ -30,3 +49,7 @@ def token_shapes(op, full):
 
 def head_shape(device):
     return HEAD[device.type]
+
+
+def linear_shape(device):
+    return LINEAR[device.type]

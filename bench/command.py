@@ -2,11 +2,9 @@
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import pathlib
-import re
 import sys
 
 import torch
@@ -14,19 +12,23 @@ import tqdm
 
 from ppo_ext import _native
 
-from . import table, timing
+from . import machine, rows, table
+from .rows import RESULTS
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "step", "binding_overhead")
-RESULTS = pathlib.Path(__file__).parent / "results"
+MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "linear_logprobs", "step", "overhead",
+           "binding_overhead", "sweeps")
+# What a case takes on 2 cores or a GPU, rounded up: its inputs and its float64 reference; for each implementation the
+# check, the warm-up and its share of the rounds beyond the seconds that are asked for; and what torch.compile takes.
+_CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0
 
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every shape, dtype and pass; half an hour on 2 cores")
+    parser.add_argument("--full", action="store_true", help="every shape, dtype, pass and sweep; an hour on 2 cores")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, metavar="OP", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each implementation of a case")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for each implementation of a case")
     parser.add_argument("--save", nargs="?", const=RESULTS, type=pathlib.Path, metavar="FOLDER",
                         help=f"write the rows under FOLDER/<machine>/, by default bench/{RESULTS.name}/<machine>/")
     return parser.parse_args(argv)
@@ -40,22 +42,20 @@ def warn_if_busy():
               "trust or save these numbers")
 
 
-def folder_of(row):
-    """The name of one machine's folder: its device and, on a CPU, the number of threads."""
-    name = row["device"] if "NVIDIA" in row["device"] else f"{row['device']} {row['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def suite(names, device, full):
+    """The cases of these modules."""
+    modules = [importlib.import_module(f"bench.bench_{name}") for name in names]
+    return [case for module in modules for case in module.suite(device, full)]
 
 
-def save(rows, results=RESULTS):
-    """One file per op; a new run replaces the rows of the cases that it measured."""
-    for op in sorted({row["op"] for row in rows}):
-        new = [row for row in rows if row["op"] == op]
-        path = results / folder_of(new[0]) / f"{op}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        measured = {table.case_key(row) for row in new}
-        kept = [row for row in old if table.case_key(row) not in measured]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept + new))
+def budget_seconds(cases, device, seconds):
+    """An upper estimate of what these cases take, every peer counted as if it ran."""
+    total = 0.0
+    for case in cases:
+        compiled = sum(getattr(implementation, "compiled", False) for implementation in case.implementations.values())
+        each = seconds * len(case.settings(device)) + (_IMPLEMENTATION_SECONDS if case.kind == "speed" else 0.0)
+        total += _CASE_SECONDS + (len(case.implementations) + 1) * each + compiled * _COMPILE_SECONDS
+    return total
 
 
 def main(argv=None):
@@ -65,20 +65,20 @@ def main(argv=None):
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     print(f"ppo_ext backends: {_native.status()}")
-    print("; ".join(f"{name} {value}" for name, value in timing.stamp(device).items()))
+    print("; ".join(f"{name} {value}" for name, value in machine.stamp(device).items()))
     warn_if_busy()
-    modules = [importlib.import_module(f"bench.bench_{name}") for name in arguments.only]
-    items = [item for module in modules for item in module.suite(device, arguments.full)]
-    selection = {item.title for module in modules for item in module.suite(device, False)}
+    cases = suite(arguments.only, device, arguments.full)
+    selection = {case.title for case in suite(arguments.only, device, False)}
+    print(f"{len(cases)} cases, about {budget_seconds(cases, device, arguments.seconds) / 60:.0f} minutes")
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)  # advice about the baselines' graph breaks
-    rows = []
-    for item in (bar := tqdm.tqdm(items, unit="case", file=sys.stderr)):
-        bar.set_description(item.title)
-        new = [{**row, "selected": item.title in selection} for row in item.rows(device, seconds=arguments.seconds)]
-        rows += new
+    measured = []
+    for case in (bar := tqdm.tqdm(cases, unit="case", file=sys.stderr)):
+        bar.set_description(case.title)
+        new = [{**row, "selected": case.title in selection} for row in case.rows(device, seconds=arguments.seconds)]
+        measured += new
         if arguments.save:
-            save(new, arguments.save)  # at once: a run that is stopped leaves what it has measured
-    print(table.text(rows) if rows else "nothing of this is in the selection; add --full")
-    if arguments.save and rows:
-        print(f"rows saved under {arguments.save / folder_of(rows[0])}; now `python -m bench.render`")
-    return rows
+            rows.save(new, arguments.save)  # at once: a run that is stopped leaves what it has measured
+    print(table.text(measured) if measured else "nothing of this is in the selection; add --full")
+    if arguments.save and measured:
+        print(f"rows saved under {arguments.save / rows.folder_of(measured[0])}; now `python -m bench.render`")
+    return measured

@@ -73,7 +73,7 @@ STEPS = (
     _sanitizer("racecheck", *_OUR_KERNELS),
     _sanitizer("initcheck"),
     _sanitizer("synccheck", *_OUR_KERNELS),
-    Step("bench", 300, ("python", "-m", "bench", "--device", "{device}", "--seconds", "0.3", "--save", "{results}")),
+    Step("bench", 480, ("python", "-m", "bench", "--device", "{device}", "--seconds", "0.3", "--save", "{results}")),
     Step("ncu", 60, ("ncu", "--csv", "--page", "details", "--section", "SpeedOfLight", "--section", "Occupancy",
                      "--kernel-name", "regex:(forward|backward)_kernel", "python", "-m", "bench.hot_kernels"),
          gpu_only=True),

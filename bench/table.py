@@ -1,20 +1,10 @@
 """Rows to tables: one block per case, ours first, every other implementation with its ratio to ours."""
 
-from .suite import FLOOR, OURS
+from . import rows as rows_of
+from .bench_overhead import OPERATOR, TARGET_US
+from .rows import is_floor, is_ours, timed, wrong
 
-HEADER = ("case", "implementation", "p50 ms", "p20-p80 ms", "ours is", "of the floor", "max error", "note")
-
-
-def case_key(row):
-    return row["op"], row["pass"], tuple(row["shape"]), row["dtype"]
-
-
-def by_case(rows):
-    """Rows grouped by case, in the order in which the cases first appear."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(case_key(row), []).append(row)
-    return groups
+HEADER = ("implementation", "time", "p20-p80", "ours is", "of the floor", "other state", "peak", "max error", "note")
 
 
 def number(value):
@@ -26,48 +16,85 @@ def number(value):
     return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
+def time(ms):
+    """Milliseconds with a unit that reads well."""
+    if ms is None:
+        return ""
+    return f"{number(ms)} ms" if ms >= 0.1 else f"{number(1e3 * ms)} us"
+
+
+def percent(share):
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 def speedup(row, ours):
     """How many times faster ours is than `row`; below 1 is a loss."""
-    if row.get("implementation", OURS).startswith((FLOOR, OURS)) or not ours.get("p50_ms") or not row.get("p50_ms"):
+    if not timed(ours) or not timed(row) or is_floor(row) or is_ours(row):
         return ""
     return f"{number(row['p50_ms'] / ours['p50_ms'])}x"
 
 
-def title(key):
-    op, pass_name, shape, dtype = key
-    return f"{op} {pass_name} {list(shape)} {dtype}"
-
-
 def cells(group):
-    """The table's lines of one case as tuples of strings, in HEADER's order."""
-    ours = next((row for row in group if row["implementation"] == OURS), {})
+    """The table's lines of one case as tuples of strings, in HEADER's order; who could not run is left to `reasons`."""
+    ours = rows_of.ours(group)
     lines = []
     for row in group:
-        name = row["implementation"]
-        if name.startswith(OURS) and row["backend"] != "native":
-            name += " (reference fallback)"
-        if "peak_buffers" in row:
-            lines.append((name, f"{number(row['peak_buffers'])} buffers", "", _less(row, ours), "", "", row["note"]))
+        if not row["shown"] or not (timed(row) or wrong(row)):
             continue
-        spread = f"{number(row['p20_ms'])}-{number(row['p80_ms'])}" if row.get("p50_ms") else ""
-        share = f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row and not name.startswith(FLOOR) else ""
-        lines.append((name, number(row.get("p50_ms")), spread, speedup(row, ours), share, number(row["error"]),
-                      row["note"]))
+        name = row["implementation"] + (" (reference fallback)" if is_ours(row) and row["backend"] != "native" else "")
+        spread = f"{time(row['p20_ms'])} - {time(row['p80_ms'])}" if timed(row) else ""
+        share = "" if is_floor(row) else percent(row.get("share_of_floor"))
+        peak = f"{number(row['peak_buffers'])} buffers" if "peak_buffers" in row else ""
+        lines.append((name, time(row.get("p50_ms")), spread, speedup(row, ours), share, _other_states(row, group), peak,
+                      number(row["error"]), row["note"]))
     return lines
 
 
-def _less(row, ours):
-    if row["implementation"].startswith(OURS) or row["peak_buffers"] is None or not ours.get("peak_buffers"):
-        return ""
-    return f"{number(row['peak_buffers'] / ours['peak_buffers'])}x less"
+def _other_states(row, group):
+    """The times of the same implementation in the settings that the first column does not show."""
+    return "; ".join(f"{other['cache'] if other['mode'] == 'eager' else other['mode']} {time(other['p50_ms'])}"
+                     for other in group if not other["shown"] and timed(other)
+                     and other["implementation"] == row["implementation"])
+
+
+OVERHEAD_HEADER = ("op", "pass", "shape", "ours, us", "torch operator, us", "TRL, us", "goal, us")
+
+
+def overhead_lines(rows):
+    """The tuples of strings for OVERHEAD_HEADER, in microseconds."""
+    for key, group in rows_of.by_case(row for row in rows if row["kind"] == "overhead").items():
+        ours, target = rows_of.ours(group), TARGET_US.get(key[1:3])
+        operator = next((row for row in group if row["implementation"] == OPERATOR), {})
+        met = "" if target is None or not timed(ours) else "met" if 1e3 * ours["p50_ms"] <= target else "missed"
+        yield (key[1], key[2], "x".join(map(str, key[3])), *(number(1e3 * row["p50_ms"]) if timed(row) else ""
+               for row in (ours, operator, rows_of.trl(group))), f"{target:.0f}, {met}" if target else "")
+
+
+def exponent_line(rows, letter):
+    """One sentence on how the cost grows with V, N or T, "" without a sweep."""
+    found = "; ".join(f"{name} {value:.2f}" for name, value in rows_of.exponents(rows, letter).items())
+    return f"Cost grows with {letter} to the power of: {found}." if found else ""
 
 
 def text(rows):
-    """A plain-text table of all cases."""
-    lines = [HEADER[1:]]
-    for key, group in by_case(rows).items():
-        lines += [(title(key),), *cells(group)]
-    widths = [max(len(line[i]) for line in lines if len(line) > 1) for i in range(len(HEADER) - 1)]
+    """A plain-text table of all cases, what a call costs, how costs grow, and who could not run."""
+    lines = [HEADER]
+    speed = [row for row in rows if row["kind"] != "overhead"]
+    for key, group in rows_of.by_case(speed).items():
+        lines += [(rows_of.title(key),), *cells(group)]
+    parts = [_columns(lines)] if speed else []
+    overhead = list(overhead_lines(rows))
+    if overhead:
+        parts.append(_columns([("host time of a call with next to no data",), OVERHEAD_HEADER, *overhead]))
+    parts += filter(None, (exponent_line(rows, letter) for letter in "VNT"))
+    versions = [f"{who} {version}" for who, version in rows_of.versions(rows).items()]
+    parts += [f"versions: {'; '.join(versions)}"] if versions else []
+    parts += [f"not timed: {who} ({ops}): {why}" for (who, why), ops in rows_of.reasons(rows).items()]
+    return "\n".join(parts)
+
+
+def _columns(lines):
+    widths = [max(len(line[i]) for line in lines if len(line) > 1) for i in range(max(map(len, lines)))]
     return "\n".join(line[0] if len(line) == 1 else
                      "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
                      for line in lines)

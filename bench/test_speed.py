@@ -7,17 +7,14 @@ The published numbers do not come from here but from `python -m bench`, where co
 """
 
 import functools
-import importlib
 
 import pytest
 import torch
 
 from . import command
-from .suite import Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = {case.title: case for name in command.MODULES
-         for case in importlib.import_module(f"bench.bench_{name}").suite(DEVICE, False) if isinstance(case, Case)}
+CASES = {case.title: case for case in command.suite(command.MODULES, DEVICE, False)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,7 +35,7 @@ def call_and_wait(call):
                                          for name in case.implementations])
 def test_speed(benchmark, title, name):
     benchmark.group = title
-    call, _, note = CASES[title].attempt(CASES[title].implementations[name], *prepared(title))
-    if call is None:
-        pytest.skip(note)
-    benchmark(call_and_wait, call)
+    attempt = CASES[title].attempt(CASES[title].implementations[name], *prepared(title))
+    if attempt.call is None:
+        pytest.skip(attempt.note)
+    benchmark(call_and_wait, attempt.call)

@@ -1,25 +1,20 @@
-"""The only clock of the suite: interleaved rounds, medians with their spread, the memory floor, peak memory, the stamp.
+"""The only clock of the suite: interleaved rounds, medians with their spread, cold and warm caches, the memory floor.
 
 Competitors take turns within each round, so that a drift of the machine (clock, neighbours, heat) hits all of them
 alike. Every number of one table comes from one such run.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import datetime
 import gc
-import os
 import pathlib
-import platform
-import subprocess
 import time
 
 import torch
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SLOW_MS = 100.0  # a call of this length needs no second warm-up
 _SHORTEST_SAMPLE_MS = 5.0  # faster calls are repeated until one sample lasts this long, as they are in a running program
+_DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +24,15 @@ class Timing:
     p50_ms: float
     p80_ms: float
     rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a call is timed. `cache`: cold, after the last-level cache was overwritten, or warm, right after another call.
+    `mode`: eager; graph, the replay of a CUDA graph, which leaves the host out; host, until the call returns, which on
+    CUDA is when its kernels are queued."""
+    cache: str = "warm"
+    mode: str = "eager"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +47,28 @@ class Traffic:
         return self.read + 2 * self.copy + 2 * self.update
 
 
+# ---- one sample -----------------------------------------------------------------------------------------------------
+
+
 def _synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _sample_cpu(call, repeats):
+def _host_ms(call, repeats, device):
     start = time.perf_counter()
     for _ in range(repeats):
         result = call()
     elapsed = time.perf_counter() - start
+    _synchronize(device)
     del result  # freeing a large result is not part of the call
     return elapsed * 1e3 / repeats
 
 
-def _sample_cuda(call, flush):
+def _events_ms(call, device, wait):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()  # evicts the inputs from L2
+    if wait:
+        torch.cuda.synchronize(device)  # else the host would run ahead while the caches are still being flushed
     start.record()
     call()
     end.record()
@@ -67,25 +76,64 @@ def _sample_cuda(call, flush):
     return start.elapsed_time(end)
 
 
-def _sampler(calls, device):
+def cache_bytes(device):
+    """Size of the last-level cache: what lies between the caller's previous work and memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [_DEFAULT_CACHE_BYTES]
+    with contextlib.suppress(OSError, ValueError):
+        files = pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in files] or sizes
+    return max(sizes)
+
+
+def flusher(device):
+    """A function that writes through twice the last-level cache."""
+    buffer = torch.zeros(2 * cache_bytes(device), dtype=torch.int8, device=device)
+    return lambda: buffer.add_(1)
+
+
+def captured(call, device, pool):
+    """`call` as the replay of a CUDA graph. The graphs of one `pool` share memory: their results are never read."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()  # what is set up in a first call cannot be captured
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
+# ---- interleaved rounds ---------------------------------------------------------------------------------------------
+
+
+def _sampler(calls, device, setting):
     """A function from a competitor's name to one sample in milliseconds; warms every competitor up."""
     first_ms = {}
     for name, call in calls.items():
-        first_ms[name] = _sample_cpu(call, 1)
+        first_ms[name] = _host_ms(call, 1, device)
         if first_ms[name] < _SLOW_MS:  # the first call of a fast one is far from the rule
-            first_ms[name] = _sample_cpu(call, 1)
-        _synchronize(device)
-    if device.type == "cuda":
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
-        return lambda name: _sample_cuda(calls[name], flush)
-    repeats = {name: max(1, int(_SHORTEST_SAMPLE_MS / ms)) for name, ms in first_ms.items()}
-    return lambda name: _sample_cpu(calls[name], repeats[name])
+            first_ms[name] = _host_ms(call, 1, device)
+    flush = flusher(device) if setting.cache == "cold" else lambda: None
+
+    def repeated(name):
+        return _host_ms(calls[name], max(1, int(_SHORTEST_SAMPLE_MS / first_ms[name])), device)
+
+    def once(name):
+        flush()
+        if device.type == "cuda":
+            return _events_ms(calls[name], device, wait=setting.mode == "eager")
+        return _host_ms(calls[name], 1, device)
+
+    on_host = setting.mode == "host" or device.type == "cpu"
+    return repeated if on_host and setting.cache == "warm" else once
 
 
-def measure(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=400):
+def measure(calls, device, *, setting=Setting(), seconds=2.0, min_rounds=5, max_rounds=400):  # noqa: B008 (frozen)
     """Times each of `calls` (name -> function without arguments) for about `seconds`; returns name -> Timing."""
-    sample = _sampler(calls, device)
+    sample = _sampler(calls, device, setting)
     samples = {name: [] for name in calls}
     order = list(calls)
     gc.collect()
@@ -125,56 +173,3 @@ def floor_call(traffic, device):
         return copy.clone() if copy is not None else None
 
     return move
-
-
-def peak_extra_bytes(call, device):
-    """Peak memory during `call` above what was held before it. CPU: resident set, so temporaries of any kind count."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = call()
-        torch.cuda.synchronize(device)
-        del result
-        return torch.cuda.max_memory_allocated(device) - before
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: else the call may fill freed pages that are still resident
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
-    before = _status_bytes("VmRSS")
-    result = call()
-    del result
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field):
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"peak_extra_bytes: /proc/self/status must have {field}, got none")
-
-
-def stamp(device):
-    """Where and when a row was measured."""
-    return {"device": _device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "commit": _commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-
-
-def _device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
-    return platform.processor() or platform.machine()
-
-
-def _commit():
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PPO_EXT_COMMIT", "unknown")  # for a copy of the checkout without its history

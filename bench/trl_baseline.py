@@ -1,4 +1,4 @@
-"""TRL's own functions, imported live from the installed trl, with the little state they ask of a trainer.
+"""TRL 0.11.4's own functions, imported live from the installed trl, with the little state they ask of a trainer.
 
 Where TRL's classic PPO is not installed, `functions()` raises `Unavailable` and the rows say why.
 """
@@ -7,17 +7,13 @@ import functools
 import types
 import warnings
 
-from .suite import Implementation, compiled
+from .peers import Unavailable
 
-NAME = "TRL"
-COMPILED = "TRL, torch.compile"
-UPCAST = "TRL on logits.float()"
-UPCAST_COMPILED = "TRL on logits.float(), torch.compile"
+NAME = "TRL 0.11.4"
+COMPILED = f"{NAME}, torch.compile"
+UPCAST = f"{NAME} on logits.float()"
+UPCAST_COMPILED = f"{UPCAST}, torch.compile"
 KL_COEF = 0.2
-
-
-class Unavailable(Exception):
-    """TRL's classic PPO cannot be imported here."""
 
 
 @functools.cache
@@ -61,22 +57,3 @@ def _without_entropy(method):
     """TRL's loss with the entropy of the logits, which `logprobs_and_entropy` times, replaced by its argument."""
     return types.FunctionType(method.__code__, {**method.__globals__, "entropy_from_logits": lambda logits: logits},
                               method.__name__, method.__defaults__)
-
-
-def baselines(run, pick, *, upcast=False):
-    """TRL's op, `pick(functions())`, called as `run(inputs, op)`: eager and compiled, or the reason why there is none.
-
-    `upcast` adds both on float32 copies of what they get: TRL's value-head models return `logits.float()`, and only so
-    are low-precision results as accurate as ours.
-    """
-    names = (NAME, COMPILED, UPCAST, UPCAST_COMPILED) if upcast else (NAME, COMPILED)
-    try:
-        op = pick(functions())
-    except Unavailable as error:
-        return dict.fromkeys(names, str(error))
-
-    def upcast_op(*arguments):
-        return op(*(x.float() if x.is_floating_point() else x for x in arguments))
-
-    ops = (op, compiled(op), upcast_op, compiled(upcast_op))
-    return {name: Implementation(lambda inputs, op=op: run(inputs, op)) for name, op in zip(names, ops)}

@@ -1,30 +1,16 @@
-"""The benchmark suite itself: it refuses to time what is wrong, says why a row is empty, and renders the same."""
+"""The benchmark suite itself: it refuses to time what is wrong, and one clock serves all passes, caches and devices."""
 
+import contextlib
 import pathlib
-import sys
+import types
 
 import pytest
 import torch
 
-from bench import (
-    bench_full_kl,
-    bench_gae,
-    bench_logprobs,
-    bench_loss_head,
-    bench_ppo_loss,
-    bench_rewards,
-    bench_step,
-    bench_whiten,
-    cases,
-    command,
-    render,
-    suite,
-    table,
-    timing,
-    trl_baseline,
-)
+from bench import bench_gae, command, machine, passes, rows, suite, timing
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")  # its type alone, for what is decided by it
 
 
 def _double(inputs):
@@ -47,6 +33,10 @@ def _nan_in_one_element(inputs):
     return [doubled]
 
 
+def _one_result_too_many(inputs):
+    return [2 * inputs["x"], inputs["x"]]
+
+
 def _raises(inputs):
     raise RuntimeError("no such kernel\nsecond line")
 
@@ -55,24 +45,46 @@ def _stops(inputs):
     raise KeyboardInterrupt
 
 
-def _case(**implementations):
-    runs = {name: run if isinstance(run, str) else suite.Implementation(run) for name, run in implementations.items()}
-    return suite.Case("double", "forward", (256, 64), torch.float32,
-                      make=lambda device: {"x": torch.randn(256, 64, device=device)},
-                      reference=lambda inputs: _double(suite.in_float64(inputs)), implementations=runs,
-                      traffic=timing.Traffic(copy=256 * 64 * 4))
+def _case(implementations, **more):
+    runs = {name: suite.Implementation(run) if callable(run) else run for name, run in implementations.items()}
+    return suite.Case(**{
+        "op": "double", "pass_name": "forward", "shape": (256, 64), "dtype": torch.float32,
+        "make": lambda device: {"x": torch.randn(256, 64)},
+        "reference": lambda inputs: _double(suite.in_float64(inputs)), "implementations": runs,
+        "traffic": timing.Traffic(copy=256 * 64 * 4), **more})
 
 
 def _rows(**implementations):
-    return {row["implementation"]: row for row in _case(**implementations).rows(CPU, seconds=0.01)}
+    return {row["implementation"]: row for row in _case(implementations).rows(CPU, seconds=0.01) if row["shown"]}
 
 
-@pytest.mark.parametrize("wrong", [_negated, _off_in_one_element, _nan_in_one_element])
+# ---- what is wrong, and what cannot run -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [_negated, _off_in_one_element, _nan_in_one_element, _one_result_too_many])
 def test_a_wrong_result_is_shown_and_not_timed(wrong):
     rows = _rows(right=_double, wrong=wrong)
     assert rows["wrong"]["note"].startswith("WRONG") and "p50_ms" not in rows["wrong"]
     assert rows["right"]["note"] == "" and rows["right"]["p50_ms"] > 0
     assert rows[suite.FLOOR]["share_of_floor"] == 1.0
+
+
+def test_an_error_behind_the_first_entries_is_seen(monkeypatch):
+    monkeypatch.setattr(suite, "_ENTRIES_AT_ONCE", 7)
+    right = torch.arange(1.0, 31.0, dtype=torch.float64)
+    wrong = right.float()
+    wrong[20] = float("nan")
+    assert suite.compare([right.float()], [right]) == (0.0, 0.0)
+    assert suite.compare([wrong], [right]) == (float("inf"), float("inf"))
+    wrong[20] = 21.5
+    assert suite.compare([wrong], [right])[1] == 0.5
+
+
+def test_a_case_in_which_ours_is_wrong_fails_the_run(monkeypatch):
+    for ours, status in ((_negated, 1), (_double, 0)):
+        monkeypatch.setattr(bench_gae, "suite", lambda device, full, ours=ours: [_case({suite.OURS: ours})])
+        measured = command.main(["--only", "gae", "--device", "cpu", "--seconds", "0"])
+        assert int(any(rows.is_ours(row) and rows.wrong(row) for row in measured)) == status
 
 
 def test_what_cannot_run_is_a_row_that_says_why():
@@ -81,36 +93,11 @@ def test_what_cannot_run_is_a_row_that_says_why():
     assert rows["missing"]["note"] == "not installed"
 
 
-def test_without_trl_the_rows_say_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    trl_baseline.functions.cache_clear()
-    try:
-        rows = trl_baseline.baselines(bench_whiten.run, lambda trl: trl.masked_whiten)
-    finally:
-        trl_baseline.functions.cache_clear()
-    assert set(rows.values()) == {"trl is not installed; pip install trl==0.11.4 rich"}
-
-
-def test_a_stopped_run_leaves_what_it_has_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_gae, "suite", lambda device, full: [_case(**{suite.OURS: _double}), _case(late=_stops)])
-    with pytest.raises(KeyboardInterrupt):
-        command.main(["--only", "gae", "--device", "cpu", "--seconds", "0", "--save", str(tmp_path)])
-    [rows] = render.load(tmp_path).values()
-    assert {row["implementation"] for row in rows} == {suite.OURS, suite.FLOOR}
-
-
-def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "_ROOT", tmp_path)
-    monkeypatch.setenv("PPO_EXT_COMMIT", "abc123")
-    assert timing.stamp(CPU)["commit"] == "abc123"
-
-
-def test_competitors_take_turns():
-    order = []
-    timing.measure({name: lambda name=name: order.append(name) for name in "abc"}, CPU, seconds=0.0, min_rounds=6)
-    changes = [pair for pair in zip(order, order[1:]) if pair[0] != pair[1]]
-    assert len(changes) >= 2 * 6  # one block each would change twice
-    assert len(set(changes)) > 3  # a fixed order would give three pairs of neighbours
+def test_some_of_the_results_are_enough_where_it_says_so():
+    reference = [torch.ones(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+    for partial, note in ((True, ""), (False, "WRONG: relative error inf against float64, not timed")):
+        implementation = suite.Implementation(lambda inputs: [torch.ones(3)], partial=partial)
+        assert _case({}).attempt(implementation, {}, reference).note == note
 
 
 def test_a_destroyed_input_is_private():
@@ -121,85 +108,197 @@ def test_a_destroyed_input_is_private():
         return [inputs["logits"] * 2]
 
     logits = torch.ones(4, 4)
-    case = suite.Case("x", "forward", (4, 4), torch.float32, make=lambda device: {"logits": logits},
-                      reference=lambda inputs: [2 * inputs["logits"].double()],
-                      implementations={"x": suite.Implementation(destroys, destroys_logits=True)},
-                      traffic=timing.Traffic(read=64))
+    case = _case({"x": suite.Implementation(destroys, destroys_logits=True)}, traffic=timing.Traffic(read=64),
+                 make=lambda device: {"logits": logits}, reference=lambda inputs: [2 * inputs["logits"].double()])
     case.rows(CPU, seconds=0.0)
-    assert logits.data_ptr() not in seen
+    assert seen and logits.data_ptr() not in seen
+
+
+# ---- passes ---------------------------------------------------------------------------------------------------------
+
+
+def _square_and_cube(inputs, function):
+    return function(inputs["x"])
+
+
+OP = passes.Op(_square_and_cube, ("x",), ("grad_square", "grad_cube"))
+
+
+def _inputs():
+    return {"x": torch.tensor([2.0, 3.0]), "grad_square": torch.ones(2), "grad_cube": torch.tensor([1.0, 0.0])}
+
+
+@pytest.mark.parametrize("pass_name, expected", [
+    ("forward", [[4.0, 9.0], [8.0, 27.0]]), ("backward", [[4.0 + 12.0, 6.0]]),
+    ("forward+backward", [[4.0 + 12.0, 6.0], [4.0, 9.0], [8.0, 27.0]])])
+def test_what_a_pass_computes(pass_name, expected):
+    implementation = OP.implementation(pass_name, lambda x: (x ** 2, x ** 3))
+    prepared = implementation.prepare(_inputs())
+    for _ in range(2):  # as often as the clock likes
+        assert [x.tolist() for x in implementation.run(prepared)] == expected
+    assert [x.tolist() for x in OP.results(pass_name, _inputs(), lambda x: (x ** 2, x ** 3))] == expected
+
+
+def test_the_backward_pass_alone_computes_nothing_forward():
+    calls = []
+    implementation = OP.implementation("backward", lambda x: calls.append(1) or (x ** 2, x ** 3))
+    prepared = implementation.prepare(_inputs())
+    implementation.run(prepared)
+    assert calls == [1]
+
+
+def test_without_incoming_gradients_the_first_output_is_the_loss():
+    op = passes.Op(_square_and_cube, ("x",))
+    gradient, loss, statistic = op.results("forward+backward", _inputs(), lambda x: ((x ** 2).sum(), x.mean()))
+    assert (gradient.tolist(), loss.item(), statistic.item()) == ([4.0, 6.0], 13.0, 2.5)
+
+
+# ---- the clock ------------------------------------------------------------------------------------------------------
+
+
+def test_competitors_take_turns():
+    order = []
+    timing.measure({name: lambda name=name: order.append(name) for name in "abc"}, CPU, seconds=0.0, min_rounds=6)
+    changes = [pair for pair in zip(order, order[1:]) if pair[0] != pair[1]]
+    assert len(changes) >= 2 * 6  # one block each would change twice
+    assert len(set(changes)) > 3  # a fixed order would give three pairs of neighbours
+
+
+def test_a_cold_call_follows_a_flush_and_a_warm_one_another_call(monkeypatch):
+    for cache, expected in (("cold", ["flush", "call"] * 5), ("warm", ["call"] * 5)):
+        order = []
+        monkeypatch.setattr(timing, "flusher", lambda device, order=order: lambda: order.append("flush"))
+        monkeypatch.setattr(timing, "_SHORTEST_SAMPLE_MS", 0.0)
+        timing.measure({"a": lambda order=order: order.append("call")}, CPU, setting=timing.Setting(cache), seconds=0.0)
+        assert order[2:] == expected  # the first two calls are the warm-up
+
+
+def test_a_flush_writes_more_than_the_last_cache_holds(monkeypatch):
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
+    assert timing.flusher(CPU)().nbytes == 2000
+
+
+@pytest.mark.parametrize("kind, target, nbytes, capturable, expected", [
+    ("speed", CPU, 999, True, [("warm", "eager"), ("cold", "eager")]), ("speed", CPU, 1001, True, [("warm", "eager")]),
+    ("sweep V", CPU, 1, True, [("warm", "eager")]), ("overhead", CPU, 1, False, [("warm", "host")]),
+    ("speed", CUDA, 1, True, [("cold", "eager"), ("cold", "graph")]), ("speed", CUDA, 1, False, [("cold", "eager")]),
+    ("overhead", CUDA, 1, False, [("warm", "host")])])
+def test_in_which_settings_a_case_is_timed(monkeypatch, kind, target, nbytes, capturable, expected):
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
+    case = _case({}, kind=kind, traffic=timing.Traffic(read=nbytes), capturable=capturable)
+    assert [(setting.cache, setting.mode) for setting in case.settings(target)] == expected
+
+
+class Event:
+    """A stand-in for a CUDA event: the n-th that is recorded is at n milliseconds."""
+
+    log = []
+
+    def __init__(self, enable_timing):
+        self.place = None
+
+    def record(self):
+        self.log.append("record")
+        self.place = self.log.count("record")
+
+    def elapsed_time(self, end):
+        return float(end.place - self.place)
+
+    def synchronize(self):
+        pass
+
+
+class Graph:
+    replay = staticmethod(lambda: Event.log.append("replay"))
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """torch.cuda's events, streams and graphs as stand-ins, with CPU tensors behind a device that says cuda; what of them
+    was called, in order."""
+    monkeypatch.setattr(Event, "log", [])
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {"Event": Event, "CUDAGraph": Graph, "Stream": lambda device: stream,
+                 "current_stream": lambda device: stream, "graph_pool_handle": lambda: "pool", "synchronize": lambda device: Event.log.append("synchronize"),
+                 "stream": lambda stream: contextlib.nullcontext(),
+                 "graph": lambda graph, pool: contextlib.nullcontext(Event.log.append(f"capture in {pool}"))}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timing, "flusher", lambda device: lambda: Event.log.append("flush"))
+    floor_call = timing.floor_call
+    monkeypatch.setattr(timing, "floor_call", lambda traffic, device: floor_call(traffic, CPU))
+    monkeypatch.setattr(machine, "stamp", lambda device: {"device": "a GPU", "device_type": "cuda"})
+    return Event.log
+
+
+def test_on_cuda_the_host_waits_for_the_flush_but_a_graph_does_not(no_cuda):
+    call = lambda: no_cuda.append("call")  # noqa: E731
+    for mode, sample in (("eager", ["flush", "synchronize", "record", "call", "record"]),
+                         ("graph", ["flush", "record", "call", "record"])):
+        no_cuda.clear()
+        timings = timing.measure({"a": call}, CUDA, setting=timing.Setting("cold", mode), seconds=0.0)
+        assert no_cuda[-len(sample):] == sample and timings["a"].p50_ms == 1.0
+
+
+def test_on_cuda_host_time_ends_when_the_call_returns(no_cuda):
+    call, setting = lambda: no_cuda.append("call"), timing.Setting("warm", "host")
+    timings = timing.measure({"a": call}, CUDA, setting=setting, seconds=0.0)
+    assert "record" not in no_cuda and no_cuda[-1] == "synchronize" and timings["a"].p50_ms > 0
+
+
+def test_on_cuda_a_case_has_eager_rows_and_rows_of_graphs(no_cuda):
+    def synchronizes(inputs):
+        if "capture in pool" in no_cuda:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return _double(inputs)
+
+    measured = _case({"right": _double, "synchronizes": synchronizes, "absent": "not installed"}, capturable=True).rows(
+        CUDA, seconds=0.0)
+    table = {(row["implementation"], row["mode"]): row for row in measured}
+    assert {key for key, row in table.items() if row.get("p50_ms")} == {
+        ("right", "eager"), ("synchronizes", "eager"), (suite.FLOOR, "eager"), ("right", "graph"), (suite.FLOOR, "graph")}
+    assert table["synchronizes", "graph"]["note"].startswith("no CUDA graph holds it: RuntimeError: operation not permitted")
+    assert [row["shown"] for row in measured] == [row["mode"] == "eager" for row in measured]
+    assert ("absent", "graph") not in table and "replay" in no_cuda
+
+
+# ---- what a row says beside the time --------------------------------------------------------------------------------
+
+
+def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    monkeypatch.setenv("PPO_EXT_COMMIT", "abc123")
+    assert machine.stamp(CPU)["commit"] == "abc123"
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("size", [8 << 20, 64 << 20])  # below and above what malloc keeps after a free
 def test_peak_memory_sees_a_temporary(size):
     torch.ones(size // 4).sum()
-    peak = timing.peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
+    peak = machine.peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
     assert 0.9 * size < peak < 1.2 * size
 
 
-@pytest.fixture
-def tiny_shapes(monkeypatch):
-    monkeypatch.setitem(cases.LOGITS, "cpu", ([(12, 37)], [(12, 37)]))
-    monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
-    monkeypatch.setattr(cases, "STEP", (4, 16, 67))
-    for op in cases.TOKENS:
-        monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
+def test_peak_memory_is_in_buffers_and_of_the_right_ones_alone(monkeypatch):
+    monkeypatch.setattr(machine, "peak_extra_bytes", lambda call, device: 3000)
+    measured = _case({"right": _double, "wrong": _negated}, buffer_bytes=1000).rows(CPU, seconds=0.0)
+    assert {row["implementation"]: row["peak_buffers"] for row in measured if "peak_buffers" in row} == {"right": 3.0}
 
 
-@pytest.mark.parametrize("module", [bench_logprobs, bench_full_kl, bench_gae, bench_rewards, bench_whiten,
-                                    bench_ppo_loss, bench_loss_head, bench_step],
-                         ids=lambda module: module.__name__.split("_", 1)[1])
-def test_every_eager_implementation_is_right(module, tiny_shapes):
-    torch.manual_seed(0)
-    for case in module.suite(CPU, full=True):
-        inputs = case.make(CPU)
-        expected = case.select(inputs, case.reference(inputs))
-        for name, implementation in case.implementations.items():
-            if isinstance(implementation, str) or "compile" in name:
-                continue
-            if case.dtype == torch.bfloat16 and name == trl_baseline.NAME:
-                continue  # TRL's own bfloat16 arithmetic can be too far off, and is then shown as WRONG
-            private = {**inputs, "logits": inputs["logits"].clone()} if implementation.destroys_logits else inputs
-            relative, _ = suite.compare(case.select(inputs, implementation.run(private)), expected)
-            assert relative <= suite.TOLERANCE[case.dtype], f"{case.title}: {name} is off by {relative:.2g}"
+# ---- the run --------------------------------------------------------------------------------------------------------
 
 
-def _saved_row(implementation, ms, **more):
-    return {"op": "gae", "pass": "forward", "shape": [2, 3], "dtype": "float32", "implementation": implementation,
-            "backend": "native", "device": "Some CPU", "torch": "2.13", "threads": 2, "commit": "abc", "date": "2026",
-            "selected": True, "bytes": 100, "error": 1e-7, "note": "", "p20_ms": ms, "p50_ms": ms, "p80_ms": ms,
-            "rounds": 5, "gb_per_s": 1.0, "share_of_floor": 1.0 / ms, **more}
+def test_a_stopped_run_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gae, "suite", lambda device, full: [_case({suite.OURS: _double}), _case({"late": _stops})])
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--only", "gae", "--device", "cpu", "--seconds", "0", "--save", str(tmp_path)])
+    [saved] = rows.load(tmp_path).values()
+    assert {row["implementation"] for row in saved} == {suite.OURS, suite.FLOOR}
 
 
-def _saved_rows():
-    return [_saved_row(suite.OURS, 4.0), _saved_row("TRL", 2.0), _saved_row(suite.FLOOR, 1.0)]
-
-
-def test_rendering_is_deterministic_and_shows_losses(tmp_path):
-    pytest.importorskip("matplotlib")
-    pages = []
-    for name in ("first", "second"):
-        results, readme = tmp_path / name, tmp_path / f"{name}.md"
-        command.save(_saved_rows(), results)
-        readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
-        render.main(results, readme)
-        render.main(results, readme)
-        pages.append([readme.read_bytes(), *(path.read_bytes() for path in sorted(results.rglob("*.*")))])
-    assert pages[0] == pages[1]
-    text = pages[0][0].decode()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| 0.5x | 0.5x (TRL) |" in text
-
-
-def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="must hold the markers"):
-        render.replace_block("no markers here", "block")
-
-
-def test_saving_replaces_only_the_measured_cases(tmp_path):
-    command.save(_saved_rows(), tmp_path)
-    command.save([_saved_row(suite.OURS, 9.0, shape=[4, 5])], tmp_path)
-    command.save([_saved_row(suite.OURS, 7.0)], tmp_path)
-    [rows] = render.load(tmp_path).values()
-    times = {table.case_key(row)[2]: row["p50_ms"] for row in rows}
-    assert times == {(4, 5): 9.0, (2, 3): 7.0} and len(rows) == 2
+@pytest.mark.parametrize("target, minutes", [(CPU, 5), (CUDA, 8)], ids=["cpu", "cuda"])
+def test_the_selection_stays_within_its_minutes(target, minutes):
+    cases = command.suite(command.MODULES, target, False)
+    seconds = command.budget_seconds(cases, target, command._arguments([]).seconds)
+    assert 60 < seconds < 60 * minutes
+    assert command.budget_seconds(cases + cases, target, 0.3) > 60 * minutes  # the estimate does count cases

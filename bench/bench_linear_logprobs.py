@@ -1,0 +1,54 @@
+"""Log-probabilities straight from the hidden states [N, H] and the language model's head [V, H].
+
+We have no kernel for that yet: ours is torch's matrix product followed by `logprobs`, which holds the logits; the others
+never do. Timed, and the peak memory taken in buffers of the logits' size. The product's arithmetic outweighs what memory
+moves, so no memory floor stands beside it.
+"""
+
+import torch
+
+import ppo_ext
+from ppo_ext import reference
+
+from . import cases, peers
+from .passes import BOTH, FORWARD, Op
+from .suite import OURS, OURS_IN_PLACE, Case, in_float64
+
+OP = Op(lambda inputs, op: op(inputs["hidden"], inputs["weight"], inputs["labels"]), ("hidden", "weight"), ("incoming",))
+
+
+def ours(hidden, weight, labels):
+    return ppo_ext.logprobs(hidden @ weight.T, labels)
+
+
+def ours_in_place(hidden, weight, labels):
+    return ppo_ext.logprobs(hidden @ weight.T, labels, inplace_backward=True)
+
+
+def exact(hidden, weight, labels):
+    return reference.logprobs(hidden @ weight.T, labels)
+
+
+def _inputs(shape, dtype, device):
+    rows, hidden, vocabulary = shape
+    return {"hidden": torch.randn(rows, hidden, device=device).to(dtype),
+            "weight": (torch.randn(vocabulary, hidden, device=device) * 3.0 / hidden ** 0.5).to(dtype),
+            "labels": torch.randint(vocabulary, (rows,), device=device), "incoming": torch.randn(rows, device=device)}
+
+
+def case(shape, dtype, pass_name, device):
+    implementations = {OURS: OP.implementation(pass_name, ours)}
+    if pass_name == BOTH:
+        implementations[OURS_IN_PLACE] = OP.implementation(pass_name, ours_in_place)
+    return Case(
+        "linear_logprobs", pass_name, shape, dtype, make=lambda device: _inputs(shape, dtype, device),
+        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), exact),
+        implementations=implementations | peers.implementations("linear_logprobs", OP, pass_name, device, dtype),
+        traffic=None, buffer_bytes=shape[0] * shape[2] * dtype.itemsize, capturable=True)
+
+
+def suite(device, full):
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32  # what a head of that size is trained in
+    for dtype in cases.LOGIT_DTYPES if full else (low,):
+        for pass_name in (FORWARD, BOTH) if full else (BOTH,):
+            yield case(cases.linear_shape(device), dtype, pass_name, device)

@@ -1,0 +1,37 @@
+"""Statements out of another library's long function, word for word, as a function that can be called alone.
+
+TRL's trainers hold the whole of PPO in one method each. What is timed must be what they ship, not a copy of it.
+"""
+
+import ast
+import inspect
+import textwrap
+
+
+def excerpt(function, first, last, *, inputs, outputs):
+    """A function of `inputs` (names) that runs the statements of `function` from the one that starts with the text `first`
+    to the one that starts with `last`, both of one block, and returns a tuple of `outputs` (names)."""
+    source = textwrap.dedent(inspect.getsource(function))
+    chosen = _statements(ast.parse(source), source, first, last)
+    if chosen is None:
+        raise LookupError(f"{function.__qualname__} has no statements from {first!r} to {last!r}")
+    header = f"def {function.__name__}_excerpt({', '.join(inputs)}): return ({', '.join(outputs)},)"
+    module = ast.parse(header)
+    module.body[0].body[:0] = chosen
+    scope = dict(function.__globals__)
+    exec(compile(ast.fix_missing_locations(module), inspect.getsourcefile(function) or "<excerpt>", "exec"), scope)
+    return scope[f"{function.__name__}_excerpt"]
+
+
+def _statements(tree, source, first, last):
+    """The first run of statements in one block with such a beginning and end, None without one."""
+    for node in ast.walk(tree):
+        for block in (getattr(node, name, None) for name in ("body", "orelse")):
+            if not isinstance(block, list):
+                continue
+            texts = [ast.get_source_segment(source, statement) or "" for statement in block]
+            starts = [i for i, text in enumerate(texts) if text.startswith(first)]
+            ends = [i for i, text in enumerate(texts) if text.startswith(last)]
+            if starts and ends and starts[0] <= ends[-1]:
+                return block[starts[0]:ends[-1] + 1]
+    return None

@@ -1,0 +1,37 @@
+"""Plain torch: the strongest expression it has for an op where that is not TRL's own."""
+
+import torch
+
+from ..cases import GAMMA, LAM
+from ..suite import compiled
+from . import Offer, Peer
+
+
+def gather_minus_logsumexp(logits, labels):
+    """The leanest expression in plain torch for fp32; what TRL moved to in 0.15, without its loop over rows."""
+    return logits.gather(-1, labels[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+
+
+def triangular_product(values, rewards, mask):
+    """GAE as deltas times the triangular matrix of (gamma*lam)^(k - t)."""
+    values, rewards = values * mask, rewards * mask
+    delta = rewards + GAMMA * torch.nn.functional.pad(values, (0, 1))[:, 1:] - values
+    position = torch.arange(values.shape[1], device=values.device)
+    steps = (position[:, None] - position[None, :]).to(values.dtype)
+    weights = torch.where(steps >= 0, (GAMMA * LAM) ** steps.clamp(min=0), 0.0)
+    advantages = delta @ weights
+    return advantages, advantages + values
+
+
+def cross_entropy_of_linear(hidden, weight, labels):
+    return -torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+
+
+def _load(device):
+    return {"logprobs": {"torch gather - logsumexp": Offer(gather_minus_logsumexp)},
+            "gae": {"torch, one matrix product": Offer(triangular_product),
+                    "torch, one matrix product, compiled": Offer(compiled(triangular_product), compiled=True)},
+            "linear_logprobs": {"torch linear + cross_entropy": Offer(cross_entropy_of_linear)}}
+
+
+PEER = Peer("torch", ("logprobs", "gae", "linear_logprobs"), "pip install torch", _load, lambda: torch.__version__)
