@@ -97,11 +97,13 @@ def test_votes(layer, n):
 
 
 def test_atomics(layer):
-    for data in by_seed(layer, "atomics", blocks=2, data=torch.tensor([0, -5, -1, 1, 0], dtype=torch.int32)):
+    start = torch.tensor([0, -5, -1, 1, 0, 0], dtype=torch.int32)
+    for seed in SEEDS:
+        layer.set_seed(seed)
+        data = launch(layer, "atomics", blocks=2, data=start.clone())
         total, largest, last, power = data[:4].tolist()
         assert (total, largest, power) == (128 * 127 // 2, 127, pow(3, 128, 1000003))
-        assert 0 <= last < 128 and data.view(torch.float32)[4] == 64.0
-        data.copy_(torch.tensor([0, -5, -1, 1, 0]))
+        assert 0 <= last < 128 and data.view(torch.float32)[4] == 64.0 and data[5] == 0
 
 
 def test_the_last_block_may_read_what_others_wrote(layer):
@@ -125,6 +127,7 @@ WRONG = {  # name: options, what the error says
     "no_barrier": ({}, IN_SHARED),
     "no_second_barrier": ({}, IN_SHARED),
     "no_syncwarp": ({}, IN_SHARED),
+    "shuffle_for_a_barrier": ({}, IN_SHARED),
     "counts_without_atomics": ({}, UNORDERED.format("global", r"thread \d+")),
     "reads_the_block_before": ({"blocks": 4, "threads": 1}, UNORDERED.format("global", "another block")),
     "barrier_for_some": (
@@ -164,7 +167,14 @@ def test_misuse_is_an_error_whatever_the_order(layer, name, seed):
     options, text = WRONG[name]
     with pytest.raises(layer.KernelError, match=rf"^{name}(, block \d+, thread \d+)?: .*{text}"):
         launch(layer, name, **options)
-    assert launch(layer, "neighbour")[:64].tolist() == [(t + 1) % 64 for t in range(64)], "the layer must go on working"
+    assert launch(layer, "neighbour", threads=32)[:32].tolist() == [*range(1, 32), 0], "the layer must go on working"
+
+
+@pytest.mark.parametrize("threads", (32, 64))
+def test_a_store_after_loads_of_others_is_an_error(layer, threads):
+    for n in range(threads):  # one of them comes last
+        with pytest.raises(layer.KernelError, match=UNORDERED.format("global", r"(thread \d+|several warps)")):
+            launch(layer, "one_stores_what_all_load", threads=threads, n=n)
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)

@@ -74,9 +74,9 @@ def test_new_memory_is_garbage():
 
 def test_a_stack_that_overflows_ends_the_process(small):
     code = ("import torch\nfrom cuda_on_host import build\nlayer = build.load_layer(build.test_kernels())\n"
-            "data = torch.zeros(1, dtype=torch.int32)\n"
-            "layer.launch('recurses', 1, 1, data.data_ptr(), 50); print('deep')\n"
-            "layer.launch('recurses', 1, 1, data.data_ptr(), 5000)")
+            "data = torch.zeros(64, dtype=torch.int32)\n"
+            "layer.launch('recurses', 1, 64, data.data_ptr(), 100); print('deep')\n"
+            "layer.launch('recurses', 1, 64, data.data_ptr(), 130)")
     result = subprocess.run([sys.executable, "-c", code], cwd=build.HERE.parent, capture_output=True, text=True)
     assert result.stdout == "deep\n" and result.returncode != 0
     assert "AddressSanitizer: stack-overflow" in result.stderr, result.stderr[-2000:]

@@ -69,6 +69,7 @@ __global__ void atomics(int* data, int) {
     old = atomicCAS(data + 3, expected, int(int64_t(expected) * 3 % 1000003));
   }
   atomicAdd(reinterpret_cast<float*>(data + 4), 0.5f);
+  atomicCAS(data + 5, 77, i);
 }
 
 // The block that finishes last adds up what all have written, as the ticket says.

@@ -30,6 +30,17 @@ __global__ void no_syncwarp(int* data, int) {
   data[threadIdx.x] = shared[threadIdx.x ^ 1];
 }
 
+__global__ void shuffle_for_a_barrier(int* data, int) {
+  __shared__ int shared[256];
+  shared[threadIdx.x] = int(threadIdx.x);
+  data[threadIdx.x] = __shfl_sync(kAll, 1, 0) + shared[threadIdx.x ^ 1];
+}
+
+__global__ void one_stores_what_all_load(int* data, int n) {
+  data[1 + threadIdx.x] = data[0];
+  if (int(threadIdx.x) == n) data[0] = 1;
+}
+
 __global__ void counts_without_atomics(int* data, int) { data[0] += 1; }
 
 __global__ void reads_the_block_before(int* data, int) { data[blockIdx.x + 1] = data[blockIdx.x]; }
@@ -115,7 +126,7 @@ int depth(volatile char* outer, int n) {
 
 __global__ void recurses(int* data, int n) {
   volatile char outer[1] = {1};
-  data[0] = depth(outer, n);
+  data[threadIdx.x] = depth(outer, n);
 }
 
 // ---- arithmetic ----
@@ -132,6 +143,8 @@ __global__ void reads_bool(int* data, int) { data[0] = *reinterpret_cast<bool*>(
 const bool added = add_test_kernels({{"no_barrier", no_barrier},
                                      {"no_second_barrier", no_second_barrier},
                                      {"no_syncwarp", no_syncwarp},
+                                     {"shuffle_for_a_barrier", shuffle_for_a_barrier},
+                                     {"one_stores_what_all_load", one_stores_what_all_load},
                                      {"counts_without_atomics", counts_without_atomics},
                                      {"reads_the_block_before", reads_the_block_before},
                                      {"barrier_for_some", barrier_for_some},
