@@ -1,11 +1,13 @@
 // checks.h: what every backend verifies before it touches memory. Sentences as in ppo_ext/check.py.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -97,14 +99,31 @@ inline const bool* mask_pointer(const std::optional<Tensor>& mask) {
   return mask ? pointer<bool>(*mask) : nullptr;
 }
 
+// An uninitialised dense tensor on the device of `like`; a fifth of the time of torch::stable::new_empty.
+inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  constexpr int64_t kMaxDims = 64;  // torch's own
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device = 0;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, type, device, like.get_device_index(), &result));
+  return Tensor(result);
+}
+
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  return new_tensor(like, sizes.begin(), int64_t(sizes.size()), dtype);
 }
 
 // A dense tensor shaped as the first `dims` dimensions of `like`.
 inline Tensor new_token_tensor(const Tensor& like, int64_t dims, ScalarType dtype) {
-  const auto sizes = like.sizes();
-  return torch::stable::new_empty(like, {sizes.data(), static_cast<size_t>(dims)}, dtype);
+  return new_tensor(like, like.sizes().data(), dims, dtype);
 }
 
 inline void check_logprobs(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& mask) {

@@ -81,11 +81,8 @@ def headers(*folders):
 
 def kernel_object(source, csrc=CSRC):
     """One .cu file, with the headers of `csrc`; from a copy of csrc it is the same, as its names are relative."""
-    command = [CXX, "-x", "c++", *BASE, *CHECKS, "-w", f"-I{HERE}"]
-    if source.parent == csrc:
-        command += ["-include", str(HERE / "prelude.h"), "-isystem", str(TORCH / "include"), f"-I{csrc.name}"]
-    else:
-        command += [f"-I{csrc}"]
+    command = [CXX, "-x", "c++", *BASE, *CHECKS, "-w", f"-I{HERE}", "-isystem", str(TORCH / "include")]
+    command += ["-include", str(HERE / "prelude.h"), f"-I{csrc.name}"] if source.parent == csrc else [f"-I{csrc}"]
     folder = source.parent.parent
     command += ["-c", str(source.relative_to(folder))]
     return made(command, [source, *headers(HERE, csrc)], ".o", folder)
