@@ -52,7 +52,7 @@ def package(tmp_path_factory):
 
 def run(package, *arguments, seed):
     return subprocess.run([sys.executable, *arguments], env=build.environment(package, seed), cwd=package,
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1800)
 
 
 def run_tests(package, names, seed, selection=SELECTION):

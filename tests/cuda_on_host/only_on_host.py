@@ -101,6 +101,14 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(ops, dtype):
     assert packs <= ops.take_counters()["vector_accesses"] <= 2 * packs
 
 
+def test_bad_labels_of_many_rows_are_counted(monkeypatch):
+    note = torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(sys.modules["ppo_ext.logprobs"], "note", lambda device: note)
+    ppo_ext.logprobs(torch.randn(40, 7), torch.full((40,), 9))
+    count, row, label, V = note.tolist()
+    assert (count, label, V) == (40, 9, 7) and 0 <= row < 40
+
+
 def results_of_all_ops():
     """Each op where a grid of 40 blocks must go around more than once; the parts of a sum are fewer than 40."""
     for rows, V in ((100, 1100), (400, 20)):  # a block and a warp per row
