@@ -42,8 +42,10 @@ PPO_INLINE SoftmaxState<double> block_state(const T* x, int n, float origin, flo
   }
   for (; i < n; i += kLanes)
     add_terms<WithEntropy>(i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY), origin, scale, a);
-  return {max_lanes(max_ignoring_nan(a.top, b.top)), sum_lanes(a.sum + b.sum),
-          WithEntropy ? kLn2 * sum_lanes(a.weighted + b.weighted) : 0.0};
+  double weighted = WithEntropy ? sum_lanes(a.weighted + b.weighted) : 0.0;
+  // 0 log 0 = 0: a sum that entries without probability could make alone is none.
+  if (std::abs(weighted) < 126.0 * 0x1p-126 * (n + kLanes)) weighted = 0.0;
+  return {max_lanes(max_ignoring_nan(a.top, b.top)), sum_lanes(a.sum + b.sum), kLn2 * weighted};
 }
 
 // The sums are taken relative to an origin near the largest logit so far, so that each logit is read once.
@@ -243,7 +245,7 @@ void forward(const Tensor& logits, const LogitRows& rows, const Tensor& labels, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor labels, std::optional<Tensor> mask,
                                                         double temperature, bool with_entropy) {
-  check_logprobs(logits, labels, mask);
+  check_logprobs(logits, labels, mask, temperature);
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   check_labels(labels, mask_pointer(mask), rows.V);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -259,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor la
     case ScalarType::BFloat16: forward<BFloat16, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
     case ScalarType::Half: forward<Half, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
     case ScalarType::Double: forward<double, double>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0)); break;
-    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype("logprobs", "logits", logits.scalar_type());
   }
   return {logprobs, entropy, max, log_sum};
 }
@@ -283,10 +285,10 @@ void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, c
 }
 
 void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
-  check_logprobs(logits, in.labels, in.mask);
-  check_row_stats("logprobs", logits, {&in.max, &in.log_sum});
-  if (in.grad_logprobs) check_row_stats("logprobs", logits, {&*in.grad_logprobs});
-  if (in.grad_entropy) check_row_stats("logprobs", logits, {&*in.grad_entropy, &in.entropy});
+  check_logprobs(logits, in.labels, in.mask, in.temperature);
+  check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
+  if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
+  if (in.grad_entropy) check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
   const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
   check_labels(in.labels, mask_pointer(in.mask), rows.V);
   switch (logits.scalar_type()) {
@@ -294,7 +296,7 @@ void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput&
     case ScalarType::BFloat16: return backward<BFloat16, float>(logits, rows, grad, grad_rows, in);
     case ScalarType::Half: return backward<Half, float>(logits, rows, grad, grad_rows, in);
     case ScalarType::Double: return backward<double, double>(logits, rows, grad, grad_rows, in);
-    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype("logprobs", "logits", logits.scalar_type());
   }
 }
 
@@ -309,6 +311,7 @@ Tensor logprobs_backward_cpu(Tensor logits, std::optional<Tensor> grad_logprobs,
 void logprobs_backward_inplace_cpu(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
                                    Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
                                    double temperature) {
+  require_no_overlap("logprobs", "logits", logits);
   run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
 }
 

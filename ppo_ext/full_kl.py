@@ -15,19 +15,19 @@ _backward_inplace, _backward_inplace_name = _native.define(
     f"_full_kl_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logits, ref_logits, mask, temperature):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(logits.shape[:-1], dtype=dtype)
     return (row, *(torch.empty_like(row) for _ in range(4)))
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(logits, *_):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake(_backward_inplace_name)
+@_native.register_fake(_backward_inplace_name)
 def _(logits, *_):
     return None
 

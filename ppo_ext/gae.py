@@ -1,14 +1,12 @@
 """Generalised advantage estimation as one reverse scan."""
 
-import torch
-
 from . import _native, check, reference
 
 _gae, _gae_name = _native.define("_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam)"
                                  " -> (Tensor advantages, Tensor returns)")
 
 
-@torch.library.register_fake(_gae_name)
+@_native.register_fake(_gae_name)
 def _(values, rewards, mask, gamma, lam):
     return values.new_empty(values.shape), values.new_empty(values.shape)
 

@@ -15,19 +15,19 @@ _backward_inplace, _backward_inplace_name = _native.define(
     f"_logprobs_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logits, labels, mask, temperature, with_entropy):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(labels.shape, dtype=dtype)
     return row, torch.empty_like(row) if with_entropy else row.new_empty(0), torch.empty_like(row), torch.empty_like(row)
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(logits, *_):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake(_backward_inplace_name)
+@_native.register_fake(_backward_inplace_name)
 def _(logits, *_):
     return None
 

@@ -19,13 +19,13 @@ _backward, _backward_name = _native.define(
     " -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logprobs, *_):
     token = [logprobs.new_empty(logprobs.shape) for _ in range(4)]
     return logprobs.new_empty(()), logprobs.new_empty(_STATS), *token
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(grad_loss, stats, grad_logprobs, grad_vpreds):
     return torch.empty_like(grad_logprobs), torch.empty_like(grad_vpreds)
 

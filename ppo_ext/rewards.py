@@ -1,7 +1,5 @@
 """Per-token rewards: minus the KL penalty at every token, plus the score at the last one."""
 
-import torch
-
 from . import _native, check, reference
 
 _PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3}  # KLPenalty in csrc/rewards.h
@@ -11,7 +9,7 @@ _kl_rewards, _kl_rewards_name = _native.define(
     " -> (Tensor rewards, Tensor non_score_rewards, Tensor kls)")
 
 
-@torch.library.register_fake(_kl_rewards_name)
+@_native.register_fake(_kl_rewards_name)
 def _(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty):
     return tuple(logprobs.new_empty(logprobs.shape) for _ in range(3))
 

@@ -12,17 +12,17 @@ _whiten_backward, _whiten_backward_name = _native.define(
     "_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) -> Tensor")
 
 
-@torch.library.register_fake(_moments_name)
+@_native.register_fake(_moments_name)
 def _(values, weights):
     return values.new_empty((values.shape[0], 3))
 
 
-@torch.library.register_fake(_whiten_name)
+@_native.register_fake(_whiten_name)
 def _(values, weights, shift_mean):
     return torch.empty_like(values), values.new_empty(3)
 
 
-@torch.library.register_fake(_whiten_backward_name)
+@_native.register_fake(_whiten_backward_name)
 def _(grad, values, weights, moments, shift_mean):
     return torch.empty_like(values)
 
