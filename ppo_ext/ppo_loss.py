@@ -81,9 +81,10 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         advantages, values, returns: same shape, from the rollout (`gae`).
         vpreds: same shape, the current values; differentiable.
         mask: same shape, bool, int or float, nonzero where a token counts.
-        cliprange, cliprange_value: half widths of the two clips, finite and not negative.
-        vf_coef: weight of the value loss, finite.
-        ratio_threshold: if the mean ratio exceeds it, loss and gradients are exactly 0 and policy/skipped is 1.
+        cliprange, cliprange_value: half widths of the two clips, finite in float32 and not negative.
+        vf_coef: weight of the value loss, finite in float32.
+        ratio_threshold: if the mean ratio exceeds it, loss and gradients are exactly 0 and policy/skipped is 1; inf
+            for never.
 
     Returns:
         (loss, stats): a 0-d tensor, and a dict of detached tensors under TRL's keys without their "ppo/" prefix:
@@ -92,8 +93,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         in the shape of the input, 0 where the mask is 0. float32 throughout (float64 if an input is float64).
 
     Raises:
-        TypeError: an input is not of a floating dtype. ValueError: shapes or devices do not match, a clip range is
-        negative or not finite, or vf_coef is not finite.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is no number. ValueError:
+        shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or ratio_threshold
+        is NaN. NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
 
     Notes:
         Where two terms of a max or min tie, the gradient goes half to each, and the clip passes it at its bounds, as in
@@ -104,10 +106,12 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
     """
-    for name, x in (("cliprange", cliprange), ("cliprange_value", cliprange_value)):
-        if not 0 <= x < float("inf"):
-            check.fail("ppo_loss", name, "be finite and not negative", x)
-    check.finite("ppo_loss", "vf_coef", vf_coef)
+    cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
+    cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
+    vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
+    ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
+    if ratio_threshold != ratio_threshold:
+        check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
     others = (("old_logprobs", old_logprobs), ("advantages", advantages), ("vpreds", vpreds), ("values", values),
               ("returns", returns))
     tensors, mask = _prepare(logprobs, others, mask)
@@ -120,6 +124,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         *(x.detach() if x.requires_grad else x for x in tensors), mask, *coefficients)
     if torch.is_grad_enabled() and (logprobs.requires_grad or vpreds.requires_grad):
         loss = _PPOLoss.apply(logprobs, vpreds, loss, vector, grad_logprobs, grad_vpreds)
+    else:
+        check.no_tangent("ppo_loss", "logprobs", logprobs)
+        check.no_tangent("ppo_loss", "vpreds", vpreds)
     stats = dict(zip(STAT_NAMES, vector.unbind(0)))
     stats["policy/advantages"] = counted_advantages
     stats["policy/ratio"] = ratio
