@@ -43,9 +43,11 @@ class _Moments(torch.autograd.Function):
     def backward(ctx, grad):
         values, weights, moments = ctx.saved_tensors
         total, mean, _ = moments.unbind(1)
-        share, centred = weights / total[:, None], values - mean[:, None]
+        grad_mean, grad_var = grad[:, 1:2], grad[:, 2:3]
+        # Where only the mean is used, its gradient does not depend on the values, which may be infinite.
+        through_var = torch.where(grad_var == 0, 0.0, 2.0 * grad_var * (values - mean[:, None]))
         # Selected last: neither a NaN in a masked value nor one in the incoming gradient reaches a masked entry.
-        return torch.where(weights != 0, share * (grad[:, 1:2] + 2.0 * grad[:, 2:3] * centred), 0.0), None
+        return torch.where(weights != 0, weights / total[:, None] * (grad_mean + through_var), 0.0), None
 
 
 class _Whiten(torch.autograd.Function):

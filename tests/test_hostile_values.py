@@ -109,7 +109,7 @@ ON_TOKENS = (
     ("masked_mean", "nothing counts in one row", {"values": [[NAN, NAN], [1, 3]], "mask": [[0, 0], [1, 1]], "axis": 1},
      {"masked_mean": [0, 2], "grad_values": [[0, 0], [1, 1]]}),
     ("masked_mean", "inf, both infs, NaN", {"values": [[INF, 1], [INF, -INF], [NAN, 1]], "mask": [[1, 1]], "axis": 1},
-     {"masked_mean": [INF, NAN, NAN]}),
+     {"masked_mean": [INF, NAN, NAN], "grad_values": [[0.25, 0.25], [0.625, 0.625], [1, 1]]}),
     ("masked_mean", "sums beyond float32", {"values": [[BIG, BIG]], "mask": [[1, 1]]}, {"masked_mean": BIG}),
     ("masked_mean", "subnormal weights and values", {"values": [[3], [TINY]], "mask": [[TINY], [1]], "axis": 1},
      {"masked_mean": [3, TINY]}),
