@@ -16,7 +16,8 @@ import torch
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
-OP_TESTS = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "hostile_values", "hostile_operators")
+OP_TESTS = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "hostile_values", "hostile_operators",
+            "properties")
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000",
          "-include", str(TESTS / "cuda_on_host/prelude.h"), f"-I{TESTS / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}"]
 
