@@ -15,11 +15,24 @@ class BuildError(Exception):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file, what compiling it takes beside the library's own flags, and the name of its object."""
+
+    path: Path
+    flags: tuple[str, ...] = ()
+    variant: str = ""  # tells the objects of one file apart
+
+    @property
+    def object(self) -> str:
+        return f"{self.path.name}{self.variant and '.' + self.variant}.o"
+
+
+@dataclass(frozen=True)
 class Library:
     """One shared library: its sources, the command that compiles one, the command that links, and what it links to."""
 
     name: str
-    sources: list[Path]
+    sources: list[Source]
     compile: list[str]
     link: list[str]
     libraries: list[str]
@@ -37,9 +50,10 @@ def plan(library: Library, folder: Path) -> list[Step]:
     """One step per source, then the link step."""
     steps = []
     for source in library.sources:
-        output, depfile = folder / f"{source.name}.o", folder / f"{source.name}.d"
-        command = [*library.compile, "-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, [source], command, depfile))
+        output = folder / source.object
+        depfile = output.with_suffix(".d")
+        command = [*library.compile, *source.flags, "-MD", "-MF", str(depfile), "-c", str(source.path), "-o", str(output)]
+        steps.append(Step(output, [source.path], command, depfile))
     objects = [step.output for step in steps]
     output = folder / library.name
     command = [*library.link, *map(str, objects), "-o", str(output), *library.libraries]

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def find_cuda(
     """The first complete CUDA toolkit, and one line per rejected place saying what it lacks.
 
     A place counts only with nvcc, the headers and the static runtime together: an nvcc on $PATH may be a wrapper
-    script far from its toolkit, and linking against a guessed root would then fail late.
+    script far from its toolkit, and of pip's packages some may be missing; the build would then fail late.
     """
     rejected = []
     for root in cuda_roots(env) if roots is None else roots:
@@ -145,8 +146,9 @@ def cuda_roots(env: Mapping[str, str]) -> Iterator[Path]:
         yield Path(env["CONDA_PREFIX"])
     yield from sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
     torch = find_torch(env=env)
-    if torch is not None:
-        yield from sorted(torch.folder.parent.glob("nvidia/cu[0-9]*"), reverse=True)
+    packages = [torch.folder.parent] if torch else []
+    for folder in dict.fromkeys([*packages, Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))]):
+        yield from sorted(folder.glob("nvidia/cu[0-9]*"), reverse=True)
 
 
 def _toolkit_at(root: Path) -> Cuda | str:
@@ -154,8 +156,10 @@ def _toolkit_at(root: Path) -> Cuda | str:
     target = f"targets/{'sbsa' if machine == 'aarch64' else machine}-linux"
     nvcc = root / "bin/nvcc"
     include = _first(root, ("include", f"{target}/include"), "cuda_runtime.h")
+    cccl = _first(root, ("include", "include/cccl", f"{target}/include", f"{target}/include/cccl"), "nv/target")
     library = _first(root, ("lib64", f"{target}/lib", "lib", f"lib/{machine}-linux-gnu"), "libcudart_static.a")
-    parts = {"bin/nvcc": nvcc.exists(), "include/cuda_runtime.h": include, "lib64/libcudart_static.a": library}
+    parts = {"bin/nvcc": nvcc.exists(), "include/cuda_runtime.h": include, "include/nv/target": cccl,
+             "lib64/libcudart_static.a": library}
     missing = [name for name, found in parts.items() if not found]
     if include is None or library is None or missing:
         return f"{root} lacks {', '.join(missing)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -10,13 +11,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from compile_library import BuildError, Library, compile_library
+from compile_library import BuildError, Library, Source, compile_library
 from find_tools import Cuda, Torch, find_cuda, find_cxx, find_torch, run_text
 
 TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every torch from here on
 SASS = ("8.0", "9.0", "10.0", "12.0")
 PTX = ("9.0", "12.0")  # 9.0 for the families between those of SASS, 12.0 for the ones to come
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
+# The instruction sets that csrc/*_simd.cpp is compiled for, the namespaces of csrc/levels.h. The lowest comes first: of
+# functions that the linker finds more than once it keeps the first.
+LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 HIDE = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 
@@ -128,11 +132,16 @@ class NativeBuild:
     def cpu_library(self) -> Library:
         torch, cxx = self._torch(), self._cxx()
         flags = [*self._optimize(["-fno-math-errno", "-fno-trapping-math"]), *WARNINGS, *HIDE]
+        levels = LEVELS if platform.machine() == "x86_64" and not self.options.debug else {"base": ()}
+        flags += ["-DPPO_EXT_ONE_LEVEL"] * (len(levels) == 1)
         flags += ["-Werror"] * self.options.require_native
         self.facts["cxx_flags"] = " ".join(flags)
         compile = [*cxx, *flags, *self._includes(torch), *self._hide_paths(torch)]
         libraries = [*self._link_torch(torch, "-ltorch_cpu", "-lc10"), "-Wl,--no-undefined"]
-        return Library("_C_cpu.so", self._sources("*_cpu.cpp"), compile, self._link(cxx), libraries)
+        sources = self._sources("*_cpu.cpp")
+        for level, machine in levels.items():
+            sources += [Source(source.path, (*machine, f"-DPPO_LEVEL={level}"), level) for source in self._sources("*_simd.cpp")]
+        return Library("_C_cpu.so", sources, compile, self._link(cxx), libraries)
 
     def cuda_library(self) -> Library:
         if self.options.cuda == "0":
@@ -162,8 +171,8 @@ class NativeBuild:
         libraries += [str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
         return Library("_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries)
 
-    def _sources(self, pattern: str) -> list[Path]:
-        sources = sorted((self.root / "csrc").glob(pattern))
+    def _sources(self, pattern: str) -> list[Source]:
+        sources = [Source(path) for path in sorted((self.root / "csrc").glob(pattern))]
         if not sources:
             raise NotWanted(f"csrc has no {pattern}")
         return sources

@@ -27,7 +27,8 @@ def _arguments(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each implementation of a case")
-    parser.add_argument("--save", action="store_true", help=f"write the rows under {RESULTS.name}/<machine>/")
+    parser.add_argument("--save", nargs="?", const=RESULTS, type=pathlib.Path, metavar="FOLDER",
+                        help=f"write the rows under FOLDER/<machine>/, by default bench/{RESULTS.name}/<machine>/")
     return parser.parse_args(argv)
 
 
@@ -73,9 +74,11 @@ def main(argv=None):
     rows = []
     for item in (bar := tqdm.tqdm(items, unit="case", file=sys.stderr)):
         bar.set_description(item.title)
-        rows += [{**row, "selected": item.title in selection} for row in item.rows(device, seconds=arguments.seconds)]
+        new = [{**row, "selected": item.title in selection} for row in item.rows(device, seconds=arguments.seconds)]
+        rows += new
+        if arguments.save:
+            save(new, arguments.save)  # at once: a run that is stopped leaves what it has measured
     print(table.text(rows) if rows else "nothing of this is in the selection; add --full")
     if arguments.save and rows:
-        save(rows)
-        print(f"rows saved under {RESULTS / folder_of(rows[0])}; now `python -m bench.render`")
+        print(f"rows saved under {arguments.save / folder_of(rows[0])}; now `python -m bench.render`")
     return rows

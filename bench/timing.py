@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import os
 import pathlib
 import platform
 import subprocess
@@ -176,4 +177,4 @@ def _commit():
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PPO_EXT_COMMIT", "unknown")  # for a copy of the checkout without its history

@@ -51,15 +51,11 @@ __device__ __forceinline__ A finite_origin(A max) {
 }
 
 template <class A, int kCount>
-__device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kCount], A inv_temperature) {
-  A top = x[0][0], ref_top = x[1][0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) {
-    top = larger(top, x[0][k]);
-    ref_top = larger(ref_top, x[1][k]);
+__device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kCount], const A (&top)[2], A inv_temperature) {
+  if (top[0] > state.max || top[1] > state.ref_max) {
+    const A max = top[0] > state.max ? top[0] : state.max, ref_max = top[1] > state.ref_max ? top[1] : state.ref_max;
+    state = kl_rescale(state, max, ref_max, inv_temperature);
   }
-  if (top > state.max || ref_top > state.ref_max)
-    state = kl_rescale(state, top > state.max ? top : state.max, ref_top > state.ref_max ? ref_top : state.ref_max, inv_temperature);
   const A origin = finite_origin(state.max), ref_origin = finite_origin(state.ref_max);
   const A scale = inv_temperature * A(kLog2E);
   A sum = 0, ref_sum = 0, weighted = 0;
@@ -87,7 +83,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3) forward_kernel
     KLState<A> state = kl_empty<A>();
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!in.mask || in.mask[n]) {
-      read_rows<kThreads, kAligned>(in.at(n), [&](const auto& x) { add_logits(state, x, c); });
+      read_rows<kThreads, kAligned>(in.at(n), [&](const auto& x, const auto& top) { add_logits(state, x, top, c); });
       state = reduce_group<kThreads>(state, [c](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       ref_log_sum = softmax_log_sum(state.ref_sum);
@@ -104,7 +100,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3) forward_kernel
   }
 }
 
-template <class T, class A>
+template <bool kAligned, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
     backward_kernel(const Inputs<T, A> in, const RowStats<A> saved, const A* grad_kl, const Gradient<T> out) {
   for (int64_t i = blockIdx.x; i < in.rows.rows * out.tiles; i += gridDim.x) {
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
       const A e = exp2_of(y);
       return e == A(0) ? A(0) : e * (at_zero + slope * (y - ref_y));
     };
-    write_tile<kBlock>(in.at(n), row, out.rows.stride_v, tile, grad_of, -1, [](A x) { return x; });
+    write_tile<kBlock, kAligned>(in.at(n), row, out.rows.stride_v, tile, grad_of, -1, [](A x) { return x; });
   }
 }
 
@@ -181,7 +177,10 @@ void run_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& 
     using A = accumulate_t<T>;
     const Inputs<T, A> in = inputs_of<T, A>(logits, ref_logits, mask, temperature);
     const Gradient<T> out{pointer<T>(grad), logit_rows("full_kl", "grad", grad), divide_up(in.rows.V, kTile<T>)};
-    launch(backward_kernel<T, A>, in.rows.rows * out.tiles, kBlock, in, saved.pointers<A>(), pointer<A>(grad_kl), out);
+    const bool aligned =
+        all_aligned(in.logits, in.rows) && all_aligned(in.ref_logits, in.ref_rows) && all_aligned(out.grad, out.rows);
+    launch(aligned ? backward_kernel<true, T, A> : backward_kernel<false, T, A>, in.rows.rows * out.tiles, kBlock, in,
+           saved.pointers<A>(), pointer<A>(grad_kl), out);
   });
 }
 

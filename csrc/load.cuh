@@ -4,6 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include "host_device.h"
 #include "reduce.cuh"
 #include "rows.h"
@@ -29,9 +31,6 @@ __device__ __forceinline__ double exp2_of(double y) { return exp2(y); }
 // The larger number; a NaN is passed over, so callers must meet it elsewhere.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 // ---- 16 bytes ----
 
@@ -59,7 +58,17 @@ __device__ __forceinline__ Pack load_pack(const Pack* p) { PPO_LOAD_PACK("ld.glo
 // A pack that the neighbouring thread reads as well.
 __device__ __forceinline__ Pack load_common_pack(const Pack* p) { PPO_LOAD_PACK("ld.global.v4.u32", p); }
 
-__device__ __forceinline__ void store_pack(Pack* p, const Pack& x) { *p = x; }
+__device__ __forceinline__ void store_pack(Pack* p, const Pack& x) {
+#if defined(__CUDA_ARCH__)
+  // In so many words, as the compiler stores the parts of a struct, a uint4 too, one by one. "memory": what was read of a
+  // row must not be read again after it is written in place.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
+               "r"(x.words[3])
+               : "memory");
+#else
+  *p = x;
+#endif
+}
 
 // A pack's elements one by one.
 template <class T>
@@ -88,11 +97,28 @@ __device__ __forceinline__ Pack shift_packs(const Pack& a, const Pack& b, int by
 }
 
 template <class T>
-__device__ __forceinline__ void unpack(const Pack& pack, accumulate_t<T>* x) {
-  T elements[kPack<T>];
-  std::memcpy(elements, &pack, sizeof(pack));
+constexpr bool is_bfloat16 = std::is_same<T, torch::headeronly::BFloat16>::value;
+
+// The elements that lie in `words`, as numbers.
+template <class T, int kWords>
+__device__ __forceinline__ void unpack_words(const unsigned (&words)[kWords], accumulate_t<T>* x) {
+  if constexpr (is_bfloat16<T>) {  // the upper half of a float: one instruction each
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) x[i] = accumulate_t<T>(elements[i]);
+    for (int i = 0; i < kWords; ++i) {
+      const unsigned bits[2] = {words[i] << 16, words[i] & 0xffff0000u};
+      std::memcpy(x + 2 * i, bits, sizeof(bits));
+    }
+  } else {
+    T elements[sizeof(words) / sizeof(T)];
+    std::memcpy(elements, words, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(words) / sizeof(T)); ++i) x[i] = accumulate_t<T>(elements[i]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Pack& pack, accumulate_t<T>* x) {
+  unpack_words<T>(pack.words, x);
 }
 
 template <class T>
@@ -103,6 +129,47 @@ __device__ __forceinline__ Pack pack_of(const accumulate_t<T>* x) {
   Pack pack;
   std::memcpy(&pack, elements, sizeof(pack));
   return pack;
+}
+
+// The larger of each two 16-bit numbers in a word; a NaN is passed over.
+template <class T>
+__device__ __forceinline__ unsigned larger_pair(unsigned a, unsigned b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned result;
+  if constexpr (is_bfloat16<T>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  }
+  return result;
+#else
+  const unsigned words[2] = {a, b};
+  float x[4];
+  unpack_words<T>(words, x);
+  const T larger_of_each[2] = {T(larger(x[0], x[2])), T(larger(x[1], x[3]))};
+  std::memcpy(&a, larger_of_each, sizeof(a));
+  return a;
+#endif
+}
+
+// The largest element of some packs; NaNs are passed over.
+template <class T, int kCount>
+__device__ __forceinline__ accumulate_t<T> largest(const Pack (&packs)[kCount]) {
+  constexpr int kLeft = sizeof(T) == 2 ? 2 : kCount * kPack<T>;  // 16-bit numbers are compared in pairs first
+  accumulate_t<T> x[kLeft];
+  if constexpr (sizeof(T) == 2) {
+    unsigned pair[1] = {packs[0].words[0]};
+#pragma unroll
+    for (int i = 1; i < kCount * 4; ++i) pair[0] = larger_pair<T>(pair[0], packs[i / 4].words[i % 4]);
+    unpack_words<T>(pair, x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) unpack<T>(packs[k], x + k * kPack<T>);
+  }
+  accumulate_t<T> top = x[0];
+#pragma unroll
+  for (int i = 1; i < kLeft; ++i) top = larger(top, x[i]);
+  return top;
 }
 
 // ---- rows ----
@@ -205,8 +272,9 @@ bool all_aligned(const T* logits, const LogitRows& rows) {
   return result;
 }
 
-// Calls f on this thread's share of the rows, in pieces A[kInputs][n] of several n, filled up with -inf. The pieces
-// depend on V only; kAligned spares a kernel whose rows are all_aligned the other ways to read.
+// Calls f on this thread's share of the rows, in pieces A[kInputs][n] of several n, filled up with -inf, each with its
+// largest numbers A[kInputs]. The pieces depend on V only; kAligned spares a kernel whose rows are all_aligned the other
+// ways to read.
 template <int kThreads, bool kAligned, class T, int kInputs, class F>
 __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f) {
   using A = accumulate_t<T>;
@@ -214,20 +282,22 @@ __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f
   const Pack fill = pack_of_minus_infinity<T>();
   for (int first = thread; first < packs; first += kBatch<kInputs> * kThreads) {
     Pack batch[kInputs][kBatch<kInputs>];
-    A x[kInputs][kBatch<kInputs> * kPack<T>];
+    A x[kInputs][kBatch<kInputs> * kPack<T>], top[kInputs];
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) in.packed(i, 0).template load<kAligned>(first, kThreads, packs, fill, batch[i]);
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i)
+    for (int i = 0; i < kInputs; ++i) {
+      top[i] = largest<T>(batch[i]);
 #pragma unroll
       for (int k = 0; k < kBatch<kInputs>; ++k) unpack<T>(batch[i][k], x[i] + k * kPack<T>);
-    f(x);
+    }
+    f(x, top);
   }
   const int64_t last = int64_t(packs) * kPack<T> + thread;
   if (last < in.V) {
-    A one[kInputs][1];
-    for (int i = 0; i < kInputs; ++i) one[i][0] = in.at(i, last);
-    f(one);
+    A one[kInputs][1], top[kInputs];
+    for (int i = 0; i < kInputs; ++i) top[i] = one[i][0] = in.at(i, last);
+    f(one, top);
   }
 }
 

@@ -6,120 +6,30 @@
 // Limits    a label outside [0, V) on a counted row is an error; masked rows are not read
 
 #include "checks.h"
-#include "logprobs.h"
+#include "logprobs_simd.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace ppo_ext {
 namespace {
 
-constexpr int kBlock = 2048;
-constexpr float kSlack = 8.0f;  // how far, in powers of 2, a logit may exceed the origin of the sums before they are redone
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
 
-// ---- one row, fp32 arithmetic in powers of 2 ----
-
-struct BlockSums {
-  f32v sum, weighted, top;  // of 2^y, of 2^y y, and the largest x
-};
-
-template <bool WithEntropy>
-PPO_INLINE void add_terms(f32v x, float origin, float scale, BlockSums& sums) {
-  const f32v y = (x - origin) * scale;
-  const f32v e = exp2_clamped(y);
-  sums.top = max_ignoring_nan(sums.top, x);
-  sums.sum += e;
-  if (WithEntropy) sums.weighted += e * (y < kExp2Low ? splat(kExp2Low) : y);  // 0 * -inf would be NaN
-}
-
-// One block's sums relative to `origin`, with its largest logit as max.
-template <bool WithEntropy, class T>
-PPO_INLINE SoftmaxState<double> block_state(const T* x, int n, float origin, float scale) {
-  BlockSums a{splat(0.0f), splat(0.0f), splat(-INFINITY)}, b = a;
-  int i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    add_terms<WithEntropy>(load(x + i), origin, scale, a);
-    add_terms<WithEntropy>(load(x + i + kLanes), origin, scale, b);
-  }
-  for (; i < n; i += kLanes)
-    add_terms<WithEntropy>(i + kLanes <= n ? load(x + i) : load_tail(x + i, n - i, -INFINITY), origin, scale, a);
-  double weighted = WithEntropy ? sum_lanes(a.weighted + b.weighted) : 0.0;
-  // 0 log 0 = 0: a sum that entries without probability could make alone is none.
-  if (std::abs(weighted) < 126.0 * 0x1p-126 * (n + kLanes)) weighted = 0.0;
-  return {max_lanes(max_ignoring_nan(a.top, b.top)), sum_lanes(a.sum + b.sum), kLn2 * weighted};
-}
-
-// The sums are taken relative to an origin near the largest logit so far, so that each logit is read once.
-template <bool WithEntropy, class T>
-PPO_INLINE SoftmaxState<double> row_state(const T* row, int64_t V, int64_t stride, float inv_temperature) {
-  T buffer[kBlock];
-  const float scale = inv_temperature * kLog2e;
-  SoftmaxState<double> state = softmax_empty<double>();  // its max is the origin
-  double max = -INFINITY;
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int n = V - begin < kBlock ? int(V - begin) : kBlock;
-    const T* x = contiguous_block(row, begin, n, stride, buffer);
-    if (state.max == -INFINITY) state.max = block_max(x, n);
-    const float origin = state.max == -INFINITY ? 0.0f : float(state.max);
-    SoftmaxState<double> block = block_state<WithEntropy>(x, n, origin, scale);
-    if (block.max > state.max && !((block.max - state.max) * scale <= kSlack)) {
-      state = softmax_rescale(state, block.max, double(inv_temperature));
-      block = block_state<WithEntropy>(x, n, float(block.max), scale);
-    }
-    if (state.max == -INFINITY && block.sum == block.sum) continue;  // nothing but -inf
-    max = block.max > max ? block.max : max;
-    state.sum += block.sum;
-    state.weighted += block.weighted;
-  }
-  return max > -INFINITY ? softmax_rescale(state, max, double(inv_temperature)) : state;
-}
-
-// The row's numbers for the backward pass, in powers of 2: p = 2^((x - max) scale - log2_sum).
-struct RowGrad {
-  float max, scale, log2_sum, alpha, beta;
-};
-
-PPO_INLINE RowGrad row_grad_in_powers_of_two(float max, float log_sum, float inv_temperature, LogitGrad<float> row) {
-  return {max, inv_temperature * kLog2e, log_sum * kLog2e, row.alpha, row.beta * float(kLn2)};
-}
-
-template <bool WithEntropy>
-PPO_INLINE f32v grad_terms(f32v x, const RowGrad& row) {
-  const f32v log2_p = (x - row.max) * row.scale - row.log2_sum;
-  const f32v p = exp2_or_zero(log2_p);
-  if (!WithEntropy) return p * row.alpha;
-  return p * (row.alpha - row.beta * (log2_p < -1e4f ? splat(-1e4f) : log2_p));
-}
-
-template <bool WithEntropy, class T>
-PPO_INLINE void row_grad(const T* row, int64_t stride, T* out, int64_t out_stride, int64_t V, float max, float log_sum,
-                         float inv_temperature, LogitGrad<float> coefficients) {
-  const RowGrad grad = row_grad_in_powers_of_two(max, log_sum, inv_temperature, coefficients);
-  T in_buffer[kBlock], out_buffer[kBlock];
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int n = V - begin < kBlock ? int(V - begin) : kBlock;
-    const T* x = contiguous_block(row, begin, n, stride, in_buffer);
-    T* y = out_stride == 1 ? out + begin : out_buffer;
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(y + i, grad_terms<WithEntropy>(load(x + i), grad));
-    if (i < n) store_tail(y + i, grad_terms<WithEntropy>(load_tail(x + i, n - i, 0.0f), grad), n - i);
-    if (out_stride != 1)
-      for (int j = 0; j < n; ++j) out[(begin + j) * out_stride] = out_buffer[j];
-  }
-}
+constexpr int64_t kBlock = 2048;  // of fp64 logits
 
 // ---- one row, fp64 arithmetic ----
 
-template <bool WithEntropy>
-SoftmaxState<double> row_state(const double* row, int64_t V, int64_t stride, double inv_temperature) {
+SoftmaxState<double> row_state(const LogitRow<double>& row, double inv_temperature, bool with_entropy) {
   SoftmaxState<double> state = softmax_empty<double>();
-  for (int64_t v = 0; v < V; ++v) state.max = row[v * stride] > state.max ? row[v * stride] : state.max;
+  const auto logit = [&](int64_t v) { return row.logits[v * row.stride]; };
+  for (int64_t v = 0; v < row.V; ++v) state.max = logit(v) > state.max ? logit(v) : state.max;
   const double origin = state.max == -INFINITY ? 0.0 : state.max;
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
+  for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     double sum = 0, weighted = 0;  // per block, so that rounding grows with the block and not with V
-    for (int64_t v = begin; v < begin + kBlock && v < V; ++v) {
-      const double y = (row[v * stride] - origin) * inv_temperature, e = std::exp(y);
+    for (int64_t v = begin; v < std::min(begin + kBlock, row.V); ++v) {
+      const double y = (logit(v) - origin) * inv_temperature, e = std::exp(y);
       sum += e;
-      if (WithEntropy) weighted += e * softmax_bounded(y);
+      if (with_entropy) weighted += e * softmax_bounded(y);
     }
     state.sum += sum;
     state.weighted += weighted;
@@ -127,13 +37,28 @@ SoftmaxState<double> row_state(const double* row, int64_t V, int64_t stride, dou
   return state;
 }
 
-template <bool WithEntropy>
-void row_grad(const double* row, int64_t stride, double* out, int64_t out_stride, int64_t V, double max, double log_sum,
-              double inv_temperature, LogitGrad<double> coefficients) {
-  for (int64_t v = 0; v < V; ++v) {
-    const double log_p = token_logprob(row[v * stride], max, log_sum, inv_temperature);
-    out[v * out_stride] = std::exp(log_p) * (coefficients.alpha - coefficients.beta * softmax_bounded(log_p));
+void fill_gradient(const LogitRow<double>& row, const LogitGrad<double>& grad, double max, double log_sum, double inv_temperature,
+                   double* out, int64_t out_stride) {
+  for (int64_t v = 0; v < row.V; ++v) {
+    const double log_p = token_logprob(row.logits[v * row.stride], max, log_sum, inv_temperature);
+    out[v * out_stride] = std::exp(log_p) * (grad.alpha - grad.beta * softmax_bounded(log_p));
   }
+}
+
+// ---- one row, fp32 arithmetic ----
+
+template <class T>
+SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy) {
+  return PPO_AT_LEVEL(row_state, row, inv_temperature, with_entropy);
+}
+
+// p (alpha - beta log p) in terms of y = log2 of p times the row's sum.
+template <class T>
+void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum, float inv_temperature, T* out,
+                   int64_t out_stride) {
+  const double share = std::exp(-double(log_sum)), at_zero = share * (grad.alpha + double(grad.beta) * log_sum);
+  const RowGrad in_powers_of_two{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * kLn2)};
+  PPO_AT_LEVEL(fill_gradient, row, in_powers_of_two, out, out_stride);
 }
 
 // ---- ranges of rows ----
@@ -151,25 +76,26 @@ struct Forward {
   const bool* mask;
   A inv_temperature;
   RowStats<A> out;
+
+  LogitRow<T> row(int64_t n) const { return {logits + rows.offset(n), rows.stride_v, rows.V}; }
 };
 
-template <bool WithEntropy, class T, class A>
-PPO_INLINE void forward_rows(const Forward<T, A>& job, int64_t begin, int64_t end) {
+template <class T, class A>
+void forward_rows(const Forward<T, A>& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     SoftmaxState<double> state{};
-    A logprob = 0, entropy = 0, log_sum = 0;
+    double logprob = 0, entropy = 0, log_sum = 0;
     if (!job.mask || job.mask[n]) {
-      const T* row = job.logits + job.rows.offset(n);
-      state = row_state<WithEntropy>(row, job.rows.V, job.rows.stride_v, job.inv_temperature);
-      const double exact_log_sum = softmax_log_sum(state.sum), inv_temperature = job.inv_temperature;
-      log_sum = A(exact_log_sum);
-      logprob = A(token_logprob(double(row[job.labels[n] * job.rows.stride_v]), state.max, exact_log_sum, inv_temperature));
-      if (WithEntropy) entropy = A(row_entropy(state.sum, exact_log_sum, state.weighted));
+      const LogitRow<T> row = job.row(n);
+      state = row_state(row, job.inv_temperature, job.out.entropy);
+      log_sum = softmax_log_sum(state.sum);
+      logprob = token_logprob(double(row.logits[job.labels[n] * row.stride]), state.max, log_sum, double(job.inv_temperature));
+      entropy = row_entropy(state.sum, log_sum, state.weighted);
     }
-    job.out.logprobs[n] = logprob;
-    if (WithEntropy) job.out.entropy[n] = entropy;
+    job.out.logprobs[n] = A(logprob);
+    if (job.out.entropy) job.out.entropy[n] = A(entropy);
     job.out.max[n] = A(state.max);
-    job.out.log_sum[n] = log_sum;
+    job.out.log_sum[n] = A(log_sum);
   }
 }
 
@@ -184,41 +110,28 @@ struct Backward {
   const A *grad_logprobs, *grad_entropy;  // either may be null
   RowStats<const A> saved;
   A inv_temperature;
+
+  LogitRow<T> row(int64_t n) const { return {logits + rows.offset(n), rows.stride_v, rows.V}; }
 };
 
-template <bool WithEntropy, class T, class A>
-PPO_INLINE void backward_rows(const Backward<T, A>& job, int64_t begin, int64_t end) {
-  const int64_t V = job.rows.V;
+template <class T, class A>
+void backward_rows(const Backward<T, A>& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    const T* row = job.logits + job.rows.offset(n);
+    const LogitRow<T> row = job.row(n);
     T* out = job.grad + job.grad_rows.offset(n);
     const int64_t stride = job.grad_rows.stride_v;
     if (job.mask && !job.mask[n]) {
-      for (int64_t v = 0; v < V; ++v) out[v * stride] = T(0);
+      for (int64_t v = 0; v < row.V; ++v) out[v * stride] = T(0);
       continue;
     }
-    const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0);
-    const A h = WithEntropy ? job.grad_entropy[n] : A(0), entropy = WithEntropy ? job.saved.entropy[n] : A(0);
-    const A max = job.saved.max[n], log_sum = job.saved.log_sum[n];
+    const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = job.grad_entropy ? job.grad_entropy[n] : A(0);
+    const A entropy = job.grad_entropy ? job.saved.entropy[n] : A(0), max = job.saved.max[n], log_sum = job.saved.log_sum[n];
     // Read before the row is overwritten, as the gradient may go there.
-    const A logprob = token_logprob(A(row[job.labels[n] * job.rows.stride_v]), max, log_sum, job.inv_temperature);
-    row_grad<WithEntropy>(row, job.rows.stride_v, out, stride, V, max, log_sum, job.inv_temperature,
-                          logit_grad_of_row(g, h, entropy, job.inv_temperature));
+    const A logprob = token_logprob(A(row.logits[job.labels[n] * row.stride]), max, log_sum, job.inv_temperature);
+    fill_gradient(row, logit_grad_of_row(g, h, entropy, job.inv_temperature), max, log_sum, job.inv_temperature, out, stride);
     out[job.labels[n] * stride] = T(token_logit_grad(logprob, g, h, entropy, job.inv_temperature));
   }
 }
-
-#define PPO_DEFINE_ROWS(T, A)                                                                                          \
-  PPO_CLONES void forward_range(const Forward<T, A>& job, int64_t begin, int64_t end) {                                \
-    job.out.entropy ? forward_rows<true>(job, begin, end) : forward_rows<false>(job, begin, end);                      \
-  }                                                                                                                    \
-  PPO_CLONES void backward_range(const Backward<T, A>& job, int64_t begin, int64_t end) {                              \
-    job.grad_entropy ? backward_rows<true>(job, begin, end) : backward_rows<false>(job, begin, end);                   \
-  }
-PPO_DEFINE_ROWS(float, float)
-PPO_DEFINE_ROWS(BFloat16, float)
-PPO_DEFINE_ROWS(Half, float)
-PPO_DEFINE_ROWS(double, double)
 
 // ---- entry points ----
 
@@ -240,12 +153,14 @@ template <class T, class A>
 void forward(const Tensor& logits, const LogitRows& rows, const Tensor& labels, const bool* mask, double temperature,
              const RowStats<A>& out) {
   const Forward<T, A> job{pointer<T>(logits), rows, pointer<int64_t>(labels), mask, A(1.0 / temperature), out};
-  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { forward_range(job, begin, end); });
+  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { forward_rows(job, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor labels, std::optional<Tensor> mask,
-                                                        double temperature, bool with_entropy) {
+                                                        double temperature, bool with_entropy,
+                                                        std::optional<Tensor> label_note) {
   check_logprobs(logits, labels, mask, temperature);
+  if (label_note) check_label_note(*label_note, logits);  // nothing to note: a bad label is refused below
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   check_labels(labels, mask_pointer(mask), rows.V);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -281,7 +196,7 @@ void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, c
       in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr, in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
       {nullptr, in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max), pointer<A>(in.log_sum)},
       A(1.0 / in.temperature)};
-  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { backward_range(job, begin, end); });
+  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { backward_rows(job, begin, end); });
 }
 
 void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {

@@ -27,6 +27,7 @@ struct Forward {
   const bool* mask;
   A inv_temperature;
   A *logprobs, *entropy, *max, *log_sum;
+  int64_t* label_note;  // may be null, see ppo_ext/labels.py
 };
 
 template <class T, class A>
@@ -46,10 +47,7 @@ struct Backward {
 // ---- device helpers ----
 
 template <bool kEntropy, class A, int kCount>
-__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A inv_temperature) {
-  A top = x[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) top = larger(top, x[k]);
+__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A top, A inv_temperature) {
   if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
   const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
   const A scale = inv_temperature * A(kLog2E);
@@ -63,6 +61,14 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
   }
   state.sum += sum;
   if (kEntropy) state.weighted += A(kLn2) * weighted;
+}
+
+// Counts a label outside [0, V); of the first to come here row, id and V are kept.
+__device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t label, int64_t V) {
+  if (atomicAdd(reinterpret_cast<unsigned long long*>(note), 1ull) != 0) return;
+  note[1] = row;
+  note[2] = label;
+  note[3] = V;
 }
 
 // ---- kernels ----
@@ -80,10 +86,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
       A picked = A(NAN);
       if (first) {
         const int64_t label = job.labels[n];
-        if (uint64_t(label) < uint64_t(job.rows.V)) picked = A(row[label * job.rows.stride_v]);
+        if (uint64_t(label) < uint64_t(job.rows.V)) {
+          picked = A(row[label * job.rows.stride_v]);
+        } else if (job.label_note) {
+          note_label(job.label_note, n, label, job.rows.V);
+        }
       }
-      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
-                          [&](const auto& x) { add_logits<kEntropy>(state, x[0], c); });
+      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V}, [&](const auto& x, const auto& top) {
+        add_logits<kEntropy>(state, x[0], top[0], c);
+      });
       state = reduce_group<kThreads>(state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       logprob = token_logprob(picked, state.max, log_sum, c);
@@ -99,8 +110,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
   }
 }
 
-template <bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kernel(const Backward<T, A> job) {
+template <bool kAligned, bool kEntropy, class T, class A>
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3)) backward_kernel(const Backward<T, A> job) {
   const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
     const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
@@ -122,8 +133,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : 3) backward_kerne
       return kEntropy ? e * (at_zero - slope * larger(y, A(-1e4))) : e * at_zero;
     };
     const auto grad_of_label = [=](A x) { return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c); };
-    write_tile<kBlock>(Rows<T, 1>{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V}, out, stride, tile, grad_of,
-                       label, grad_of_label);
+    const Rows<T, 1> logits{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V};
+    write_tile<kBlock, kAligned>(logits, out, stride, tile, grad_of, label, grad_of_label);
   }
 }
 
@@ -142,16 +153,25 @@ void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
   launch_forward<kBlock, false>(launch, job);
 }
 
+template <bool kAligned, class T, class A>
+void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
+  const auto kernel = job.grad_entropy ? backward_kernel<kAligned, true, T, A> : backward_kernel<kAligned, false, T, A>;
+  launch(kernel, job.rows.rows * job.tiles, kBlock, job);
+}
+
 template <class T, class A>
 void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
-  launch(job.grad_entropy ? backward_kernel<true, T, A> : backward_kernel<false, T, A>, job.rows.rows * job.tiles, kBlock, job);
+  const bool aligned = all_aligned(job.logits, job.rows) && all_aligned(job.grad, job.grad_rows);
+  aligned ? launch_backward<true>(launch, job) : launch_backward<false>(launch, job);
 }
 
 // ---- entry points ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor labels, std::optional<Tensor> mask,
-                                                         double temperature, bool with_entropy) {
+                                                         double temperature, bool with_entropy,
+                                                         std::optional<Tensor> label_note) {
   check_logprobs(logits, labels, mask, temperature);
+  if (label_note) check_label_note(*label_note, logits);
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   const Launcher launch("logprobs", logits);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -162,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor l
     using A = accumulate_t<T>;
     launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask), A(1.0 / temperature),
                                          pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
-                                         pointer<A>(log_sum)});
+                                         pointer<A>(log_sum), label_note ? pointer<int64_t>(*label_note) : nullptr});
   });
   return {logprobs, entropy, max, log_sum};
 }

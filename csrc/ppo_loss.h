@@ -36,21 +36,23 @@ PPO_HD A token_ratio(A logprob, A old_logprob) {
 
 template <class A>
 PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, A cliprange, PPOTerms<A>& out) {
-  const A low = A(1) - cliprange, high = A(1) + cliprange;
+  const A zero = Number<A>::of(0), one = Number<A>::of(1);
+  const A low = one - cliprange, high = one + cliprange;
   const A bounded = min_or_nan(max_or_nan(ratio, low), high);
   const A pg1 = -x.advantage * ratio, pg2 = -x.advantage * bounded;
   const A share = share_of_max(pg1, pg2);
-  const A through_clip = ratio >= low && ratio <= high ? A(1) - share : A(0);
+  const A through_clip = ratio >= low && ratio <= high ? one - share : zero;
   const A grad_ratio = -x.advantage * (share + through_clip);
   out.ratio = ratio;
   out.pg = max_or_nan(pg1, pg2);
-  out.pg_clipped = pg2 > pg1 ? A(1) : A(0);
+  out.pg_clipped = pg2 > pg1 ? one : zero;
   // 0 * inf would be NaN where an exploded ratio is clipped away; a NaN ratio must still show.
-  out.grad_logprob = grad_ratio == A(0) && ratio == ratio ? A(0) : grad_ratio * ratio;
+  out.grad_logprob = grad_ratio == zero && ratio == ratio ? zero : grad_ratio * ratio;
 }
 
 template <class A>
 PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& out) {
+  const A zero = Number<A>::of(0), one = Number<A>::of(1);
   const A high = x.value + cliprange_value, low = x.value - cliprange_value;
   const A below = min_or_nan(x.vpred, high);
   const A clipped = max_or_nan(below, low);
@@ -58,12 +60,12 @@ PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& ou
   const A vf1 = error1 * error1, vf2 = error2 * error2;
   const A share = share_of_max(vf1, vf2);
   const A through_clip = share_of_max(high, x.vpred) * share_of_max(below, low);
-  out.vf = A(0.5) * max_or_nan(vf1, vf2);
-  out.vf_clipped = vf2 > vf1 ? A(1) : A(0);
+  out.vf = Number<A>::of(0.5) * max_or_nan(vf1, vf2);
+  out.vf_clipped = vf2 > vf1 ? one : zero;
   // 0 * inf again: a clipped-away error of infinite size has gradient 0, unless it is NaN.
-  const A part2 = (A(1) - share) * through_clip;
-  out.grad_vpred = (share == A(0) ? A(0) : share * error1) + (part2 == A(0) ? A(0) : part2 * error2);
-  if (out.vf != out.vf) out.grad_vpred = out.vf;
+  const A part2 = (one - share) * through_clip;
+  const A grad = (share == zero ? zero : share * error1) + (part2 == zero ? zero : part2 * error2);
+  out.grad_vpred = out.vf != out.vf ? out.vf : grad;
 }
 
 template <class A>

@@ -28,18 +28,18 @@ struct Tile {
   }
 };
 
-template <class T>
+template <bool kAligned, class T>
 __device__ __forceinline__ Tile tile_of(const T* out, int64_t out_stride, int64_t V, int64_t tile) {
   constexpr int64_t kTilePacks = kTileBytes / 16;
   const int64_t wanted = out_stride == 1 ? (16 - bytes_beyond_boundary(out)) % 16 / int64_t(sizeof(T)) : 0;
-  const int64_t head = wanted < V ? wanted : V, packs = (V - head) / kPack<T>;
+  const int64_t head = kAligned ? 0 : (wanted < V ? wanted : V), packs = (V - head) / kPack<T>;
   const int64_t end = (tile + 1) * kTilePacks < packs ? (tile + 1) * kTilePacks : packs;
   return {int(head), int(tile * kTilePacks), int(end), tile == 0 ? int(V - packs * kPack<T>) : 0};
 }
 
-template <class T>
+template <bool kAligned, class T>
 __device__ __forceinline__ void store_columns(T* out, int64_t stride, int64_t column, const Pack& pack) {
-  if (stride == 1) {
+  if (kAligned || stride == 1) {
     store_pack(reinterpret_cast<Pack*>(out + column), pack);
   } else {
     T elements[kPack<T>];
@@ -50,21 +50,23 @@ __device__ __forceinline__ void store_columns(T* out, int64_t stride, int64_t co
 }
 
 // Writes f(inputs) to every column of one tile of a row, and g(input 0) to column `special` if it lies there. The row
-// may be input 0 itself: each thread reads all that it is about to overwrite first, and nobody else reads it.
-template <int kThreads, class T, int kInputs, class F, class G>
+// may be input 0 itself: each thread reads all that it is about to overwrite first, and nobody else reads it. kAligned
+// spares a kernel whose rows, inputs and out, are all_aligned the other ways to read and write.
+template <int kThreads, bool kAligned, class T, int kInputs, class F, class G>
 __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, int64_t out_stride, int64_t tile, const F& f,
                                            int64_t special, const G& g) {
   using A = accumulate_t<T>;
-  const Tile t = tile_of(out, out_stride, in.V, tile);
+  const Tile t = tile_of<kAligned>(out, out_stride, in.V, tile);
   const bool has_special = t.owner<kThreads, kPack<T>>(special, in.V) == int(threadIdx.x);
   const A at_special = has_special ? g(in.at(0, special)) : A(0);
-  for (int first = t.first + int(threadIdx.x); first < t.end; first += kBatch<kInputs> * kThreads) {
-    Pack batch[kInputs][kBatch<kInputs>];
+  constexpr int kPacks = kBatch<kInputs>;
+  const auto write_batch = [&](int first, auto whole) {  // whole: all packs of the batch are there
+    Pack batch[kInputs][kPacks];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).template load<false>(first, kThreads, t.end, Pack{}, batch[i]);
+    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).template load<kAligned>(first, kThreads, t.end, Pack{}, batch[i]);
 #pragma unroll
-    for (int k = 0; k < kBatch<kInputs>; ++k) {
-      if (first + k * kThreads >= t.end) break;
+    for (int k = 0; k < kPacks; ++k) {
+      if (!whole && first + k * kThreads >= t.end) break;
       A x[kInputs][kPack<T>], y[kPack<T>];
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) unpack<T>(batch[i][k], x[i]);
@@ -74,8 +76,12 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
         for (int i = 0; i < kInputs; ++i) at_column[i] = x[i][j];
         y[j] = f(at_column);
       }
-      store_columns(out, out_stride, t.head + int64_t(first + k * kThreads) * kPack<T>, pack_of<T>(y));
+      store_columns<kAligned>(out, out_stride, t.head + int64_t(first + k * kThreads) * kPack<T>, pack_of<T>(y));
     }
+  };
+  for (int first = t.first + int(threadIdx.x); first < t.end; first += kPacks * kThreads) {
+    const bool whole = first + (kPacks - 1) * kThreads < t.end;
+    kAligned && whole ? write_batch(first, std::true_type{}) : write_batch(first, std::false_type{});
   }
   if (int(threadIdx.x) < t.edges) {
     const int64_t v = t.edge(int(threadIdx.x), in.V);
@@ -89,9 +95,9 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
 // Writes zeros to one tile of a row.
 template <int kThreads, class T>
 __device__ __forceinline__ void zero_tile(T* out, int64_t out_stride, int64_t V, int64_t tile) {
-  const Tile t = tile_of(out, out_stride, V, tile);
+  const Tile t = tile_of<false>(out, out_stride, V, tile);
   for (int i = t.first + int(threadIdx.x); i < t.end; i += kThreads)
-    store_columns(out, out_stride, t.head + int64_t(i) * kPack<T>, Pack{});
+    store_columns<false>(out, out_stride, t.head + int64_t(i) * kPack<T>, Pack{});
   if (int(threadIdx.x) < t.edges) out[t.edge(int(threadIdx.x), V) * out_stride] = T(0.0f);
 }
 

@@ -43,16 +43,26 @@ PPO_HD A whiten_scale(A weight, A biased) {
   return A(1) / A(sqrt(unbiased_var(weight, biased) + A(kWhitenEps)));
 }
 
+// In fp64: A is a double, or on the CPU a vector of them.
 template <class A>
-PPO_HD A whiten_one(A x, A mean, A scale, bool shift_mean) {
-  return (x - mean) * scale + (shift_mean ? A(0) : mean);
+PPO_HD A whiten_one(A x, double mean, double scale, bool shift_mean) {
+  return (x - mean) * scale + (shift_mean ? 0.0 : mean);
+}
+
+// What every entry's gradient takes of the whole, from G0 and G1.
+struct WhitenGrad {
+  double mean, scale, grad_mean, slope, added;
+};
+
+PPO_HD WhitenGrad whiten_grad_of(const Moments<double>& m, double sum_grad, double sum_grad_centred, bool shift_mean) {
+  const double scale = whiten_scale(m.weight, biased_var(m)), grad_mean = m.weight == 0 ? 0 : sum_grad / m.weight;
+  const double slope = m.weight <= 1 ? 0 : scale * scale * scale * sum_grad_centred / (m.weight - 1);
+  return {m.mean, scale, grad_mean, slope, shift_mean ? 0.0 : grad_mean};
 }
 
 template <class A>
-PPO_HD A whiten_grad(A grad, A x, A w, Moments<A> m, A scale, A sum_grad, A sum_grad_centred, bool shift_mean) {
-  const A mean_part = w / m.weight * sum_grad;
-  const A var_part = m.weight <= A(1) ? A(0) : w * (x - m.mean) / (m.weight - A(1)) * sum_grad_centred;
-  return scale * (grad - mean_part) - scale * scale * scale * var_part + (shift_mean ? A(0) : mean_part);
+PPO_HD A whiten_grad(A grad, A x, A w, const WhitenGrad& all) {
+  return all.scale * (grad - w * all.grad_mean) - w * (x - all.mean) * all.slope + w * all.added;
 }
 
 }  // namespace ppo_ext

@@ -110,12 +110,11 @@ template <class A>
 __global__ void __launch_bounds__(kBlock) whiten_backward_kernel(const Entries<A> in, const A* grad, const A* moments,
                                                                  const GradSums* parts, bool shift_mean, A* out) {
   const GradSums sums = share_first<kBlock>(merge_parts(parts, in.parts));
-  const Moments<double> m{double(moments[0]), double(moments[1]), 0.0};
-  const double scale = whiten_scale(m.weight, double(moments[2]));
+  const Moments<double> m{double(moments[0]), double(moments[1]), double(moments[2]) * double(moments[0])};
+  const WhitenGrad all = whiten_grad_of(m, sums.grad, sums.centred, shift_mean);
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
     const A w = in.weights[i];
-    out[i] = w == A(0) ? A(0)
-                       : A(whiten_grad(double(grad[i]), double(in.values[i]), double(w), m, scale, sums.grad, sums.centred, shift_mean));
+    out[i] = w == A(0) ? A(0) : A(whiten_grad(double(grad[i]), double(in.values[i]), double(w), all));
   }
 }
 

@@ -4,6 +4,7 @@ import importlib
 
 from .full_kl import full_kl
 from .gae import gae
+from .labels import check_labels
 from .logprobs import logprobs, logprobs_and_entropy
 from .ppo_loss import ppo_loss
 from .rewards import kl_rewards
@@ -29,7 +30,7 @@ _LAZY = {
     "SFTTrainer": "sft",
 }
 
-__all__ = ["full_kl", "gae", "kl_rewards", "logprobs", "logprobs_and_entropy", "masked_mean", "masked_var",
+__all__ = ["check_labels", "full_kl", "gae", "kl_rewards", "logprobs", "logprobs_and_entropy", "masked_mean", "masked_var",
            "masked_whiten", "ppo_loss", *_LAZY]
 
 

@@ -61,6 +61,7 @@ class PPOConfig:
     gamma: float = 1.0  # discount per token, in [0, 1]
     lam: float = 0.95  # GAE lambda per token, in [0, 1]
     whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
+    gae_through_padding: bool = False  # TRL 0.11.4's numbers: GAE runs through padding and holes of response_masks
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]

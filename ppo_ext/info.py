@@ -19,8 +19,7 @@ from . import _native, selftest
 _FOLDER = pathlib.Path(__file__).resolve().parent
 _VARIABLES = ("PPO_EXT_", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS",
               "OMP_NUM_THREADS", "NVCC_APPEND_FLAGS")
-_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_LEVELS = ("x86-64" if platform.machine() == "x86_64" else platform.machine(), "x86-64-v3", "x86-64-v4")  # csrc/levels.h
 
 
 def main(argv=None):
@@ -44,7 +43,7 @@ def collect():
         "build": read_build_info(_FOLDER / "_build_info.json"),
         "libraries": _native.status(),
         "ops": native_ops(),
-        "cpu": {"threads": torch.get_num_threads(), "level": cpu_level(_cpu_flags())},
+        "cpu": {"threads": torch.get_num_threads(), "level": cpu_level()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
     }
     report["cuda"] = _cuda(report["build"])
@@ -79,19 +78,11 @@ def native_ops():
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-def _cpu_flags():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-
-
-def cpu_level(flags):
-    """Which clone of the CPU kernels the loader picks for a processor with these flags."""
-    if flags >= _V4:
-        return "x86-64-v4"
-    return "x86-64-v3" if flags >= _V3 else "default"
+def cpu_level():
+    """The instruction set whose copy of the CPU kernels runs: the machine's best, or less by PPO_EXT_CPU_LEVEL."""
+    if _native.status()["cpu"] != "loaded":
+        return None
+    return _LEVELS[torch.ops.ppo_ext_info.cpu_level()]
 
 
 def _cuda(build):
@@ -189,7 +180,8 @@ def render(report):
         note = build.get(device, "built")
         lines.append(f"_C_{device}.so".ljust(13) + state + ("" if note == "built" else f" ({note})"))
     lines += _render_build(build)
-    lines += [f"cpu          level {report['cpu']['level']}, {report['cpu']['threads']} threads",
+    cpu = report["cpu"]
+    lines += [f"cpu          {'kernels for ' + cpu['level'] if cpu['level'] else 'reference'}, {cpu['threads']} threads",
               f"cuda         torch {cuda['torch_cuda'] or 'without CUDA'}, driver {cuda['driver'] or '-'}"]
     for device in cuda["devices"]:
         lines.append(f"gpu          {device['name']}, capability {device['capability']}, "

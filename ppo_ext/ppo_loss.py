@@ -8,6 +8,7 @@ from . import _native, check, reference
 STAT_NAMES = ("loss/policy", "loss/value", "loss/total", "policy/approxkl", "policy/policykl", "policy/clipfrac",
               "policy/advantages_mean", "policy/ratio_mean", "policy/skipped", "returns/mean", "returns/var",
               "val/vpred", "val/error", "val/clipfrac", "val/mean", "val/var")
+_INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
 _STATS = len(STAT_NAMES) + 1  # the last one is the factor that the saved gradients still lack
 
 _forward, _forward_name = _native.define(
@@ -34,8 +35,8 @@ class _PPOLoss(torch.autograd.Function):
     """The loss, whose gradients are known up to a factor by the time it is."""
 
     @staticmethod
-    def forward(ctx, logprobs, vpreds, loss, stats, grad_logprobs, grad_vpreds):
-        ctx.save_for_backward(stats, grad_logprobs, grad_vpreds)
+    def forward(ctx, logprobs, vpreds, loss, saved):
+        ctx.saved = saved  # neither inputs nor outputs: they need not go through save_for_backward, which takes longer
         return loss.clone()
 
     @staticmethod
@@ -43,24 +44,26 @@ class _PPOLoss(torch.autograd.Function):
         if grad_loss.requires_grad:  # cheaper than once_differentiable; nothing else here could need a second derivative
             raise RuntimeError("ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
                                "ppo_loss is differentiable once")
-        return *_backward(grad_loss, *ctx.saved_tensors), None, None, None, None
+        return *_backward(grad_loss, *ctx.saved), None, None
 
 
-def _prepare(logprobs, others, mask):
-    """The seven inputs, checked, dense and of one dtype; inputs that are so already cost one comparison each."""
-    check.floating("ppo_loss", "logprobs", logprobs)
-    shape, dtype, device = logprobs.shape, logprobs.dtype, logprobs.device
-    tensors, alike = [logprobs], dtype in (torch.float32, torch.float64)
-    for name, x in others:
-        check.floating("ppo_loss", name, x)
-        if x.shape != shape:
+def _prepare(tensors, mask):
+    """The six inputs and the mask, checked, dense and of one dtype; inputs that are so already cost little."""
+    first = tensors[0]
+    check.floating("ppo_loss", "logprobs", first)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    alike = dtype == torch.float32 or dtype == torch.float64
+    for x in tensors[1:]:
+        alike = (alike and isinstance(x, torch.Tensor) and not x.is_nested and x.layout is torch.strided
+                 and x.dtype == dtype and x.shape == shape and x.device == device)
+    if not alike:
+        for name, x in zip(_INPUTS[1:], tensors[1:]):
+            check.floating("ppo_loss", name, x)
             check.shape("ppo_loss", name, x, shape, "logprobs")
-        if x.device != device:
             check.device("ppo_loss", name, x, device, "logprobs")
-        alike = alike and x.dtype == dtype
-        tensors.append(x)
+        tensors = check.same_dtype(*tensors)
     mask = check.mask("ppo_loss", mask, shape, device, "logprobs").contiguous()
-    return [x.contiguous() for x in (tensors if alike else check.same_dtype(*tensors))], mask
+    return [x if x.is_contiguous() else x.contiguous() for x in tensors], mask
 
 
 def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
@@ -112,22 +115,20 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
     if ratio_threshold != ratio_threshold:
         check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
-    others = (("old_logprobs", old_logprobs), ("advantages", advantages), ("vpreds", vpreds), ("values", values),
-              ("returns", returns))
-    tensors, mask = _prepare(logprobs, others, mask)
-    logprobs, vpreds = tensors[0], tensors[3]
-    coefficients = (cliprange, cliprange_value, vf_coef, ratio_threshold)
+    tensors, mask = _prepare((logprobs, old_logprobs, advantages, vpreds, values, returns), mask)
+    logprobs, _, _, vpreds, _, _ = tensors
     if not _native.available(logprobs.device.type):
         return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
                                   vf_coef=vf_coef, ratio_threshold=ratio_threshold)
     loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = _forward(
-        *(x.detach() if x.requires_grad else x for x in tensors), mask, *coefficients)
-    if torch.is_grad_enabled() and (logprobs.requires_grad or vpreds.requires_grad):
-        loss = _PPOLoss.apply(logprobs, vpreds, loss, vector, grad_logprobs, grad_vpreds)
+        *(x.detach() if x.requires_grad else x for x in tensors), mask, cliprange, cliprange_value, vf_coef,
+        ratio_threshold)
+    if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
+        loss = _PPOLoss.apply(logprobs, vpreds, loss, (vector, grad_logprobs, grad_vpreds))
     else:
         check.no_tangent("ppo_loss", "logprobs", logprobs)
         check.no_tangent("ppo_loss", "vpreds", vpreds)
-    stats = dict(zip(STAT_NAMES, vector.unbind(0)))
+    stats = dict(zip(STAT_NAMES, vector.unbind()))
     stats["policy/advantages"] = counted_advantages
     stats["policy/ratio"] = ratio
     return loss, stats

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from .labels import check_labels
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
 from .whiten import masked_mean
 
@@ -111,6 +112,7 @@ class ReportingMixin:
     def _to_host(self, stats):
         """Numpy and floats, averaged over processes; with wandb one-element arrays stay arrays, as in TRL."""
         stats = stats_to_np(self.gather_stats(stats) if self.is_distributed else stats)
+        check_labels(self.current_device)  # the device has been waited for anyway
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if stats["objective/kl"] < -1.0:
             warnings.warn(

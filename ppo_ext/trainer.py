@@ -143,14 +143,24 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         """Advantages, whitened over the tokens that count, and returns.
 
         Args: values, rewards, mask: [B, T-1].
-        Returns: (values, advantages, returns), each [B, T-1], 0 where the mask is 0.
+        Returns: (values, advantages, returns), each [B, T-1]; values and advantages are 0 where the mask is 0.
 
-        Source: TRL 0.11.4, `PPOTrainer.compute_advantages`, to which it is equal where each row's mask is one block.
+        Source: TRL 0.11.4, `PPOTrainer.compute_advantages`, to which it is equal where each row's mask is one block and
+        rewards are not whitened, and everywhere with config.gae_through_padding.
         """
+        values = values.masked_fill(mask == 0, 0.0)
+        passed_over = None if self.config.gae_through_padding else mask
         if self.config.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(values, rewards, mask, gamma=self.config.gamma, lam=self.config.lam)
-        return values.masked_fill(mask == 0, 0.0), masked_whiten(advantages, mask), returns
+            rewards = self._whiten_rewards(rewards, mask)
+        advantages, returns = gae(values, rewards, passed_over, gamma=self.config.gamma, lam=self.config.lam)
+        return values, masked_whiten(advantages, mask), returns
+
+    def _whiten_rewards(self, rewards, mask):
+        """Rewards over the standard deviation of those that count. TRL moves the others' zeros with the mean too."""
+        if self.config.gae_through_padding:
+            weights = (mask != 0).float().clamp(min=1e-30)  # too small a weight to move mean or deviation
+            return masked_whiten(rewards.masked_fill(mask == 0, 0.0), weights, shift_mean=False)
+        return masked_whiten(rewards, mask, shift_mean=False)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

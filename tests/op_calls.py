@@ -12,8 +12,8 @@ TEMPERATURE, FINITE, NOT_NEGATIVE, THRESHOLD, FLAG, AXIS, PENALTY = range(7, 14)
 
 _ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
 ROLES = {
-    "logprobs": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS},
-    "logprobs_and_entropy": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS},
+    "logprobs": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG},
+    "logprobs_and_entropy": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG},
     "full_kl": {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
     "kl_rewards": {"scores": SCORES, "logprobs": TOKENS, "ref_logprobs": TOKENS, "mask": MASK, "kl_coef": FINITE,
                    "kl_penalty": PENALTY, "kls": TOKENS},

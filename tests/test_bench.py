@@ -51,6 +51,10 @@ def _raises(inputs):
     raise RuntimeError("no such kernel\nsecond line")
 
 
+def _stops(inputs):
+    raise KeyboardInterrupt
+
+
 def _case(**implementations):
     runs = {name: run if isinstance(run, str) else suite.Implementation(run) for name, run in implementations.items()}
     return suite.Case("double", "forward", (256, 64), torch.float32,
@@ -85,6 +89,20 @@ def test_without_trl_the_rows_say_so(monkeypatch):
     finally:
         trl_baseline.functions.cache_clear()
     assert set(rows.values()) == {"trl is not installed; pip install trl==0.11.4 rich"}
+
+
+def test_a_stopped_run_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gae, "suite", lambda device, full: [_case(**{suite.OURS: _double}), _case(late=_stops)])
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--only", "gae", "--device", "cpu", "--seconds", "0", "--save", str(tmp_path)])
+    [rows] = render.load(tmp_path).values()
+    assert {row["implementation"] for row in rows} == {suite.OURS, suite.FLOOR}
+
+
+def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_ROOT", tmp_path)
+    monkeypatch.setenv("PPO_EXT_COMMIT", "abc123")
+    assert timing.stamp(CPU)["commit"] == "abc123"
 
 
 def test_competitors_take_turns():

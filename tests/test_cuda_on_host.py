@@ -24,7 +24,11 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSIO
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the fibers switch by x86-64 instructions")
 
 BAD_IDS = """
+import sys
 import torch, ppo_ext
+
+note = torch.zeros(4, dtype=torch.int64)
+sys.modules["ppo_ext.logprobs"].note = lambda device: note
 
 logits = torch.randn(4, 3000, requires_grad=True)
 clean, clean_entropy = ppo_ext.logprobs_and_entropy(logits.detach(), torch.zeros(4, dtype=torch.int64))
@@ -35,6 +39,8 @@ for bad in (-100, -1, 3000, 2**40):
     assert logprobs[1].isnan() and (grad[1] == 0).all()
     assert logprobs[3] == 0 and (grad[3] == 0).all()
     assert torch.equal(logprobs[[0, 2]], clean[[0, 2]]) and (grad[[0, 2]] != 0).any()
+    assert note.tolist() == [1, 1, bad, 3000], note
+    note.zero_()
 """
 
 

@@ -41,7 +41,7 @@ def valid_arguments(name):
                "grad_loss": torch.ones(()), "grad_vpreds": torch.randn(2, 3), "moments": torch.ones(3)}
     inputs |= {name: torch.rand(2, 3) for name in ("entropy", "row_max", "log_sum", "kl", "ref_row_max", "ref_log_sum")}
     inputs |= {"stats": torch.ones(len(STAT_NAMES) + 1), "scores": inputs["scores"].contiguous(),
-               "labels": inputs["labels"].clamp(max=5)}
+               "labels": inputs["labels"].clamp(max=5), "label_note": torch.zeros(4, dtype=torch.int64)}
     return {parameter.name: inputs[parameter.name] for parameter in parameters(OPERATORS[name])}
 
 
@@ -69,6 +69,7 @@ STRIDES = {"every second entry", "stride 0"}
 # vector may have dimensions of size 1 around it.
 NO_FAULTS = {
     ("_logprobs", "logits"): STRIDES | {"float16", "float64", "one short", "one long"},
+    ("_logprobs", "label_note"): {"one more dimension"},
     ("_logprobs_backward", "logits"): STRIDES | {"float16", "one short", "one long"},
     ("_logprobs_backward_", "logits"): {"every second entry", "float16", "one short", "one long"},
     **{(name, logits): STRIDES for name in ("_full_kl", "_full_kl_backward") for logits in ("logits", "ref_logits")},

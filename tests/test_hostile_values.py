@@ -276,6 +276,19 @@ def test_sizes_that_no_memory_holds(op):
         run(op, arguments)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("gae", "kl_rewards")])
+def test_hundreds_of_dimensions(op):
+    arguments = valid_arguments(op, (1, 1))
+    rank = 300
+    deep = {name: x.view([1] * (rank - 2) + list(x.shape)) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()}
+    results = getattr(ppo_ext, op)(**deep)
+    expected = getattr(ppo_ext, op)(**arguments)
+    for result, plain in zip(*(x if isinstance(x, tuple) else (x,) for x in (results, expected))):
+        if isinstance(result, torch.Tensor):
+            assert_same_bits(op, result.flatten(), plain.flatten())
+
+
 @pytest.mark.parametrize("op", ("logprobs", "logprobs_and_entropy", "full_kl"))
 def test_more_leading_dimensions_than_the_kernels_follow(op):
     dims = 9

@@ -104,13 +104,6 @@ def test_coverage_of_architecture_specific_code():
     assert info.coverage((10, 3), ["10.0f"], []) == "SASS 10.0f"
 
 
-def test_cpu_level():
-    v4 = "avx avx2 bmi1 bmi2 f16c fma abm movbe avx512f avx512bw avx512cd avx512dq avx512vl".split()
-    assert info.cpu_level(set(v4)) == "x86-64-v4"
-    assert info.cpu_level(set(v4) - {"avx512vl"}) == "x86-64-v3"
-    assert info.cpu_level(set(v4) - {"fma"}) == "default"
-
-
 def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver="13.0"):
     device = {"name": "a GPU", "capability": "7.5", "covered_by": covered}
     return {"libraries": {"cpu": cpu, "cuda": cuda}, "build": {"sass": ["9.0"], "nvcc": "13.0"},

@@ -1,6 +1,7 @@
 """logprobs and logprobs_and_entropy against float64, torch and TRL, and on everything a caller may pass."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext import labels, reference
 
 INF = math.inf
 
@@ -77,8 +78,10 @@ def test_opcheck(device):
     inputs = logits_inputs((2, 3, 17), torch.float32, device)
     logits, labels, mask = inputs["logits"], inputs["labels"], inputs["mask"]
     ops = torch.ops.ppo_ext
-    torch.library.opcheck(ops._logprobs.default, (logits, labels, mask, 0.8, True))
-    _, entropy, row_max, log_sum = ops._logprobs(logits, labels, mask, 0.8, True)
+    note = torch.zeros(4, dtype=torch.int64, device=device)
+    for label_note in (None, note):
+        torch.library.opcheck(ops._logprobs.default, (logits, labels, mask, 0.8, True, label_note))
+    _, entropy, row_max, log_sum = ops._logprobs(logits, labels, mask, 0.8, True, None)
     saved = (inputs["grad_logprobs"], inputs["grad_entropy"], labels, mask, entropy, row_max, log_sum, 0.8)
     torch.library.opcheck(ops._logprobs_backward.default, (logits, *saved))
     torch.library.opcheck(ops._logprobs_backward_.default, (logits.clone(), *saved))
@@ -272,6 +275,24 @@ def test_rejects_bad_arguments(device):
     for kind, text, arguments, options in cases:
         with pytest.raises(kind, match=text):
             ppo_ext.logprobs(*arguments, **options)
+
+
+def test_validate_looks_at_the_ids_before_anything_else(device, monkeypatch):
+    inputs = logits_inputs((2, 3, 7), torch.float32, device)
+    inputs["labels"][1, 2] = 7
+    monkeypatch.setattr(sys.modules["ppo_ext.logprobs"], "_apply", None)  # what runs the kernel
+    for op in (ppo_ext.logprobs, ppo_ext.logprobs_and_entropy):
+        with pytest.raises(ValueError, match=rf"^{op.__name__}: labels\[1, 2\] must be an id in \[0, 7\), got 7$"):
+            op(inputs["logits"], inputs["labels"], validate=True)
+
+
+def test_check_labels_raises_once(device, monkeypatch):
+    noted = torch.tensor([2, 11, -100, 7], device=device)
+    monkeypatch.setattr(labels, "_NOTES", {noted.device: noted})
+    ppo_ext.check_labels("meta")
+    with pytest.raises(ValueError, match=r"^logprobs: labels must be ids in \[0, 7\), got -100 in row 11 .*; 2 in all"):
+        ppo_ext.check_labels()
+    ppo_ext.check_labels()
 
 
 @pytest.mark.parametrize("label", (-100, -1, 7, 14, 2**40))

@@ -222,7 +222,8 @@ def test_backend_asks_for_torch_only_if_there_is_none(monkeypatch):
 
 
 def make_toolkit(root, release="13.0", lack=()):
-    files = {"nvcc": "bin/nvcc", "header": "include/cuda_runtime.h", "runtime": "lib64/libcudart_static.a"}
+    files = {"nvcc": "bin/nvcc", "header": "include/cuda_runtime.h", "cccl": "include/nv/target",
+             "runtime": "lib64/libcudart_static.a"}
     for name, file in files.items():
         if name not in lack:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -233,19 +234,40 @@ def make_toolkit(root, release="13.0", lack=()):
 
 def test_find_cuda_is_not_fooled_by_a_wrapper(tmp_path):
     """nvcc on $PATH may be a script in a folder that holds no toolkit."""
-    wrapper = make_toolkit(tmp_path / "local", lack=("header", "runtime"))
+    wrapper = make_toolkit(tmp_path / "local", lack=("header", "cccl", "runtime"))
     half = make_toolkit(tmp_path / "half", lack=("runtime",))
     good = make_toolkit(tmp_path / "cuda", "12.8")
     cuda, rejected = find_tools.find_cuda({}, [wrapper, half, good])
     assert (cuda.nvcc, cuda.library, cuda.version) == (good / "bin/nvcc", good / "lib64", "12.8")
-    assert rejected == [f"{wrapper} lacks include/cuda_runtime.h, lib64/libcudart_static.a",
+    assert rejected == [f"{wrapper} lacks include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a",
                         f"{half} lacks lib64/libcudart_static.a"]
 
 
 def test_find_cuda_says_what_each_place_lacks(tmp_path):
     cuda, rejected = find_tools.find_cuda({}, [tmp_path / "none"])
     assert cuda is None
-    assert rejected == [f"{tmp_path / 'none'} lacks bin/nvcc, include/cuda_runtime.h, lib64/libcudart_static.a"]
+    assert rejected == [f"{tmp_path / 'none'} lacks bin/nvcc, include/cuda_runtime.h, include/nv/target, "
+                        "lib64/libcudart_static.a"]
+
+
+@pytest.mark.parametrize("beside", ["torch", "interpreter"])
+def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
+    """pip puts nvcc's packages into nvidia/cu13, the runtime into lib: beside torch, or in this interpreter's folder."""
+    folders = {name: tmp_path / name for name in ("torch", "interpreter")}
+    torch = find_tools.Torch(make_torch(folders["torch"], "2.13.0"), "2.13.0")
+    monkeypatch.setattr(find_tools, "find_torch", lambda env: torch)
+    monkeypatch.setattr(find_tools.sysconfig, "get_path", lambda name: str(folders["interpreter"]))
+    root = make_toolkit(folders[beside] / "nvidia/cu13")
+    (root / "lib64").rename(root / "lib")
+    of_pip = [root for root in find_tools.cuda_roots({"PATH": ""}) if tmp_path in root.parents]
+    cuda, _ = find_tools.find_cuda({}, of_pip)
+    assert cuda == find_tools.Cuda(root / "bin/nvcc", root / "include", root / "lib", "13.0")
+
+
+def test_find_cuda_misses_the_headers_that_nvcc_does_not_bring(tmp_path):
+    """nvidia-cuda-nvcc does not ask for nvidia-cuda-cccl, without which no kernel compiles."""
+    cuda, rejected = find_tools.find_cuda({}, [make_toolkit(tmp_path / "nvidia/cu13", lack=("cccl",))])
+    assert cuda is None and rejected == [f"{tmp_path / 'nvidia/cu13'} lacks include/nv/target"]
 
 
 def test_cuda_home_comes_first(tmp_path):
@@ -300,7 +322,8 @@ def sample_library(folder, text="int answer() { return 42; }\n"):
     (folder / "answer_cpu.cpp").write_text(text)
     cxx = find_tools.find_cxx() or pytest.skip("no C++ compiler here")
     compile = [*cxx, "-fPIC"]
-    return compile_library.Library("answer.so", [folder / "answer_cpu.cpp"], compile, [*cxx, "-shared"], [])
+    source = compile_library.Source(folder / "answer_cpu.cpp")
+    return compile_library.Library("answer.so", [source], compile, [*cxx, "-shared"], [])
 
 
 def test_compile_again_only_after_a_change(tmp_path):

@@ -9,7 +9,7 @@ from conftest import require_trl
 
 import ppo_ext
 
-OURS = {"inplace_logits_grad", "total_ppo_epochs"}  # the second is an attribute in TRL
+OURS = {"gae_through_padding", "inplace_logits_grad", "total_ppo_epochs"}  # the last is an attribute in TRL
 
 
 def test_fields_and_defaults_are_those_of_trl():

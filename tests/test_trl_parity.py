@@ -38,8 +38,11 @@ def make_trainer(library, model, *, padding_side="right", optimizer=None, lr_sch
         )
 
 
-def run(library, name, *, peft_config=None, changes=None, response_masks=None, batches=None, steps=STEPS, **options):
+def run(library, name, *, peft_config=None, changes=None, response_masks=None, batches=None, steps=STEPS, ours=None,
+        **options):
+    """`ours` holds options that TRL does not have."""
     model = with_value_heads(library, name, peft_config, **(changes or {}))
+    options |= ours or {} if library is ppo_ext.trl else {}
     trainer = make_trainer(library, model, **options)
     history = []
     for step in range(steps):
@@ -80,6 +83,11 @@ def assert_parity(name, **options):
 def lora(targets):
     peft = pytest.importorskip("peft")
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def sgd(parameters):
+    # Adam would blow up the rounding errors of gradients that are 0 in exact arithmetic, such as that of a key's bias
+    return torch.optim.SGD(parameters, lr=3e-2)
 
 
 @pytest.mark.parametrize("kl_penalty", ["kl", "abs", "mse", "full"])
@@ -130,6 +138,14 @@ def test_whitened_rewards_without_padding_behind_a_response():
     assert_parity("llama", whiten_rewards=True, padding_side="left")
 
 
+THROUGH_PADDING = {"gae_through_padding": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_penalty": "full"}, {"gradient_accumulation_steps": 2, "gamma": 0.9}], ids=str)
+def test_whitened_rewards_with_padding_behind_responses(options):
+    assert_parity("gpt2", whiten_rewards=True, ours=THROUGH_PADDING, **options)
+
+
 def test_one_block_response_masks():
     def middle(response):
         return torch.tensor([0] + [1] * (len(response) - 2) + [0])
@@ -154,6 +170,11 @@ def test_response_masks_with_holes_skip_the_hole_where_trl_decays():
     assert ours[0][0]["objective/kl"] == pytest.approx(theirs[0][0]["objective/kl"], abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"whiten_rewards": True}, {"gamma": 0.9, "lam": 0.7, "optimizer": sgd}], ids=str)
+def test_response_masks_with_holes_that_decay(options):
+    assert_parity("gpt2", response_masks=with_holes, ours=THROUGH_PADDING, **options)
+
+
 def test_learning_rate_schedule():
     def schedule(optimizer):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -168,11 +189,6 @@ def test_learning_rate_schedule():
 def test_one_update_with_a_clipped_gradient():
     options = {"mini_batch_size": 8, "ppo_epochs": 1, "max_grad_norm": 1e-2, "steps": 1, "optimizer": sgd}
     assert_same_weights(*assert_parity("gpt2", **options))
-
-
-def sgd(parameters):
-    # Adam would blow up the rounding errors of gradients that are 0 in exact arithmetic, such as that of a key's bias
-    return torch.optim.SGD(parameters, lr=3e-2)
 
 
 def assert_same_weights(theirs, ours):

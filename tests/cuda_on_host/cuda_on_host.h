@@ -147,6 +147,13 @@ inline void run_block(std::vector<unsigned>& order) {
 #define gridDim (cuda_on_host::block->grid)
 #define blockDim (cuda_on_host::block->threads)
 
+template <class T>
+T atomicAdd(T* p, T x) {  // fibers take turns, so nothing comes between
+  const T old = *p;
+  *p += x;
+  return old;
+}
+
 inline void __syncthreads() { cuda_on_host::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::warp_barrier(); }
 inline unsigned __shfl_down_sync(unsigned mask, unsigned value, int by) {

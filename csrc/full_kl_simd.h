@@ -1,0 +1,36 @@
+// full_kl_simd.h: what full_kl_simd.cpp computes of one row of the policy's logits and the reference's, at each level.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "full_kl.h"
+#include "levels.h"
+
+namespace ppo_ext {
+
+template <class T>
+struct LogitRowPair {
+  const T *logits, *ref_logits;
+  int64_t stride, ref_stride, V;
+};
+
+template <class A>
+struct KLRowGrad {
+  A max, log_sum, ref_max, ref_log_sum, kl, grad_over_temperature, inv_temperature;
+};
+
+#define PPO_DECLARE_FOR(T)                                                                       \
+  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature);                    \
+  void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride);
+#define PPO_DECLARE(level)                             \
+  namespace level {                                    \
+  PPO_DECLARE_FOR(float)                               \
+  PPO_DECLARE_FOR(torch::headeronly::BFloat16)         \
+  PPO_DECLARE_FOR(torch::headeronly::Half)             \
+  }
+PPO_FOR_EACH_LEVEL(PPO_DECLARE)
+#undef PPO_DECLARE
+#undef PPO_DECLARE_FOR
+
+}  // namespace ppo_ext

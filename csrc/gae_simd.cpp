@@ -1,0 +1,156 @@
+// gae_simd.cpp: the sequences of gae_cpu.cpp, a vector of them side by side, in square tiles that are turned on their
+//               side. What is left of a sequence, and the sequences left over, go token by token, to the same bits.
+
+#include "gae_simd.h"
+#include "simd.h"
+
+namespace ppo_ext {
+namespace {
+
+// What lies to the right: the value and the advantage of the next counted token.
+template <class V>
+struct Carry {
+  V next_value, advantage;
+};
+
+// One token's advantage and return; `carry` moves on to it.
+template <class V>
+struct Step {
+  V advantage, returns;
+};
+
+template <class V>
+PPO_INLINE Step<V> step_of(V value, V reward, V gamma, V gamma_lam, Carry<V>& carry) {
+  const V advantage = gae_step(gae_delta(reward, value, carry.next_value, gamma), carry.advantage, gamma_lam);
+  carry = {value, advantage};
+  return {advantage, advantage + value};
+}
+
+// Tokens [0, end) of one sequence, right to left.
+template <class A>
+PPO_INLINE void scan_tokens(const GAEJob<A>& job, int64_t sequence, int64_t end, Carry<A> carry) {
+  for (int64_t t = end - 1; t >= 0; --t) {
+    const int64_t i = sequence * job.T + t;
+    if (job.mask && !job.mask[i]) {
+      job.advantages[i] = job.returns[i] = A(0);
+      continue;
+    }
+    const Step<A> step = step_of(job.values[i], job.rewards[i], job.gamma, job.gamma_lam, carry);
+    job.advantages[i] = step.advantage;
+    job.returns[i] = step.returns;
+  }
+}
+
+// ---- tiles: kLanesOf<A> tokens of as many sequences ----
+
+template <class A>
+struct Tile {
+  static constexpr int kSize = kLanesOf<A>;
+  vector_of<A> x[kSize];
+
+  PPO_INLINE void load_rows(const A* from, const int64_t (&rows)[kSize]) {
+    for (int s = 0; s < kSize; ++s) x[s] = load(from + rows[s]);
+    transpose<1>();
+  }
+
+  PPO_INLINE void store_rows(A* to, const int64_t (&rows)[kSize]) {
+    transpose<1>();
+    for (int s = 0; s < kSize; ++s) store(to + rows[s], x[s]);
+  }
+
+  // Exchanges the off-diagonal blocks of size 1, then of size 2, and so on.
+  template <int kBlock>
+  PPO_INLINE void transpose() {
+    if constexpr (kBlock < kSize) {
+      condition_of<A> upper, lower;
+      for (int l = 0; l < kSize; ++l) {
+        upper[l] = l & kBlock ? kSize + l - kBlock : l;
+        lower[l] = l & kBlock ? kSize + l : l + kBlock;
+      }
+      for (int s = 0; s < kSize; ++s) {
+        if (s & kBlock) continue;
+        const vector_of<A> a = x[s], b = x[s + kBlock];
+        x[s] = __builtin_shuffle(a, b, upper);
+        x[s + kBlock] = __builtin_shuffle(a, b, lower);
+      }
+      transpose<2 * kBlock>();
+    }
+  }
+};
+
+// Lane s holds the flags of kSize tokens of sequence s, that of token k in bit k.
+template <class A>
+PPO_INLINE condition_of<A> mask_bits(const bool* mask, const int64_t (&rows)[kLanesOf<A>]) {
+  constexpr int kSize = kLanesOf<A>;
+  condition_of<A> bits{};
+  for (int s = 0; s < kSize; ++s) {
+    for (int k = 0; k < kSize; k += 8) {
+      uint64_t flags = 0;
+      std::memcpy(&flags, mask + rows[s] + k, kSize < 8 ? kSize : 8);
+      bits[s] |= (flags * 0x0102040810204080) >> 56 << k;  // the product moves each byte's flag into one of the top bits
+    }
+  }
+  return bits;
+}
+
+template <class A>
+PPO_INLINE bool all_count(condition_of<A> bits) {
+  constexpr int kSize = kLanesOf<A>;
+  bool result = true;
+  for (int s = 0; s < kSize; ++s) result = result && bits[s] == (1 << kSize) - 1;
+  return result;
+}
+
+template <bool kMasked, class A>
+PPO_INLINE void scan_tile(const GAEJob<A>& job, const int64_t (&rows)[kLanesOf<A>], condition_of<A> bits,
+                          Carry<vector_of<A>>& carry) {
+  using V = vector_of<A>;
+  const V gamma = Number<V>::of(job.gamma), gamma_lam = Number<V>::of(job.gamma_lam), zero = Number<V>::of(0);
+  Tile<A> values, rewards;  // become returns and advantages
+  values.load_rows(job.values, rows);
+  rewards.load_rows(job.rewards, rows);
+  for (int k = kLanesOf<A> - 1; k >= 0; --k) {
+    const Carry<V> before = carry;
+    Step<V> step = step_of(values.x[k], rewards.x[k], gamma, gamma_lam, carry);
+    if (kMasked) {
+      const condition_of<A> counts = (bits >> k) & 1;
+      step = {counts ? step.advantage : zero, counts ? step.returns : zero};
+      carry = {counts ? carry.next_value : before.next_value, counts ? carry.advantage : before.advantage};
+    }
+    values.x[k] = step.returns;
+    rewards.x[k] = step.advantage;
+  }
+  values.store_rows(job.returns, rows);
+  rewards.store_rows(job.advantages, rows);
+}
+
+// Up to kLanesOf<A> sequences; the lanes beyond repeat the last one.
+template <class A>
+PPO_INLINE void scan_side_by_side(const GAEJob<A>& job, int64_t first, int count) {
+  constexpr int kSize = kLanesOf<A>;
+  Carry<vector_of<A>> carry{};
+  int64_t t = job.T;
+  for (; t >= kSize; t -= kSize) {
+    int64_t rows[kSize];
+    for (int s = 0; s < kSize; ++s) rows[s] = (first + (s < count ? s : count - 1)) * job.T + t - kSize;
+    const condition_of<A> bits = job.mask ? mask_bits<A>(job.mask, rows) : condition_of<A>{};
+    !job.mask || all_count<A>(bits) ? scan_tile<false>(job, rows, bits, carry) : scan_tile<true>(job, rows, bits, carry);
+  }
+  for (int s = 0; s < count; ++s) scan_tokens<A>(job, first + s, t, {carry.next_value[s], carry.advantage[s]});
+}
+
+template <class A>
+PPO_INLINE void scan_sequences(const GAEJob<A>& job, int64_t first, int count) {
+  constexpr int kSize = kLanesOf<A>;
+  for (; count > kSize / 4; first += kSize, count -= kSize) scan_side_by_side(job, first, count < kSize ? count : kSize);
+  for (int s = 0; s < count; ++s) scan_tokens(job, first + s, job.T, Carry<A>{});
+}
+
+}  // namespace
+
+namespace PPO_LEVEL {
+void scan_group(const GAEJob<float>& job, int64_t first, int count) { scan_sequences(job, first, count); }
+void scan_group(const GAEJob<double>& job, int64_t first, int count) { scan_sequences(job, first, count); }
+}  // namespace PPO_LEVEL
+
+}  // namespace ppo_ext

@@ -1,0 +1,24 @@
+// whiten_simd.h: what whiten_simd.cpp computes of n entries and their weights, at each level.
+#pragma once
+
+#include "levels.h"
+#include "whiten.h"
+
+namespace ppo_ext {
+
+template <class A>
+struct WeightedEntries {
+  const A *values, *weights;
+  int64_t count;
+};
+
+#define PPO_DECLARE_FOR(A)                                                                                                  \
+  Moments<double> moments_of(const WeightedEntries<A>& in);                                                                 \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out);                      \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const Moments<double>& m, bool shift_mean, A* out);
+#define PPO_DECLARE(level) namespace level { PPO_DECLARE_FOR(float) PPO_DECLARE_FOR(double) }
+PPO_FOR_EACH_LEVEL(PPO_DECLARE)
+#undef PPO_DECLARE
+#undef PPO_DECLARE_FOR
+
+}  // namespace ppo_ext
