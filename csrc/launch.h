@@ -74,7 +74,7 @@ void dispatch_logits(const char* op, ScalarType dtype, const F& f) {
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(0));
     case ScalarType::Half: return f(torch::headeronly::Half(0));
     case ScalarType::Double: return f(double(0));
-    default: reject(op, "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype(op, "logits", dtype);
   }
 }
 

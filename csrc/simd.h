@@ -381,7 +381,8 @@ PPO_INLINE f32v exp_of(f32v x) {
   const f32v bounded = min_or_second(high, max_or_second(low, x));
   const f32v n = whole_part(bounded * float(kLog2E));
   const f32v rest = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  return x > high ? splat(INFINITY) : times_power(exp2_fraction(rest * float(kLog2E)), n);
+  const f32v inside = times_power(exp2_fraction(rest * float(kLog2E)), n);
+  return x > high ? splat(INFINITY) : (x < low ? splat(0.0f) : inside);
 }
 
 }  // namespace
