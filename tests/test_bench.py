@@ -141,7 +141,7 @@ def test_peak_memory_sees_a_temporary(size):
 def tiny_shapes(monkeypatch):
     monkeypatch.setitem(cases.LOGITS, "cpu", ([(12, 37)], [(12, 37)]))
     monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
-    monkeypatch.setattr(cases, "STEP", (4, 16, 67))
+    monkeypatch.setattr(cases, "STEPS", (cases.Step("small", 4, 16, 67, 32, 2, 4),))
     for op in cases.TOKENS:
         monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
 
