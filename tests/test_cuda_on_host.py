@@ -18,7 +18,9 @@ TESTS = build.HERE.parent
 # On CUDA an id outside the vocabulary gives NaN instead of an error; that has a test of its own below.
 SELECTION = "not ids_outside_the_vocabulary and not equals_trl"
 OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
+HOSTILE_TESTS = [f"test_{name}.py" for name in ("hostile_values", "hostile_operators", "properties")]
 RUNS = {"ops, seed 0": (0, OP_TESTS), "ops, seed 1": (1, OP_TESTS),
+        "hostile inputs, random inputs": (3, HOSTILE_TESTS),
         "bounds and sizes": (2, ["test_large.py", "cuda_on_host/only_on_host.py"])}
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
@@ -57,7 +59,7 @@ def run(package, *arguments, seed):
 
 def run_tests(package, names, seed, selection=SELECTION):
     files = [str(TESTS / name) for name in names]
-    return run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(TESTS), "-c", os.devnull,
+    return run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--rootdir", str(TESTS), "-c", os.devnull,
                "-k", selection, *files, seed=seed)
 
 

@@ -144,7 +144,7 @@ def package(folder, replaced=None):
 def environment(folder, seed):
     """The variables for a process that runs the package in `folder`. Torch's memory is AddressSanitizer's there, and
     holds 0xff, thus NaN, until it is written."""
-    options = {"detect_leaks": 0, "detect_odr_violation": 0, "alloc_dealloc_mismatch": 0,
+    options = {"detect_leaks": 0, "detect_odr_violation": 0, "alloc_dealloc_mismatch": 0, "allocator_may_return_null": 1,
                "malloc_fill_byte": 255, "max_malloc_fill_size": 2**30}
     return {**os.environ, "LD_PRELOAD": " ".join(preloaded()), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
             "ASAN_OPTIONS": ":".join(f"{name}={value}" for name, value in options.items()),
