@@ -52,13 +52,13 @@ SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bo
   return PPO_AT_LEVEL(row_state, row, inv_temperature, with_entropy);
 }
 
-// p (alpha - beta log p) in terms of y = log2 of p times the row's sum.
+// p (alpha - beta log p) in terms of the distance to the largest logit.
 template <class T>
 void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum, float inv_temperature, T* out,
                    int64_t out_stride) {
   const double share = std::exp(-double(log_sum)), at_zero = share * (grad.alpha + double(grad.beta) * log_sum);
-  const RowGrad in_powers_of_two{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * kLn2)};
-  PPO_AT_LEVEL(fill_gradient, row, in_powers_of_two, out, out_stride);
+  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * inv_temperature)};
+  PPO_AT_LEVEL(fill_gradient, row, from_max, out, out_stride);
 }
 
 // ---- ranges of rows ----
