@@ -1,22 +1,26 @@
-"""One `PPOTrainer.step`, ours against TRL's, on the same small GPT-2 with its full vocabulary, batch and scores.
+"""One `PPOTrainer.step`, ours against TRL's: the same GPT-2 with its full vocabulary, batch, scores and seeds.
 
-The model's own forward and backward passes are in both times, so this is the gain a user sees with a backbone this
-small, and less with a larger one. The learning rate is 0: every step then does the same work on the same numbers. There
-is no float64 run of a step; what is checked is that both give the same statistics. No memory floor is meaningful here.
+The first rows time the whole step, the model's own passes included: this is the gain a user sees with a backbone of this
+size. The rows after them split it: forward passes of policy and reference, the backward pass below the logits, the
+optimizer, and the rest, which is the loss path. Peak memory is what a step needs above what is held between steps, in
+buffers of the logits' size. The learning rate is 0: every step then does the same work on the same numbers. There is no
+float64 run of a step; what is checked is that both give the same statistics. No memory floor is meaningful here.
 """
 
 import copy
+import dataclasses
+import math
 import types
 import warnings
 
 import torch
 
-from . import cases, trl_baseline
+from . import cases, timing, trl_baseline
 from .suite import OURS, Case, Implementation
 
 _STATS = ("objective/kl", "ppo/mean_non_score_reward", "ppo/loss/value", "ppo/policy/entropy", "ppo/returns/mean",
           "ppo/returns/var")
-_HIDDEN, _LAYERS, _HEADS = 128, 2, 4
+_FORWARD, _BACKWARD, _OPTIMIZER, _LOSS_PATH = "forward passes", "backward below the logits", "optimizer", "loss path"
 
 
 def _ours():
@@ -35,17 +39,16 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def _make(shape, device):
+def _make(step, device):
     """The batch, the two backbones, and the first value head, which all implementations start from."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    batch_size, tokens, vocabulary = shape
-    config = GPT2Config(vocab_size=vocabulary, n_positions=tokens, n_embd=_HIDDEN, n_layer=_LAYERS, n_head=_HEADS,
-                        bos_token_id=1, eos_token_id=1, pad_token_id=0)
-    ids = torch.randint(3, vocabulary, (batch_size, tokens), device=device)
-    return {"queries": list(ids[:, :tokens // 4]), "responses": list(ids[:, tokens // 4:]),
-            "scores": list(torch.randn(batch_size, device=device)), "policy": GPT2LMHeadModel(config),
-            "reference": GPT2LMHeadModel(config), "v_head": 0.2 * torch.randn(1, _HIDDEN)}
+    config = GPT2Config(vocab_size=step.vocabulary, n_positions=step.tokens, n_embd=step.hidden, n_layer=step.layers,
+                        n_head=step.heads, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    ids = torch.randint(3, step.vocabulary, (step.batch_size, step.tokens), device=device)
+    return {"queries": list(ids[:, :step.tokens // 4]), "responses": list(ids[:, step.tokens // 4:]),
+            "scores": list(torch.randn(step.batch_size, device=device)), "policy": GPT2LMHeadModel(config),
+            "reference": GPT2LMHeadModel(config), "v_head": 0.2 * torch.randn(1, step.hidden)}
 
 
 def _trainer(library, inputs):
@@ -60,19 +63,88 @@ def _trainer(library, inputs):
     return library.PPOTrainer(settings, model, ref_model, _tokenizer())
 
 
-def _stepper(find_library):
+class _Stepper:
     """run(inputs) -> the statistics of one step; the trainer is built on the first call for these inputs."""
-    trainers = {}
 
-    def run(inputs):
+    def __init__(self, find_library):
+        self._find_library, self._trainers = find_library, {}
+
+    def trainer(self, inputs):
+        if id(inputs["policy"]) not in self._trainers:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._trainers[id(inputs["policy"])] = _trainer(self._find_library(), inputs)
+        return self._trainers[id(inputs["policy"])]
+
+    def __call__(self, inputs):
+        trainer = self.trainer(inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if id(inputs["policy"]) not in trainers:
-                trainers[id(inputs["policy"])] = _trainer(find_library(), inputs)
-            stats = trainers[id(inputs["policy"])].step(inputs["queries"], inputs["responses"], inputs["scores"])
+            stats = trainer.step(inputs["queries"], inputs["responses"], inputs["scores"])
         return [torch.tensor(stats[name], dtype=torch.float64) for name in _STATS]
 
-    return run
+
+# ---- where the time goes --------------------------------------------------------------------------------------------
+
+
+def _watch_backbone(backbone, parts):
+    """Times forward passes, and begins the backward part when the gradient reaches the logits."""
+    def after(module, arguments, output):
+        parts.end(_FORWARD)
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        if logits.requires_grad:
+            logits.register_hook(lambda grad: parts.begin(_BACKWARD))
+
+    return [backbone.register_forward_pre_hook(lambda *_: parts.begin(_FORWARD)), backbone.register_forward_hook(after)]
+
+
+def _timed(function, before, after):
+    def timed(*arguments, **options):
+        before()
+        result = function(*arguments, **options)
+        after()
+        return result
+
+    return timed
+
+
+def parts_of(stepper, inputs, device):
+    """{part: milliseconds} of one step."""
+    trainer, parts = stepper.trainer(inputs), timing.Parts(device)
+    accelerator, optimizer = trainer.accelerator, trainer.optimizer
+    hooks = [hook for model in (trainer.model, trainer.ref_model)
+             for hook in _watch_backbone(accelerator.unwrap_model(model).pretrained_model, parts)]
+    backward, update = accelerator.backward, optimizer.step
+    accelerator.backward = _timed(backward, lambda: None, lambda: parts.end(_BACKWARD))
+    optimizer.step = _timed(update, lambda: parts.begin(_OPTIMIZER), lambda: parts.end(_OPTIMIZER))
+    try:
+        parts.begin("step")
+        stepper(inputs)
+        parts.end("step")
+    finally:
+        accelerator.backward, optimizer.step = backward, update
+        for hook in hooks:
+            hook.remove()
+    known = {name: parts.ms[name] for name in (_FORWARD, _BACKWARD, _OPTIMIZER)}
+    return {_LOSS_PATH: parts.ms["step"] - sum(known.values()), **known}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase(Case):
+    """Adds a row for each part of the step."""
+    rounds: int = 3
+
+    def more_rows(self, inputs, names, device):
+        samples = {name: [] for name in names}
+        for _ in range(self.rounds):
+            for name in names:
+                samples[name].append(parts_of(self.implementations[name].run, inputs, device))
+        for part in (_FORWARD, _LOSS_PATH, _BACKWARD, _OPTIMIZER):
+            for name, found in samples.items():
+                timed = timing.summary([parts[part] for parts in found])
+                yield {"pass": f"{self.pass_name}: {part}", "implementation": name, "version": "", "shown": True, "error": None,
+                       "note": "", "selected": part == _LOSS_PATH, **dataclasses.asdict(self.settings(device)[0]),
+                       **dataclasses.asdict(timed)}
 
 
 def _trl_or_reason():
@@ -80,11 +152,15 @@ def _trl_or_reason():
         trl_baseline.functions()
     except trl_baseline.Unavailable as error:
         return str(error)
-    return Implementation(_stepper(trl_baseline.functions))
+    return Implementation(_Stepper(trl_baseline.functions))
 
 
 def suite(device, full):
-    shape, ours, trl = cases.STEP, Implementation(_stepper(_ours)), _trl_or_reason()
-    yield Case("step", "PPOTrainer.step", shape, torch.float32, make=lambda device: _make(shape, device),
-               reference=(ours if isinstance(trl, str) else trl).run,
-               implementations={OURS: ours, trl_baseline.NAME: trl}, traffic=None)
+    for step in cases.STEPS if full else cases.STEPS[:1]:
+        ours, trl = Implementation(_Stepper(_ours)), _trl_or_reason()
+        shape = step.batch_size, step.tokens, step.vocabulary
+        yield StepCase("step", f"PPOTrainer.step, {step.name}", shape, torch.float32,
+                       make=lambda device, step=step: _make(step, device),
+                       reference=(ours if isinstance(trl, str) else trl).run,
+                       implementations={OURS: ours, trl_baseline.NAME: trl}, traffic=None, featured=True,
+                       buffer_bytes=math.prod(shape) * torch.float32.itemsize)

@@ -1,20 +1,22 @@
 """Shapes and dtypes of every benchmark, the quick selection and the full list; the inputs are those of the tests."""
 
+import dataclasses
+
 import torch
 
 from tests import cases as shared
 from tests.cases import GPT2, LLAMA, QWEN, token_inputs
 
-__all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEP", "head_shape", "linear_shape", "logits_inputs", "logits_shapes",
+__all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEPS", "Step", "head_shape", "linear_shape", "logits_inputs", "logits_shapes",
            "token_inputs", "token_shapes"]
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
 # [rows, vocabulary] of the ops on logits: (selection, full)
-LOGITS = {"cpu": ([(512, GPT2)], [(512, GPT2), (1024, GPT2), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
+LOGITS = {"cpu": ([(512, GPT2)], [(512, GPT2), (1024, GPT2), (1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
           "cuda": ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {"gae": ([(64, 512)], [(64, 512), (8, 128), (512, 1024), (8, 8192)]),
+TOKENS = {"gae": ([(64, 512)], [(64, 512), (64, 1024), (8, 128), (512, 1024), (8, 8192)]),
           "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
@@ -22,7 +24,6 @@ TOKENS = {"gae": ([(64, 512)], [(64, 512), (8, 128), (512, 1024), (8, 8192)]),
 HEAD = {"cpu": (8, 64, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
 LINEAR = {"cpu": (256, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
-STEP = (4, 64, GPT2)  # [batch size, tokens of query and response, vocabulary] of a whole PPO step
 # what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
 TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
 # what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches
@@ -37,6 +38,22 @@ def logits_inputs(shape, dtype, device):
     if shape[0] != 1:
         return shared.logits_inputs(shape, dtype, device)
     return {name: x[1:] for name, x in shared.logits_inputs((2, *shape[1:]), dtype, device).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A whole PPO step: the batch, one mini batch, and the GPT-2 it trains."""
+    name: str
+    batch_size: int
+    tokens: int  # of query and response
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+
+
+STEPS = (Step("2 layers of 128", 4, 64, GPT2, 128, 2, 4), Step("GPT-2 small", 4, 64, GPT2, 768, 12, 12),
+         Step("2 layers of 128, long", 8, 256, GPT2, 128, 2, 4))
 
 
 def logits_shapes(device, full):

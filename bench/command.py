@@ -74,7 +74,8 @@ def main(argv=None):
     measured = []
     for case in (bar := tqdm.tqdm(cases, unit="case", file=sys.stderr)):
         bar.set_description(case.title)
-        new = [{**row, "selected": case.title in selection} for row in case.rows(device, seconds=arguments.seconds)]
+        selected = case.featured or case.title in selection
+        new = [{"selected": selected, **row} for row in case.rows(device, seconds=arguments.seconds)]
         measured += new
         if arguments.save:
             rows.save(new, arguments.save)  # at once: a run that is stopped leaves what it has measured

@@ -38,8 +38,8 @@ class Result:
 
 _OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
 # of the suite: what has a step of its own, and what a device changes nothing of
-_NOT_SUITE = [*_OPS, *(f"tests/test_{name}.py" for name in ("gpu", "on_gpu", "static_report", "cuda_on_host", "packaging",
-                                                            "bench", "demo", "demo_parts"))]
+_NOT_SUITE = [*_OPS, *(f"tests/test_{name}.py" for name in ("gpu", "on_gpu", "static_report", "cuda_on_host", "host_layer",
+                                                            "planted_faults", "packaging", "bench", "demo", "demo_parts"))]
 _LOADED = """
 import sys, ppo_ext
 state = ppo_ext._native.status()[sys.argv[1]]

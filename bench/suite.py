@@ -58,6 +58,7 @@ class Case:
     kind: str = "speed"               # speed, overhead, or sweep over what
     buffer_bytes: int | None = None   # the unit of peak memory; None: it is not taken
     capturable: bool = False          # whether a CUDA graph can hold it
+    featured: bool = False            # in the README though too slow for the selection
 
     @property
     def title(self):
@@ -83,7 +84,12 @@ class Case:
         for setting in others:
             right = {name: attempt for name, attempt in attempts.items() if attempt.call}
             rows += [{**common, **row, "shown": False} for row in self._timed(right, device, setting, seconds)]
-        return rows
+        right = [name for name, attempt in attempts.items() if attempt.call]
+        return rows + [{**common, **row} for row in self.more_rows(inputs, right, device)]
+
+    def more_rows(self, inputs, names, device):
+        """What a kind of case measures beside whole calls of these implementations, which were found right."""
+        return ()
 
     def settings(self, device):
         """In which settings the case is timed; the first is the one that tables show."""

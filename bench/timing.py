@@ -4,6 +4,7 @@ Competitors take turns within each round, so that a drift of the machine (clock,
 alike. Every number of one table comes from one such run.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -148,10 +149,10 @@ def measure(calls, device, *, setting=Setting(), seconds=2.0, min_rounds=5, max_
             order = order[1:] + order[:1]  # nobody runs always after the same neighbour
     finally:
         gc.enable()
-    return {name: _summary(ms) for name, ms in samples.items()}
+    return {name: summary(ms) for name, ms in samples.items()}
 
 
-def _summary(ms):
+def summary(ms):
     ordered = sorted(ms)
     last = len(ordered) - 1
     p20, p50, p80 = (ordered[round(q * last)] for q in (0.2, 0.5, 0.8))
@@ -173,3 +174,21 @@ def floor_call(traffic, device):
         return copy.clone() if copy is not None else None
 
     return move
+
+
+class Parts:
+    """Milliseconds that the named parts of one call took. A part may come several times, and lie within no other."""
+
+    def __init__(self, device):
+        self.ms = collections.defaultdict(float)
+        self._device, self._begun = device, {}
+
+    def _now(self):
+        _synchronize(self._device)
+        return time.perf_counter() * 1e3
+
+    def begin(self, name):
+        self._begun[name] = self._now()
+
+    def end(self, name):
+        self.ms[name] += self._now() - self._begun.pop(name)

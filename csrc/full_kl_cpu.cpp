@@ -157,14 +157,13 @@ void dispatch(const Arguments& in) {
     case ScalarType::BFloat16: return run<torch::headeronly::BFloat16, float>(in);
     case ScalarType::Half: return run<torch::headeronly::Half, float>(in);
     case ScalarType::Double: return run<double, double>(in);
-    default: reject("full_kl", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype("full_kl", "logits", in.logits.scalar_type());
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
                                                                double temperature) {
-  logit_rows("full_kl", "logits", logits);
-  check_full_kl(logits, ref_logits, mask);
+  check_full_kl(logits, ref_logits, mask, temperature);
   const auto row = [&] { return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type())); };
   Tensor kl = row(), max = row(), log_sum = row(), ref_max = row(), ref_log_sum = row();
   dispatch({logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, nullptr, nullptr});
@@ -172,9 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Te
 }
 
 void run_backward(const Tensor& grad, const Arguments& in) {
-  logit_rows("full_kl", "logits", in.logits);
-  check_full_kl(in.logits, in.ref_logits, in.mask);
-  check_row_stats("full_kl", in.logits, {in.grad_kl, &in.kl, &in.max, &in.log_sum, &in.ref_max, &in.ref_log_sum});
+  check_full_kl(in.logits, in.ref_logits, in.mask, in.temperature);
+  check_row_stats("full_kl", in.logits,
+                  {{"grad_kl", *in.grad_kl}, {"kl", in.kl}, {"row_max", in.max}, {"log_sum", in.log_sum},
+                   {"ref_row_max", in.ref_max}, {"ref_log_sum", in.ref_log_sum}});
   Arguments with_grad = in;
   with_grad.grad = &grad;
   dispatch(with_grad);
@@ -189,6 +189,7 @@ Tensor full_kl_backward_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, st
 
 void full_kl_backward_inplace_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
                                   Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+  require_no_overlap("full_kl", "logits", logits);
   run_backward(logits, {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
 }
 

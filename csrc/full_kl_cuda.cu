@@ -146,8 +146,7 @@ struct StatTensors {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
                                                                 double temperature) {
-  logit_rows("full_kl", "logits", logits);
-  check_full_kl(logits, ref_logits, mask);
+  check_full_kl(logits, ref_logits, mask, temperature);
   const Launcher launch("full_kl", logits);
   const auto row = [&] { return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type())); };
   Tensor kl = row(), max = row(), log_sum = row(), ref_max = row(), ref_log_sum = row();
@@ -168,9 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, T
 
 void run_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& grad_kl, const std::optional<Tensor>& mask,
                   const StatTensors& saved, double temperature, const Tensor& grad) {
-  logit_rows("full_kl", "logits", logits);
-  check_full_kl(logits, ref_logits, mask);
-  check_row_stats("full_kl", logits, {&grad_kl, &saved.kl, &saved.max, &saved.log_sum, &saved.ref_max, &saved.ref_log_sum});
+  check_full_kl(logits, ref_logits, mask, temperature);
+  check_row_stats("full_kl", logits,
+                  {{"grad_kl", grad_kl}, {"kl", saved.kl}, {"row_max", saved.max}, {"log_sum", saved.log_sum},
+                   {"ref_row_max", saved.ref_max}, {"ref_log_sum", saved.ref_log_sum}});
   const Launcher launch("full_kl", logits);
   dispatch_logits("full_kl", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -193,6 +193,7 @@ Tensor full_kl_backward_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, s
 
 void full_kl_backward_inplace_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
                                    Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+  require_no_overlap("full_kl", "logits", logits);
   run_backward(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum}, temperature, logits);
 }
 

@@ -1,5 +1,5 @@
 // full_kl_simd.cpp: the rows of full_kl_cpu.cpp, a vector of logits at a time, in blocks that stay in the first cache.
-// Sums      8 vectors in fp32, in pairs, the rest in fp64, in an order that depends on V only
+// Sums      8 vectors in fp32, the rest in fp64, in an order that depends on V only
 
 #include "full_kl_simd.h"
 #include "simd.h"
@@ -8,64 +8,75 @@ namespace ppo_ext {
 namespace {
 
 constexpr int kBlock = 2048;
-constexpr int kGroup = 8;  // vectors whose terms are added in fp32, in pairs
+constexpr int kGroup = 8;  // vectors whose terms are added in fp32
 // How far, in powers of 2, a logit may exceed its origin before the block is redone: the divergence is a small difference,
 // and what the origins are off by adds to the terms of it.
 constexpr float kSlack = 0.5f;
 
 // ---- forward ----
 
-// The policy's and the reference's origins; what they multiply their distances with is the same.
+// The policy's and the reference's origins, and the powers of 2 of distances to them.
 struct Origins {
-  float policy, ref, scale;
+  float policy, ref;
+  Powers powers;
 };
 
-struct Terms {
-  f32v power, ref_power, weighted;  // as in KLState, in powers of 2
+// In fp32, of some vectors: e, e' and e (d - d'), d = x - origin, e = 2^(d scale), and the largest logits. Without bounds
+// a -inf gives NaN where bounds are optional.
+struct VectorSums {
+  f32v power, ref_power, weighted, top, ref_top;
 };
 
-struct Sums {
-  LaneSum sum, ref_sum, weighted;
-  f32v top, ref_top;
-
-  PPO_INLINE void add(const Terms& terms) {
-    sum.add(terms.power);
-    ref_sum.add(terms.ref_power);
-    weighted.add(terms.weighted);
-  }
-
-  PPO_INLINE KLState<double> state() const {
-    return {max_lanes(top), sum.total(), max_lanes(ref_top), ref_sum.total(), kLn2 * weighted.total()};
-  }
-};
-
-PPO_INLINE Terms terms_of(f32v x, f32v ref_x, const Origins& origin, Sums& sums) {
+template <bool kBounds>
+PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, VectorSums& sums) {
   sums.top = max_or_second(x, sums.top);
   sums.ref_top = max_or_second(ref_x, sums.ref_top);
-  const f32v power = exp2_of((x - origin.policy) * origin.scale), ref_power = exp2_of((ref_x - origin.ref) * origin.scale);
-  // y - y' from x - x', which loses nothing where the two are close. Where the policy has no probability the term is 0,
+  const Powers& powers = origin.powers;
+  const Power e = powers.of_bounded(powers.bounded<kBounds>(x - origin.policy));
+  const Power ref_e = powers.of_bounded(powers.bounded<kBounds>(ref_x - origin.ref));
+  // d - d' from x - x', which loses nothing where the two are close. Where the policy has no probability the term is 0,
   // even against a -inf of the reference; a NaN stays.
-  const f32v gap = ((x - ref_x) - (origin.policy - origin.ref)) * origin.scale;
-  return {power, ref_power, power == splat(0.0f) ? splat(0.0f) : power * gap};
+  const f32v gap = (x - ref_x) - (origin.policy - origin.ref);
+  sums.power = e.plus(sums.power);
+  sums.ref_power = ref_e.plus(sums.ref_power);
+  sums.weighted += e.value() == splat(0.0f) ? splat(0.0f) : e.value() * gap;
 }
 
-template <class T>
-PPO_INLINE KLState<double> block_state(const T* x, const T* ref_x, int n, const Origins& origin) {
-  Sums sums{{}, {}, {}, splat(-INFINITY), splat(-INFINITY)};
+struct Sums {
+  LaneSum power, ref_power, weighted;
+  f32v top = splat(-INFINITY), ref_top = top;
+
+  PPO_INLINE VectorSums next() const { return {splat(0.0f), splat(0.0f), splat(0.0f), top, ref_top}; }
+
+  PPO_INLINE void add(const VectorSums& sums) {
+    power.add(sums.power);
+    ref_power.add(sums.ref_power);
+    weighted.add(sums.weighted);
+    top = sums.top;
+    ref_top = sums.ref_top;
+  }
+};
+
+template <bool kBounds, class T>
+PPO_INLINE KLState<double> block_state(const T* x, const T* ref_x, int n, const Origins& origin, float scale) {
+  Sums sums;
   int i = 0;
   for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
-    f32v power[kGroup], ref_power[kGroup], weighted[kGroup];
-    for (int k = 0; k < kGroup; ++k) {
-      const Terms terms = terms_of(load(x + i + k * kLanes), load(ref_x + i + k * kLanes), origin, sums);
-      power[k] = terms.power;
-      ref_power[k] = terms.ref_power;
-      weighted[k] = terms.weighted;
+    VectorSums group = sums.next();
+    for (int k = 0; k < kGroup; k += 2) {
+      const Pair pair = load_pair(x + i + k * kLanes), ref_pair = load_pair(ref_x + i + k * kLanes);
+      for (int half = 0; half < 2; ++half) add_terms<kBounds>(pair.x[half], ref_pair.x[half], origin, group);
     }
-    sums.add({sum_in_pairs(power), sum_in_pairs(ref_power), sum_in_pairs(weighted)});
+    sums.add(group);
   }
-  for (; i + kLanes <= n; i += kLanes) sums.add(terms_of(load(x + i), load(ref_x + i), origin, sums));
-  if (i < n) sums.add(terms_of(load_logits_tail(x + i, n - i), load_logits_tail(ref_x + i, n - i), origin, sums));
-  return sums.state();
+  for (; i < n; i += kLanes) {
+    VectorSums one = sums.next();
+    i + kLanes <= n ? add_terms<true>(load(x + i), load(ref_x + i), origin, one)
+                    : add_terms<true>(load_logits_tail(x + i, n - i), load_logits_tail(ref_x + i, n - i), origin, one);
+    sums.add(one);
+  }
+  return {max_lanes(sums.top), sums.power.total(), max_lanes(sums.ref_top), sums.ref_power.total(),
+          kLn2 * scale * sums.weighted.total()};
 }
 
 PPO_INLINE bool exceeds(double top, double origin, float scale) { return top > origin && !((top - origin) * scale <= kSlack); }
@@ -75,8 +86,10 @@ template <class T>
 PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_temperature) {
   T buffer[kBlock], ref_buffer[kBlock];
   const float scale = inv_temperature * float(kLog2E);
+  const Powers powers(scale);
   KLState<double> state = kl_empty<double>();  // its maxima are the origins
   double max = -INFINITY, ref_max = -INFINITY;
+  bool bounds = !Powers::kBoundsAreOptional;  // true from the block on that shows that it takes them
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
@@ -84,8 +97,14 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
     if (state.max == -INFINITY) state.max = block_max(x, n);
     if (state.ref_max == -INFINITY) state.ref_max = block_max(ref_x, n);
     const auto read_block = [&]() PPO_INLINE_LAMBDA {
-      return block_state(x, ref_x, n, {state.max == -INFINITY ? 0.0f : float(state.max),
-                                       state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), scale});
+      const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max),
+                           state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), powers};
+      if (!bounds) {
+        const KLState<double> block = block_state<false>(x, ref_x, n, origin, scale);
+        if (block.sum + block.ref_sum == block.sum + block.ref_sum) return block;
+        bounds = true;
+      }
+      return block_state<true>(x, ref_x, n, origin, scale);
     };
     KLState<double> block = read_block();
     const bool moves = exceeds(block.max, state.max, scale), ref_moves = exceeds(block.ref_max, state.ref_max, scale);
@@ -104,24 +123,29 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
 
 // ---- backward ----
 
-PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r) {
+PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r, const Powers& powers) {
   const f32v log_p = (x - r.max) * r.inv_temperature - r.log_sum;
   const f32v log_q = (ref_x - r.ref_max) * r.inv_temperature - r.ref_log_sum;
-  const f32v p = exp2_of(log_p * float(kLog2E));
+  const f32v p = powers.of(log_p).value();
   return p == splat(0.0f) ? splat(0.0f) : r.grad_over_temperature * p * ((log_p - log_q) - r.kl);
 }
 
 template <class T>
 PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride) {
   T buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock];
+  const Powers powers{float(kLog2E)};
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
     const T* ref_x = contiguous_block(row.ref_logits, begin, n, row.ref_stride, ref_buffer);
     T* y = out_stride == 1 ? out + begin : out_buffer;
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(y + i, gradient_of(load(x + i), load(ref_x + i), grad));
-    if (i < n) store_tail(y + i, gradient_of(load_tail(x + i, n - i), load_tail(ref_x + i, n - i), grad), n - i);
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Pair pair = load_pair(x + i), ref_pair = load_pair(ref_x + i);
+      store_pair(y + i, {{gradient_of(pair.x[0], ref_pair.x[0], grad, powers), gradient_of(pair.x[1], ref_pair.x[1], grad, powers)}});
+    }
+    for (; i + kLanes <= n; i += kLanes) store(y + i, gradient_of(load(x + i), load(ref_x + i), grad, powers));
+    if (i < n) store_tail(y + i, gradient_of(load_tail(x + i, n - i), load_tail(ref_x + i, n - i), grad, powers), n - i);
     if (out_stride != 1)
       for (int j = 0; j < n; ++j) std::memcpy(out + (begin + j) * out_stride, y + j, sizeof(T));
   }

@@ -30,7 +30,7 @@ void launch(const Tensor& values, const Tensor& rewards, const bool* mask, const
 }
 
 std::tuple<Tensor, Tensor> gae_cpu(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma, double lam) {
-  check_gae(values, rewards, mask);
+  check_gae(values, rewards, mask, gamma, lam);
   Tensor advantages = new_token_tensor(values, 2, values.scalar_type()), returns = new_token_tensor(values, 2, values.scalar_type());
   const auto f = values.scalar_type() == ScalarType::Double ? launch<double> : launch<float>;
   f(values, rewards, mask_pointer(mask), advantages, returns, gamma, lam);

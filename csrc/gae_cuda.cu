@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
 // ---- entry points ----
 
 std::tuple<Tensor, Tensor> gae_cuda(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma, double lam) {
-  check_gae(values, rewards, mask);
+  check_gae(values, rewards, mask, gamma, lam);
   const Launcher launch("gae", values);
   Tensor advantages = new_token_tensor(values, 2, values.scalar_type()), returns = new_token_tensor(values, 2, values.scalar_type());
   dispatch_floats(values.scalar_type(), [&](auto zero) {

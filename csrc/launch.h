@@ -19,7 +19,11 @@
 
 namespace ppo_ext {
 
-constexpr int64_t kMaxBlocks = 2147483647;  // of a grid's first dimension; kernels loop over what is beyond
+#if defined(__CUDACC__)
+constexpr int64_t max_blocks() { return 2147483647; }  // of a grid's first dimension; kernels loop over what is beyond
+#else
+using cuda_on_host::max_blocks;
+#endif
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -47,12 +51,12 @@ class Launcher {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
     if (blocks == 0) return;
-    const unsigned grid = unsigned(std::min(blocks, kMaxBlocks));
+    const unsigned grid = unsigned(std::min(blocks, max_blocks()));
 #if defined(__CUDACC__)
     kernel<<<grid, threads, 0, stream_>>>(arguments...);
     check_launch(op_);
 #else
-    run_on_host(grid, threads, [&] { kernel(arguments...); });
+    cuda_on_host::run_on_host(op_, grid, threads, [&] { kernel(arguments...); });
 #endif
   }
 
@@ -70,7 +74,7 @@ void dispatch_logits(const char* op, ScalarType dtype, const F& f) {
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(0));
     case ScalarType::Half: return f(torch::headeronly::Half(0));
     case ScalarType::Double: return f(double(0));
-    default: reject(op, "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype(op, "logits", dtype);
   }
 }
 

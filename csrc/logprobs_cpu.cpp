@@ -52,13 +52,13 @@ SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bo
   return PPO_AT_LEVEL(row_state, row, inv_temperature, with_entropy);
 }
 
-// p (alpha - beta log p) in terms of y = log2 of p times the row's sum.
+// p (alpha - beta log p) in terms of the distance to the largest logit.
 template <class T>
 void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum, float inv_temperature, T* out,
                    int64_t out_stride) {
   const double share = std::exp(-double(log_sum)), at_zero = share * (grad.alpha + double(grad.beta) * log_sum);
-  const RowGrad in_powers_of_two{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * kLn2)};
-  PPO_AT_LEVEL(fill_gradient, row, in_powers_of_two, out, out_stride);
+  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * inv_temperature)};
+  PPO_AT_LEVEL(fill_gradient, row, from_max, out, out_stride);
 }
 
 // ---- ranges of rows ----
@@ -158,8 +158,9 @@ void forward(const Tensor& logits, const LogitRows& rows, const Tensor& labels, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor labels, std::optional<Tensor> mask,
                                                         double temperature, bool with_entropy,
-                                                        std::optional<Tensor> /*label_note*/) {
-  check_logprobs(logits, labels, mask);
+                                                        std::optional<Tensor> label_note) {
+  check_logprobs(logits, labels, mask, temperature);
+  if (label_note) check_label_note(*label_note, logits);  // nothing to note: a bad label is refused below
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   check_labels(labels, mask_pointer(mask), rows.V);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor la
     case ScalarType::BFloat16: forward<BFloat16, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
     case ScalarType::Half: forward<Half, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
     case ScalarType::Double: forward<double, double>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0)); break;
-    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype("logprobs", "logits", logits.scalar_type());
   }
   return {logprobs, entropy, max, log_sum};
 }
@@ -199,10 +200,10 @@ void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, c
 }
 
 void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
-  check_logprobs(logits, in.labels, in.mask);
-  check_row_stats("logprobs", logits, {&in.max, &in.log_sum});
-  if (in.grad_logprobs) check_row_stats("logprobs", logits, {&*in.grad_logprobs});
-  if (in.grad_entropy) check_row_stats("logprobs", logits, {&*in.grad_entropy, &in.entropy});
+  check_logprobs(logits, in.labels, in.mask, in.temperature);
+  check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
+  if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
+  if (in.grad_entropy) check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
   const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
   check_labels(in.labels, mask_pointer(in.mask), rows.V);
   switch (logits.scalar_type()) {
@@ -210,7 +211,7 @@ void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput&
     case ScalarType::BFloat16: return backward<BFloat16, float>(logits, rows, grad, grad_rows, in);
     case ScalarType::Half: return backward<Half, float>(logits, rows, grad, grad_rows, in);
     case ScalarType::Double: return backward<double, double>(logits, rows, grad, grad_rows, in);
-    default: reject("logprobs", "logits", "be float32, bfloat16, float16 or float64", "another dtype");
+    default: reject_dtype("logprobs", "logits", logits.scalar_type());
   }
 }
 
@@ -225,6 +226,7 @@ Tensor logprobs_backward_cpu(Tensor logits, std::optional<Tensor> grad_logprobs,
 void logprobs_backward_inplace_cpu(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
                                    Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
                                    double temperature) {
+  require_no_overlap("logprobs", "logits", logits);
   run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
 }
 

@@ -170,12 +170,8 @@ void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor labels, std::optional<Tensor> mask,
                                                          double temperature, bool with_entropy,
                                                          std::optional<Tensor> label_note) {
-  check_logprobs(logits, labels, mask);
-  if (label_note) {
-    require_same_device("logprobs", "label_note", *label_note, logits);
-    require_dtype("logprobs", "label_note", *label_note, ScalarType::Long);
-    if (label_note->numel() != 4 || !label_note->is_contiguous()) reject("logprobs", "label_note", "have 4 entries", shape_text(*label_note));
-  }
+  check_logprobs(logits, labels, mask, temperature);
+  if (label_note) check_label_note(*label_note, logits);
   const LogitRows rows = logit_rows("logprobs", "logits", logits);
   const Launcher launch("logprobs", logits);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -200,10 +196,10 @@ struct BackwardInput {
 };
 
 void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
-  check_logprobs(logits, in.labels, in.mask);
-  check_row_stats("logprobs", logits, {&in.max, &in.log_sum});
-  if (in.grad_logprobs) check_row_stats("logprobs", logits, {&*in.grad_logprobs});
-  if (in.grad_entropy) check_row_stats("logprobs", logits, {&*in.grad_entropy, &in.entropy});
+  check_logprobs(logits, in.labels, in.mask, in.temperature);
+  check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
+  if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
+  if (in.grad_entropy) check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
   const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
   const Launcher launch("logprobs", logits);
   dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
@@ -229,6 +225,7 @@ Tensor logprobs_backward_cuda(Tensor logits, std::optional<Tensor> grad_logprobs
 void logprobs_backward_inplace_cuda(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
                                     Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
                                     double temperature) {
+  require_no_overlap("logprobs", "logits", logits);
   run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
 }
 

@@ -8,58 +8,59 @@ namespace ppo_ext {
 namespace {
 
 constexpr int kBlock = 2048;
-constexpr int kGroup = 8;  // vectors whose terms are added in fp32, in pairs
+constexpr int kGroup = 8;  // vectors whose terms are added in fp32
 // A block's sum of at most this shows that no logit exceeds the origin by more than 12 powers of 2.
 constexpr double kLargestSum = 4096;
-
-// As softmax_bounded: 2^y y must be 0 and not NaN where 2^y is 0.
-PPO_INLINE f32v bounded_power(f32v y) { return max_or_second(splat(-1e4f), y); }
 
 // ---- forward ----
 
 struct Sums {
-  LaneSum sum, weighted;  // of 2^y and of 2^y y, y = (x - origin) scale
+  LaneSum sum, weighted;  // of e and of e d, d = x - origin, e = 2^(d scale)
 };
 
-struct Terms {
-  f32v power, weighted;
-};
-
-template <bool kEntropy, bool kBounded>
-PPO_INLINE Terms terms_of(f32v x, float origin, float scale) {
-  const f32v y = (x - origin) * scale, power = exp2_of(y);
-  return {power, kEntropy ? power * (kBounded ? bounded_power(y) : y) : splat(0.0f)};
+// Adds the terms of x to sums in fp32; without bounds NaN for a -inf where bounds are optional.
+template <bool kEntropy, bool kBounds>
+PPO_INLINE void add_terms(f32v x, float origin, const Powers& powers, f32v& sum, f32v& weighted) {
+  const f32v d = powers.bounded<kBounds>(x - origin);
+  const Power e = powers.of_bounded(d);
+  sum = e.plus(sum);
+  if (kEntropy) weighted += e.value() * d;
 }
 
-template <bool kEntropy, bool kBounded, class T>
-PPO_INLINE Sums sum_terms(const T* x, int n, float origin, float scale) {
+template <bool kEntropy, bool kBounds, class T>
+PPO_INLINE Sums sum_terms(const T* x, int n, float origin, const Powers& powers) {
   Sums sums;
-  const auto add = [&](const Terms& terms) PPO_INLINE_LAMBDA {
-    sums.sum.add(terms.power);
-    if (kEntropy) sums.weighted.add(terms.weighted);
+  const auto add = [&](f32v sum, f32v weighted) PPO_INLINE_LAMBDA {
+    sums.sum.add(sum);
+    if (kEntropy) sums.weighted.add(weighted);
   };
   int i = 0;
   for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
-    f32v power[kGroup], weighted[kGroup];
-    for (int k = 0; k < kGroup; ++k) {
-      const Terms terms = terms_of<kEntropy, kBounded>(load(x + i + k * kLanes), origin, scale);
-      power[k] = terms.power;
-      weighted[k] = terms.weighted;
+    f32v sum[2] = {}, weighted[2] = {};
+    for (int k = 0; k < kGroup; k += 2) {
+      const Pair pair = load_pair(x + i + k * kLanes);
+      for (int half = 0; half < 2; ++half) add_terms<kEntropy, kBounds>(pair.x[half], origin, powers, sum[half], weighted[half]);
     }
-    add({sum_in_pairs(power), sum_in_pairs(weighted)});
+    add(sum[0] + sum[1], weighted[0] + weighted[1]);
   }
-  for (; i + kLanes <= n; i += kLanes) add(terms_of<kEntropy, kBounded>(load(x + i), origin, scale));
-  if (i < n) add(terms_of<kEntropy, true>(load_logits_tail(x + i, n - i), origin, scale));
+  for (; i < n; i += kLanes) {
+    f32v sum{}, weighted{};
+    add_terms<kEntropy, true>(i + kLanes <= n ? load(x + i) : load_logits_tail(x + i, n - i), origin, powers, sum, weighted);
+    add(sum, weighted);
+  }
   return sums;
 }
 
+// `bounds` becomes true where a block shows that it takes them.
 template <bool kEntropy, class T>
-PPO_INLINE Sums block_sums(const T* x, int n, float origin, float scale) {
-  const Sums sums = sum_terms<kEntropy, false>(x, n, origin, scale);
-  if (!kEntropy) return sums;
-  // The product of a -inf and its probability, 0, is NaN: where the sum is none, that is all it was.
-  const double weighted = sums.weighted.total(), sum = sums.sum.total();
-  return weighted == weighted || sum != sum ? sums : sum_terms<kEntropy, true>(x, n, origin, scale);
+PPO_INLINE Sums block_sums(const T* x, int n, float origin, const Powers& powers, bool& bounds) {
+  if (!bounds) {
+    const Sums sums = sum_terms<kEntropy, false>(x, n, origin, powers);
+    const double sum = sums.sum.total();
+    if (sum == sum) return sums;
+    bounds = true;
+  }
+  return sum_terms<kEntropy, true>(x, n, origin, powers);
 }
 
 // Sums relative to an origin near the largest logit so far, so that each logit is read from memory once.
@@ -67,51 +68,58 @@ template <bool kEntropy, class T>
 PPO_INLINE SoftmaxState<double> row_state_of(const LogitRow<T>& row, float inv_temperature) {
   T buffer[kBlock];
   const float scale = inv_temperature * float(kLog2E);
+  const Powers powers(scale);
   float origin = -INFINITY;
+  bool bounds = !Powers::kBoundsAreOptional;
   Sums row_sums;
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
     if (origin == -INFINITY) origin = block_max(x, n);
-    Sums sums = block_sums<kEntropy>(x, n, origin == -INFINITY ? 0.0f : origin, scale);
-    const float top = sums.sum.total() <= kLargestSum ? origin : block_max(x, n);
+    Sums sums = block_sums<kEntropy>(x, n, origin == -INFINITY ? 0.0f : origin, powers, bounds);
+    const double sum = sums.sum.total();
+    const float top = sum >= 0 && sum <= kLargestSum ? origin : block_max(x, n);
     if (top > origin) {
-      const double shift = (double(origin) - top) * scale, factor = std::exp2(shift);
+      const double shift = double(origin) - top, factor = std::exp2(shift * scale);
       row_sums.weighted.lanes = factor == 0 ? f64v{} : factor * (row_sums.weighted.lanes + shift * row_sums.sum.lanes);
       row_sums.sum.lanes *= factor;
       origin = top;
-      sums = block_sums<kEntropy>(x, n, origin, scale);
+      sums = block_sums<kEntropy>(x, n, origin, powers, bounds);
     }
     row_sums.sum.lanes += sums.sum.lanes;
     row_sums.weighted.lanes += sums.weighted.lanes;
   }
-  return {origin, row_sums.sum.total(), kEntropy ? kLn2 * row_sums.weighted.total() : 0.0};
+  return {origin, row_sums.sum.total(), kEntropy ? kLn2 * scale * row_sums.weighted.total() : 0.0};
 }
 
 // ---- backward ----
 
 template <bool kEntropy>
-PPO_INLINE f32v gradient_of(f32v x, const RowGrad& row) {
-  const f32v y = (x - row.max) * row.scale, e = exp2_of(y);
-  if (!kEntropy) return e * row.at_zero;
-  return e * (row.at_zero - row.slope * bounded_power(y));
+PPO_INLINE f32v gradient_of(f32v x, const RowGrad& row, const Powers& powers) {
+  const f32v d = powers.bounded(x - row.max), e = powers.of_bounded(d).value();
+  return kEntropy ? e * (row.at_zero - row.slope * d) : e * row.at_zero;
 }
 
 template <bool kEntropy, class T>
-PPO_INLINE void fill_block(const T* x, int n, const RowGrad& row, T* y) {
+PPO_INLINE void fill_block(const T* x, int n, const RowGrad& row, const Powers& powers, T* y) {
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, gradient_of<kEntropy>(load(x + i), row));
-  if (i < n) store_tail(y + i, gradient_of<kEntropy>(load_tail(x + i, n - i), row), n - i);
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair pair = load_pair(x + i);
+    store_pair(y + i, {{gradient_of<kEntropy>(pair.x[0], row, powers), gradient_of<kEntropy>(pair.x[1], row, powers)}});
+  }
+  for (; i + kLanes <= n; i += kLanes) store(y + i, gradient_of<kEntropy>(load(x + i), row, powers));
+  if (i < n) store_tail(y + i, gradient_of<kEntropy>(load_tail(x + i, n - i), row, powers), n - i);
 }
 
 template <class T>
 PPO_INLINE void fill_row(const LogitRow<T>& row, const RowGrad& grad, T* out, int64_t out_stride) {
   T in_buffer[kBlock], out_buffer[kBlock];
+  const Powers powers(grad.scale);
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, in_buffer);
     T* y = out_stride == 1 ? out + begin : out_buffer;
-    grad.slope == 0 ? fill_block<false>(x, n, grad, y) : fill_block<true>(x, n, grad, y);
+    grad.slope == 0 ? fill_block<false>(x, n, grad, powers, y) : fill_block<true>(x, n, grad, powers, y);
     if (out_stride != 1)
       for (int i = 0; i < n; ++i) std::memcpy(out + (begin + i) * out_stride, y + i, sizeof(T));
   }

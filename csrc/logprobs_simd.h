@@ -15,7 +15,7 @@ struct LogitRow {
   int64_t stride, V;
 };
 
-// The gradient of a column is e (at_zero - slope y), y = log2 e = (x - max) scale; that of the label's is put in later.
+// The gradient of a column is e (at_zero - slope d), d = x - max, e = 2^(d scale); that of the label's is put in later.
 struct RowGrad {
   float max, scale, at_zero, slope;
 };

@@ -76,6 +76,12 @@ PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A ratio, A cliprange, A clipr
   return out;
 }
 
+// A skipped minibatch may hold inf, and a masked token's 0 stays 0 whatever gradient the loss receives.
+template <class A>
+PPO_HD A scaled_gradient(A grad, A scale, A grad_scale) {
+  return grad_scale == A(0) || grad == A(0) ? A(0) : scale * grad;
+}
+
 // Sums over counted tokens; `returns` and `values` carry the count.
 struct PPOSums {
   double pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;

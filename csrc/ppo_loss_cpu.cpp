@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor l
                                                                         Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
                                                                         double cliprange, double cliprange_value,
                                                                         double vf_coef, double ratio_threshold) {
+  check_ppo_coefficients(cliprange, cliprange_value, vf_coef);
   check_ppo_loss(logprobs, {&old_logprobs, &advantages, &vpreds, &values, &returns}, mask);
   const ScalarType dtype = logprobs.scalar_type();
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOStats}, dtype);
@@ -59,8 +60,8 @@ void scale_gradients(const Tensor& grad_loss, const Tensor& stats, const Tensor&
   A *x = pointer<A>(out_logprobs), *y = pointer<A>(out_vpreds);
   parallel_rows(grad_logprobs.numel(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      x[i] = grad_scale == A(0) ? A(0) : scale * a[i];  // a skipped minibatch may hold inf
-      y[i] = grad_scale == A(0) ? A(0) : scale * b[i];
+      x[i] = scaled_gradient(a[i], scale, grad_scale);
+      y[i] = scaled_gradient(b[i], scale, grad_scale);
     }
   });
 }

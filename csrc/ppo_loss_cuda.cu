@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const A* grad_loss, co
                                                           int64_t tokens, A* out_logprobs, A* out_vpreds) {
   const A grad_scale = stats[kGradScale], scale = *grad_loss * grad_scale;
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < tokens; i += int64_t(gridDim.x) * kBlock) {
-    out_logprobs[i] = grad_scale == A(0) ? A(0) : scale * grad_logprobs[i];  // a skipped minibatch may hold inf
-    out_vpreds[i] = grad_scale == A(0) ? A(0) : scale * grad_vpreds[i];
+    out_logprobs[i] = scaled_gradient(grad_logprobs[i], scale, grad_scale);
+    out_vpreds[i] = scaled_gradient(grad_vpreds[i], scale, grad_scale);
   }
 }
 
@@ -105,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor 
                                                                  Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
                                                                  double cliprange, double cliprange_value, double vf_coef,
                                                                  double ratio_threshold) {
+  check_ppo_coefficients(cliprange, cliprange_value, vf_coef);
   check_ppo_loss(logprobs, {&old_logprobs, &advantages, &vpreds, &values, &returns}, mask);
   const Launcher launch("ppo_loss", logprobs);
   const ScalarType dtype = logprobs.scalar_type();

@@ -50,7 +50,7 @@ void launch(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logp
 
 std::tuple<Tensor, Tensor, Tensor> kl_rewards_cpu(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, double kl_coef,
                                                   int64_t kl_penalty) {
-  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_penalty);
+  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
   const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
   Tensor rewards = token(), non_score_rewards = token(), kls = token();
   const auto f = logprobs.scalar_type() == ScalarType::Double ? launch<double> : launch<float>;

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job)
 
 std::tuple<Tensor, Tensor, Tensor> kl_rewards_cuda(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, double kl_coef,
                                                    int64_t kl_penalty) {
-  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_penalty);
+  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
   const Launcher launch("kl_rewards", logprobs);
   const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
   Tensor rewards = token(), non_score_rewards = token(), kls = token();

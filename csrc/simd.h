@@ -102,13 +102,32 @@ PPO_INLINE f32v load(const Half* p) {
 #endif
 }
 
+// Two vectors' worth of elements, in any order, but in one that store_pair undoes.
+struct Pair {
+  f32v x[2];
+};
+
+template <class T>
+PPO_INLINE Pair load_pair(const T* p) {
+  return {{load(p), load(p + kLanes)}};
+}
+
+PPO_INLINE Pair load_pair(const BFloat16* p) {
+  const u32v both = load_bytes<u32v>(p);
+  return {{(f32v)(both << 16), (f32v)(both & 0xffff0000u)}};
+}
+
 PPO_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
 PPO_INLINE void store(double* p, f64v x) { std::memcpy(p, &x, sizeof(x)); }
 
-PPO_INLINE void store(BFloat16* p, f32v x) {
+// A bfloat16 in the upper half of each lane; what is below it is not cleared.
+PPO_INLINE u32v rounded_to_bfloat16(f32v x) {
   const u32v bits = (u32v)x;
-  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u16v out = __builtin_convertvector(x != x ? u32v{} + 0x7fc0u : rounded, u16v);
+  return x != x ? u32v{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+PPO_INLINE void store(BFloat16* p, f32v x) {
+  const u16v out = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, u16v);
   std::memcpy(p, &out, sizeof(out));
 }
 
@@ -128,6 +147,17 @@ PPO_INLINE void store(Half* p, f32v x) {
   const u16v out = __builtin_convertvector(h | sign, u16v);
 #endif
   std::memcpy(p, &out, sizeof(out));
+}
+
+template <class T>
+PPO_INLINE void store_pair(T* p, const Pair& pair) {
+  store(p, pair.x[0]);
+  store(p + kLanes, pair.x[1]);
+}
+
+PPO_INLINE void store_pair(BFloat16* p, const Pair& pair) {
+  const u32v both = (rounded_to_bfloat16(pair.x[0]) >> 16) | (rounded_to_bfloat16(pair.x[1]) & 0xffff0000u);
+  std::memcpy(p, &both, sizeof(both));
 }
 
 // The last n elements of a block, too few for a vector; the other lanes are 0.
@@ -260,14 +290,6 @@ struct LaneSum {
   }
 };
 
-// The sum of several vectors in fp32, in pairs.
-template <int kCount>
-PPO_INLINE f32v sum_in_pairs(f32v (&x)[kCount]) {
-  for (int half = kCount / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) x[k] += x[k + half];
-  return x[0];
-}
-
 // Weight, mean and variance from distances to one of the numbers, so that no two large sums are subtracted.
 template <class A>
 struct LaneMoments {
@@ -324,30 +346,6 @@ PPO_INLINE float block_max(const T* x, int n) {
 
 // ---- powers ----
 
-#if defined(__AVX512DQ__)
-
-// 2^f for 0 <= f < 1, exact at 0; relative error 8e-8.
-PPO_INLINE f32v exp2_fraction(f32v f) {
-  f32v p = splat(1.960706722e-4f);
-  p = p * f + 1.298304764e-3f;
-  p = p * f + 9.62853990e-3f;
-  p = p * f + 5.550338328e-2f;
-  p = p * f + 0.2402265221f;
-  p = p * f + 0.6931471825f;
-  return p * f + 1.0f;
-}
-
-// The integer n that leaves x - n to exp2_fraction, and p times 2^n, of which the integer part counts.
-PPO_INLINE f32v whole_part(f32v x) { return (f32v)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)x, _MM_FROUND_TO_NEG_INF); }
-PPO_INLINE f32v times_power(f32v p, f32v n) { return (f32v)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n); }
-
-// 2^x to about one unit in the last place. 2^-inf is 0, and NaN stays.
-PPO_INLINE f32v exp2_of(f32v x) {
-  return times_power(exp2_fraction((f32v)_mm512_maskz_reduce_ps(kAllLanes, (__m512)x, _MM_FROUND_TO_NEG_INF)), x);
-}
-
-#else
-
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
 
 // 2^f for |f| <= 1/2, exact at 0; relative error 7e-8.
@@ -361,19 +359,100 @@ PPO_INLINE f32v exp2_fraction(f32v f) {
   return p * f + 1.0f;
 }
 
-// 2^x to about one unit in the last place from -126 on, 0 further down, inf from 127.5 on. NaN stays.
-PPO_INLINE f32v exp2_of(f32v x) {
-  const f32v low = splat(-127.0f), high = splat(128.0f);  // whose biased exponents are those of 0 and inf
-  const f32v bounded = min_or_second(high, max_or_second(low, x));
-  const f32v shifted = bounded + (kRound + 127.0f);
-  return exp2_fraction(bounded - (shifted - (kRound + 127.0f))) * (f32v)((i32v)shifted << 23);
+// 2^d as a product, so that it can be added to a sum in one step: with one rounding, whatever else it is used for.
+struct Power {
+  f32v whole, fraction;
+
+  PPO_INLINE f32v value() const { return whole * fraction; }
+
+  PPO_INLINE f32v plus(f32v sum) const {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_maskz_fmadd_ps(kAllLanes, (__m512)whole, (__m512)fraction, (__m512)sum);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_fmadd_ps((__m256)whole, (__m256)fraction, (__m256)sum);
+#else
+    return sum + whole * fraction;
+#endif
+  }
+};
+
+// 2^d is that of the nearest whole number of steps of 1 / kSteps, looked up in a table, times that of the rest.
+#if defined(__AVX512F__)
+constexpr int kSteps = 32;
+constexpr f32v kStepPowers[] = {
+    {0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9e0p+0f,
+     0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f},
+    {0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f,
+     0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f}};
+PPO_INLINE f32v exp2_rest(f32v r) { return (splat(0.2402264923f) * r + 0.6931573153f) * r + 1.0f; }  // to 5e-8
+#elif defined(__AVX2__)
+constexpr int kSteps = 8;
+constexpr f32v kStepPowers = {0x1.000000p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
+                              0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
+PPO_INLINE f32v exp2_rest(f32v r) {  // to 3e-8
+  return ((splat(5.549622327e-2f) * r + 0.2402576357f) * r + 0.6931472421f) * r + 1.0f;
 }
+#else
+constexpr int kSteps = 1;
+PPO_INLINE f32v exp2_rest(f32v r) { return exp2_fraction(r); }
+#endif
+
+// 2^(d scale) to about one unit in the last place: 0 below 2^-127, inf from 2^128 on, NaN for NaN.
+class Powers {
+ public:
+  PPO_INLINE explicit Powers(float scale) : scale_(scale), lowest_(kLowest / scale), highest_(kHighest / scale) {}
+
+  // d, or what has the same power and is not -inf. Without bounds it may be d itself.
+  template <bool kBounds = true>
+  PPO_INLINE f32v bounded(f32v d) const {
+    return kBounds || !kBoundsAreOptional ? within_exponents(max_or_second(splat(lowest_), d)) : d;
+  }
+
+  // Of a bounded d. AVX-512 takes any but -inf, for which it gives NaN.
+  PPO_INLINE Power of_bounded(f32v d) const {
+    const f32v shifted = d * scale_ + kRound / kSteps, steps = shifted - kRound / kSteps;
+    return {whole(shifted, steps), exp2_rest(d * scale_ - steps)};
+  }
+
+  PPO_INLINE Power of(f32v d) const { return of_bounded(bounded(d)); }
+
+#if defined(__AVX512F__)
+  static constexpr bool kBoundsAreOptional = true;
+
+ private:
+  static constexpr float kLowest = -1e4f, kHighest = INFINITY;
+
+  PPO_INLINE f32v within_exponents(f32v d) const { return d; }
+
+  static PPO_INLINE f32v whole(f32v shifted, f32v steps) {
+    const __m512 power = _mm512_maskz_permutex2var_ps(kAllLanes, (__m512)kStepPowers[0], (__m512i)shifted, (__m512)kStepPowers[1]);
+    return (f32v)_mm512_maskz_scalef_ps(kAllLanes, power, (__m512)steps);  // by 2^floor(steps)
+  }
+#else
+  static constexpr bool kBoundsAreOptional = false;
+
+ private:
+  static constexpr float kLowest = -127.0f, kHighest = 128.0f;  // whose biased exponents are those of 0 and inf
+
+  PPO_INLINE f32v within_exponents(f32v d) const { return min_or_second(splat(highest_), d); }
+
+  static PPO_INLINE f32v whole(f32v shifted, f32v) {
+#if defined(__AVX2__)
+    constexpr i32v kStep = {0, 1, 2, 3, 4, 5, 6, 7};
+    const i32v table = (i32v)kStepPowers - (kStep << 20);  // as the steps below a whole one are added again
+    return (f32v)((i32v)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted) + ((i32v)shifted << 20));
+#else
+    return (f32v)(((i32v)shifted << 23) + 0x3f800000);
+#endif
+  }
+#endif
+
+  float scale_, lowest_, highest_;
+};
 
 // The integer n that leaves x - n to exp2_fraction, and p times 2^n for n <= 128, in two steps, as 2^128 is no float.
 PPO_INLINE f32v whole_part(f32v x) { return (x + kRound) - kRound; }
 PPO_INLINE f32v times_power(f32v p, f32v n) { return p * (f32v)((i32v)(n + (kRound + 126.0f)) << 23) * 2.0f; }
-
-#endif
 
 // exp(x) to about one unit in the last place: 0 below -87, inf above 88.7, NaN for NaN.
 PPO_INLINE f32v exp_of(f32v x) {
@@ -381,7 +460,8 @@ PPO_INLINE f32v exp_of(f32v x) {
   const f32v bounded = min_or_second(high, max_or_second(low, x));
   const f32v n = whole_part(bounded * float(kLog2E));
   const f32v rest = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  return x > high ? splat(INFINITY) : times_power(exp2_fraction(rest * float(kLog2E)), n);
+  const f32v inside = times_power(exp2_fraction(rest * float(kLog2E)), n);
+  return x > high ? splat(INFINITY) : (x < low ? splat(0.0f) : inside);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // whiten.h
 // Computes  W = sum w, mean = sum w x / W, var = sum w (x - mean)^2 / W over the entries with w != 0
-//           whitened = (x - mean) r [+ mean],  r = 1 / sqrt(var W / (W - 1) + 1e-8);  0 where w = 0
+//           whitened = (x - mean) r [+ mean],  r = 1 / sqrt(var W / (W - 1) + 1e-8), var -> 0 if W <= 1;  0 where w = 0
 // Backward  grad_x = r (g - w/W G0) - r^3 w (x - mean) / (W - 1) G1 [+ w/W G0],  G0 = sum g, G1 = sum g (x - mean)
 #pragma once
 
@@ -23,6 +23,7 @@ PPO_HD Moments<A> moments_merge(Moments<A> a, Moments<A> b) {
   if (a.weight == A(0)) return b;
   const A weight = a.weight + b.weight;
   const A gap = b.mean - a.mean;
+  if (!(gap - gap == A(0))) return {weight, a.mean + b.mean, A(NAN)};  // inf stays inf, and is at no distance from itself
   const A part = b.weight / weight;
   return {weight, a.mean + gap * part, a.m2 + b.m2 + gap * gap * a.weight * part};
 }
@@ -34,7 +35,7 @@ PPO_HD A biased_var(Moments<A> m) {
 
 template <class A>
 PPO_HD A unbiased_var(A weight, A biased) {
-  return weight == A(0) || weight == A(1) ? A(0) : biased * weight / (weight - A(1));
+  return weight <= A(1) ? A(0) : biased * weight / (weight - A(1));
 }
 
 template <class A>
@@ -55,7 +56,7 @@ struct WhitenGrad {
 
 PPO_HD WhitenGrad whiten_grad_of(const Moments<double>& m, double sum_grad, double sum_grad_centred, bool shift_mean) {
   const double scale = whiten_scale(m.weight, biased_var(m)), grad_mean = m.weight == 0 ? 0 : sum_grad / m.weight;
-  const double slope = m.weight == 0 || m.weight == 1 ? 0 : scale * scale * scale * sum_grad_centred / (m.weight - 1);
+  const double slope = m.weight <= 1 ? 0 : scale * scale * scale * sum_grad_centred / (m.weight - 1);
   return {m.mean, scale, grad_mean, slope, shift_mean ? 0.0 : grad_mean};
 }
 

@@ -72,10 +72,7 @@ std::tuple<Tensor, Tensor> masked_whiten_cpu(Tensor values, Tensor weights, bool
 }
 
 Tensor masked_whiten_backward_cpu(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) {
-  check_weighted("masked_whiten", values, weights);
-  require_token_tensor("masked_whiten", "grad", grad, values, values.dim(), values.scalar_type());
-  require_dtype("masked_whiten", "moments", moments, values.scalar_type());
-  if (moments.numel() != 3) reject("masked_whiten", "moments", "have 3 entries", moments.numel());
+  check_whiten_backward(grad, values, weights, moments);
   Tensor out = new_token_tensor(values, values.dim(), values.scalar_type());
   const auto f = values.scalar_type() == ScalarType::Double ? whiten_backward<double> : whiten_backward<float>;
   f(grad, values, weights, moments, shift_mean, out);

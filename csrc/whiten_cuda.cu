@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, in
     const int64_t row = i / in.parts * in.columns;
     Moments<double> m{};
     for (int64_t c = i % in.parts * kBlock + threadIdx.x; c < in.columns; c += int64_t(in.parts) * kBlock) {
-      const A w = in.weights[row + c];
-      if (w != A(0)) m = moments_merge(m, Moments<double>{double(w), double(in.values[row + c]), 0.0});
+      const double w = in.weights[row + c], x = in.values[row + c];
+      if (w != 0.0) m = moments_merge(m, Moments<double>{w, x, x - x});  // NaN where x is infinite
     }
     m = merge_block(m);
     if (threadIdx.x != 0) continue;
@@ -178,11 +178,7 @@ std::tuple<Tensor, Tensor> masked_whiten_cuda(Tensor values, Tensor weights, boo
 }
 
 Tensor masked_whiten_backward_cuda(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) {
-  check_weighted("masked_whiten", values, weights);
-  require_token_tensor("masked_whiten", "grad", grad, values, values.dim(), values.scalar_type());
-  require_dtype("masked_whiten", "moments", moments, values.scalar_type());
-  require_same_device("masked_whiten", "moments", moments, values);
-  if (moments.numel() != 3) reject("masked_whiten", "moments", "have 3 entries", moments.numel());
+  check_whiten_backward(grad, values, weights, moments);
   const Launcher launch("masked_whiten", values);
   const int64_t n = values.numel(), parts = parts_of(n);
   Tensor out = new_token_tensor(values, values.dim(), values.scalar_type());

@@ -47,8 +47,8 @@ def status():
 
 
 def available(device_type):
-    """Whether the compiled ops run on this device; warns once per device where they do not."""
-    if device_type in _LOADED:
+    """Whether the compiled ops run on this device, or its tensors have shapes only; warns once per device if not."""
+    if device_type in _LOADED or device_type == "meta":
         return True
     if device_type not in _WARNED:
         _WARNED.add(device_type)
@@ -63,3 +63,21 @@ def define(schema):
     name = "ppo_ext::" + schema[:schema.index("(")]
     torch.library.define(name, schema[schema.index("("):], tags=(torch.Tag.pt2_compliant_tag,))
     return getattr(torch.ops.ppo_ext, name.split("::")[1]).default, name
+
+
+def register_fake(name):
+    """`torch.library.register_fake` for a function that may rely on its tensors being on one device.
+
+    Where some are on `meta` and others are not, torch runs the fake; what that returns on the CPU nobody has written.
+    """
+    def register(fake):
+        def checked(*arguments):
+            devices = {str(x.device) for x in arguments if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"{name.split('::')[1]}: the tensors must be on one device, "
+                                 f"got {' and '.join(sorted(devices))}")
+            return fake(*arguments)
+
+        torch.library.register_fake(name)(checked)
+
+    return register

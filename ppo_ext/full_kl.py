@@ -15,19 +15,19 @@ _backward_inplace, _backward_inplace_name = _native.define(
     f"_full_kl_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logits, ref_logits, mask, temperature):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(logits.shape[:-1], dtype=dtype)
     return (row, *(torch.empty_like(row) for _ in range(4)))
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(logits, *_):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake(_backward_inplace_name)
+@_native.register_fake(_backward_inplace_name)
 def _(logits, *_):
     return None
 
@@ -45,7 +45,7 @@ class _FullKL(torch.autograd.Function):
     def backward(ctx, grad_kl):
         logits, ref_logits, mask, *saved = ctx.saved_tensors
         arguments = (ref_logits, grad_kl.contiguous(), mask, *saved, ctx.temperature)
-        if not ctx.inplace_backward or torch.compiler.is_compiling():
+        if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits, ref_logits):
             return _backward(logits, *arguments), None, None, None, None
         _backward_inplace(logits, *arguments)
         torch.autograd.graph.increment_version(logits)
@@ -60,7 +60,7 @@ def full_kl(logits, ref_logits, *, temperature=1.0, mask=None, inplace_backward=
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
         ref_logits: [..., V], dtype and device of logits; any strides. It receives no gradient.
-        temperature: positive number that divides both.
+        temperature: number in [1e-30, 1e30] that divides both.
         mask: [...] bool, int or float, nonzero where a token counts; other rows are not read, give 0 and gradient 0.
         inplace_backward: let the backward pass write the gradient over `logits`, see `logprobs`.
 
@@ -68,8 +68,9 @@ def full_kl(logits, ref_logits, *, temperature=1.0, mask=None, inplace_backward=
         [...] float32 (float64 for float64 logits), differentiable once in `logits`.
 
     Raises:
-        TypeError: a dtype is not one of those above, or ref_logits has another dtype than logits. ValueError: shapes
-        or devices do not match, or temperature is not positive and finite.
+        TypeError: a type or dtype is not one of those above, a tensor is not dense, or ref_logits has another dtype
+        than logits. ValueError: shapes or devices do not match, temperature is out of its range, or more than 8
+        leading dimensions cannot be merged. NotImplementedError: the logits carry a forward-mode tangent.
 
     Notes:
         0 log 0 = 0: an entry without probability under the policy adds nothing; one with probability under the policy
@@ -86,13 +87,15 @@ def full_kl(logits, ref_logits, *, temperature=1.0, mask=None, inplace_backward=
     check.device("full_kl", "ref_logits", ref_logits, logits.device, "logits")
     if ref_logits.dtype != logits.dtype:
         check.fail("full_kl", "ref_logits", f"have the dtype {logits.dtype} of logits", ref_logits.dtype, TypeError)
-    check.positive("full_kl", "temperature", temperature)
+    temperature = check.temperature("full_kl", temperature)
+    inplace_backward = check.flag("full_kl", "inplace_backward", inplace_backward)
     if mask is not None:
         mask = check.mask("full_kl", mask, logits.shape[:-1], logits.device, "logits without its last dimension")
         mask = mask.contiguous()
     ref_logits = ref_logits.detach()
     if not _native.available(logits.device.type):
         return reference.full_kl(logits, ref_logits, temperature=temperature, mask=mask)
+    check.no_tangent("full_kl", "logits", logits)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _FullKL.apply(logits, ref_logits, mask, temperature, inplace_backward)
     return _forward(logits.detach(), ref_logits, mask, temperature)[0]

@@ -1,14 +1,12 @@
 """Generalised advantage estimation as one reverse scan."""
 
-import torch
-
 from . import _native, check, reference
 
 _gae, _gae_name = _native.define("_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam)"
                                  " -> (Tensor advantages, Tensor returns)")
 
 
-@torch.library.register_fake(_gae_name)
+@_native.register_fake(_gae_name)
 def _(values, rewards, mask, gamma, lam):
     return values.new_empty(values.shape), values.new_empty(values.shape)
 
@@ -27,14 +25,14 @@ def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95):
         rewards: [B, T], reward received for each token.
         mask: [B, T] bool, int or float, nonzero where a token counts; None counts all. The recursion runs over the
             counted tokens as if the others were deleted, also where they stand between counted ones (tool output).
-        gamma, lam: discount and GAE's lambda, both finite.
+        gamma, lam: discount and GAE's lambda; both and their product finite in float32.
 
     Returns:
         (advantages, returns), each [B, T] float32 (float64 if an input is float64); 0 where the mask is 0.
 
     Raises:
-        TypeError: an input is not of a floating dtype. ValueError: shapes or devices do not match, the shape is not
-        [B, T], or gamma or lam is not finite.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, or gamma or lam is no number. ValueError:
+        shapes or devices do not match, the shape is not [B, T], or gamma, lam or their product is not finite.
 
     Notes:
         Not differentiable: inputs are detached. Masked inputs are never read into a result. Rows of length 0 and
@@ -50,8 +48,8 @@ def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95):
         check.fail("gae", "values", "have the shape [B, T]", list(values.shape))
     check.shape("gae", "rewards", rewards, values.shape, "values")
     check.device("gae", "rewards", rewards, values.device, "values")
-    check.finite("gae", "gamma", gamma)
-    check.finite("gae", "lam", lam)
+    gamma, lam = check.finite("gae", "gamma", gamma), check.finite("gae", "lam", lam)
+    check.finite("gae", "gamma * lam", gamma * lam)
     if mask is not None:
         mask = check.mask("gae", mask, values.shape, values.device, "values").contiguous()
     values, rewards = check.same_dtype(values.detach(), rewards.detach())

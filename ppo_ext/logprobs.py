@@ -16,19 +16,19 @@ _backward_inplace, _backward_inplace_name = _native.define(
     f"_logprobs_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logits, labels, mask, temperature, with_entropy, label_note):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(labels.shape, dtype=dtype)
     return row, torch.empty_like(row) if with_entropy else row.new_empty(0), torch.empty_like(row), torch.empty_like(row)
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(logits, *_):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake(_backward_inplace_name)
+@_native.register_fake(_backward_inplace_name)
 def _(logits, *_):
     return None
 
@@ -53,7 +53,7 @@ class _Logprobs(torch.autograd.Function):
         arguments = (None if grad_logprobs is None else grad_logprobs.contiguous(),
                      None if grad_entropy is None else grad_entropy.contiguous(),
                      labels, mask, entropy, row_max, log_sum, ctx.temperature)
-        if not ctx.inplace_backward or torch.compiler.is_compiling():
+        if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits):
             return _backward(logits, *arguments), *(None,) * 6
         _backward_inplace(logits, *arguments)
         torch.autograd.graph.increment_version(logits)
@@ -69,26 +69,29 @@ def _prepare(op, logits, labels, temperature, mask):
         check.fail(op, "logits", "have the shape [..., V] with V >= 1", list(logits.shape))
     check.shape(op, "labels", labels, logits.shape[:-1], "logits without its last dimension")
     check.device(op, "labels", labels, logits.device, "logits")
-    check.positive(op, "temperature", temperature)
+    temperature = check.temperature(op, temperature)
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
-    return labels.to(torch.int64).contiguous(), mask
+    return labels.to(torch.int64).contiguous(), temperature, mask
 
 
 def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate):
-    labels, mask = _prepare(op, logits, labels, temperature, mask)
+    labels, temperature, mask = _prepare(op, logits, labels, temperature, mask)
+    inplace_backward = check.flag(op, "inplace_backward", inplace_backward)
+    validate = check.flag(op, "validate", validate)
     native = _native.available(logits.device.type)
     if validate or not native:
         _check_ids(op, logits, labels, mask)
     if not native:
         return reference.logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    check.no_tangent(op, "logits", logits)
     arguments = (logits, labels, mask, temperature, with_entropy, note(logits.device))
     if torch.compiler.is_compiling():
         return _apply(*arguments, inplace_backward)
     try:
         return _apply(*arguments, inplace_backward)
-    except RuntimeError as error:
-        raise check.value_error(error) from None
+    except (RuntimeError, ValueError) as error:
+        raise check.value_error(op, error) from None
 
 
 def _apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
@@ -115,21 +118,23 @@ def logprobs(logits, labels, *, temperature=1.0, mask=None, inplace_backward=Fal
         logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
         labels: [...] int64 or int32, the token ids y_n. Shifting is the caller's: to score the next token pass
             labels one step ahead of the logits.
-        temperature: positive number that divides the logits.
+        temperature: number in [1e-30, 1e30] that divides the logits.
         mask: [...] bool, int or float, nonzero where a token counts. Rows that do not count are not read: their
             result and their gradient are 0, whatever the logits and the label hold.
         inplace_backward: let the backward pass write the gradient over `logits` (never the forward pass), which
             saves one buffer of their size. A later use of the overwritten logits by autograd is an error. Has no
-            effect under torch.compile.
+            effect under torch.compile, nor if logits share memory with each other, as those of an expanded tensor do.
         validate: on CUDA, look at the ids before anything else, which waits for the device. On the CPU they always are.
 
     Returns:
         [...] float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype is not one of those above. ValueError: shapes or devices do not match, temperature is not
-        positive and finite, or, on the CPU, a label outside [0, V) counts. On CUDA such a row becomes NaN and its
-        gradient 0, and the next `check_labels` raises; with `validate` it is an error at once, as on the CPU.
+        TypeError: a type or dtype is not one of those above, or a tensor is not dense. ValueError: shapes or devices do
+        not match, temperature is out of its range, more than 8 leading dimensions of the logits cannot be merged, or,
+        on the CPU, a label outside [0, V) counts. On CUDA such a row becomes NaN and its gradient 0, and the next
+        `check_labels` raises; with `validate` it is an error at once, as on the CPU. NotImplementedError: the logits
+        carry a forward-mode tangent.
 
     Notes:
         Sums run in float32 in a fixed order: the same bits on every run, for any number of threads, however the rows

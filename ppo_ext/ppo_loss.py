@@ -20,13 +20,13 @@ _backward, _backward_name = _native.define(
     " -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake(_forward_name)
+@_native.register_fake(_forward_name)
 def _(logprobs, *_):
     token = [logprobs.new_empty(logprobs.shape) for _ in range(4)]
     return logprobs.new_empty(()), logprobs.new_empty(_STATS), *token
 
 
-@torch.library.register_fake(_backward_name)
+@_native.register_fake(_backward_name)
 def _(grad_loss, stats, grad_logprobs, grad_vpreds):
     return torch.empty_like(grad_logprobs), torch.empty_like(grad_vpreds)
 
@@ -54,7 +54,8 @@ def _prepare(tensors, mask):
     shape, dtype, device = first.shape, first.dtype, first.device
     alike = dtype == torch.float32 or dtype == torch.float64
     for x in tensors[1:]:
-        alike = alike and isinstance(x, torch.Tensor) and x.dtype == dtype and x.shape == shape and x.device == device
+        alike = (alike and isinstance(x, torch.Tensor) and not x.is_nested and x.layout is torch.strided
+                 and x.dtype == dtype and x.shape == shape and x.device == device)
     if not alike:
         for name, x in zip(_INPUTS[1:], tensors[1:]):
             check.floating("ppo_loss", name, x)
@@ -83,9 +84,10 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         advantages, values, returns: same shape, from the rollout (`gae`).
         vpreds: same shape, the current values; differentiable.
         mask: same shape, bool, int or float, nonzero where a token counts.
-        cliprange, cliprange_value: half widths of the two clips, finite and not negative.
-        vf_coef: weight of the value loss, finite.
-        ratio_threshold: if the mean ratio exceeds it, loss and gradients are exactly 0 and policy/skipped is 1.
+        cliprange, cliprange_value: half widths of the two clips, finite in float32 and not negative.
+        vf_coef: weight of the value loss, finite in float32.
+        ratio_threshold: if the mean ratio exceeds it, loss and gradients are exactly 0 and policy/skipped is 1; inf
+            for never.
 
     Returns:
         (loss, stats): a 0-d tensor, and a dict of detached tensors under TRL's keys without their "ppo/" prefix:
@@ -94,8 +96,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         in the shape of the input, 0 where the mask is 0. float32 throughout (float64 if an input is float64).
 
     Raises:
-        TypeError: an input is not of a floating dtype. ValueError: shapes or devices do not match, a clip range is
-        negative or not finite, or vf_coef is not finite.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is no number. ValueError:
+        shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or ratio_threshold
+        is NaN. NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
 
     Notes:
         Where two terms of a max or min tie, the gradient goes half to each, and the clip passes it at its bounds, as in
@@ -106,10 +109,12 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
     """
-    for name, x in (("cliprange", cliprange), ("cliprange_value", cliprange_value)):
-        if not 0 <= x < float("inf"):
-            check.fail("ppo_loss", name, "be finite and not negative", x)
-    check.finite("ppo_loss", "vf_coef", vf_coef)
+    cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
+    cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
+    vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
+    ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
+    if ratio_threshold != ratio_threshold:
+        check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
     tensors, mask = _prepare((logprobs, old_logprobs, advantages, vpreds, values, returns), mask)
     logprobs, _, _, vpreds, _, _ = tensors
     if not _native.available(logprobs.device.type):
@@ -120,6 +125,9 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         ratio_threshold)
     if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
         loss = _PPOLoss.apply(logprobs, vpreds, loss, (vector, grad_logprobs, grad_vpreds))
+    else:
+        check.no_tangent("ppo_loss", "logprobs", logprobs)
+        check.no_tangent("ppo_loss", "vpreds", vpreds)
     stats = dict(zip(STAT_NAMES, vector.unbind()))
     stats["policy/advantages"] = counted_advantages
     stats["policy/ratio"] = ratio

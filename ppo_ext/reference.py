@@ -118,7 +118,7 @@ def masked_var(values, mask, unbiased=True):
     var = _ratio_or_zero((weights * torch.where(weights != 0, values - mean, 0.0).square()).sum(), total)
     if not unbiased:
         return var
-    return torch.where(total == 1, 0.0, var * _ratio_or_zero(total, total - 1))
+    return torch.where(total <= 1, 0.0, var * _ratio_or_zero(total, total - 1))
 
 
 def masked_whiten(values, mask, shift_mean=True):

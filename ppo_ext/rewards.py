@@ -1,7 +1,5 @@
 """Per-token rewards: minus the KL penalty at every token, plus the score at the last one."""
 
-import torch
-
 from . import _native, check, reference
 
 _PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3}  # KLPenalty in csrc/rewards.h
@@ -11,7 +9,7 @@ _kl_rewards, _kl_rewards_name = _native.define(
     " -> (Tensor rewards, Tensor non_score_rewards, Tensor kls)")
 
 
-@torch.library.register_fake(_kl_rewards_name)
+@_native.register_fake(_kl_rewards_name)
 def _(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty):
     return tuple(logprobs.new_empty(logprobs.shape) for _ in range(3))
 
@@ -26,10 +24,10 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
 
     Args:
         scores: [B], one number a sequence, from the reward model.
-        logprobs, ref_logprobs: [B, T] log-probabilities of the tokens under the policy and the reference; may be
-            None for "full".
+        logprobs, ref_logprobs: [B, T] log-probabilities of the tokens under the policy and the reference; not looked at
+            for "full".
         mask: [B, T] bool, int or float, nonzero where a token counts.
-        kl_coef: the penalty's coefficient (beta), finite.
+        kl_coef: the penalty's coefficient (beta), finite in float32.
         kl_penalty: "kl", "abs", "mse" or "full".
         kls: [B, T] for "full" only: the divergences from `full_kl`.
 
@@ -37,8 +35,9 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
         (rewards, non_score_rewards, kls), each [B, T] float32 (float64 if an input is float64), 0 where the mask is 0.
 
     Raises:
-        TypeError: an input is not of a floating dtype. ValueError: shapes or devices do not match, kl_penalty is not one
-        of the four, kl_coef is not finite, or kls is missing for "full" or given for another penalty.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, kl_coef is no number, or kl_penalty no
+        str. ValueError: shapes or devices do not match, kl_penalty is not one of the four, kl_coef is not finite, or
+        kls is missing for "full" or given for another penalty.
 
     Notes:
         Not differentiable: inputs are detached. A row in which no token counts is all 0 and its score goes nowhere.
@@ -46,22 +45,26 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
 
     Source: TRL 0.11.4, `PPOTrainer.compute_rewards` (which also fills masked positions).
     """
+    if not isinstance(kl_penalty, str):
+        check.fail("kl_rewards", "kl_penalty", "be a str", type(kl_penalty).__name__, TypeError)
     if kl_penalty not in _PENALTIES:
         check.fail("kl_rewards", "kl_penalty", "be one of 'kl', 'abs', 'mse', 'full'", repr(kl_penalty))
     if (kls is None) == (kl_penalty == "full"):
         check.fail("kl_rewards", "kls", "be given for kl_penalty 'full' and for no other",
                    f"{'none' if kls is None else 'one'} with {kl_penalty!r}")
+    like = "logprobs"  # whose shape and device the others have
     if kl_penalty == "full":
-        logprobs = ref_logprobs = kls
-    for name, x in (("scores", scores), ("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
-        check.floating("kl_rewards", name, x)
-        check.device("kl_rewards", name, x, logprobs.device, "logprobs")
+        logprobs, ref_logprobs, like = kls, kls, "kls"
+    check.floating("kl_rewards", like, logprobs)
     if logprobs.dim() != 2:
-        check.fail("kl_rewards", "logprobs", "have the shape [B, T]", list(logprobs.shape))
-    check.shape("kl_rewards", "ref_logprobs", ref_logprobs, logprobs.shape, "logprobs")
-    check.shape("kl_rewards", "scores", scores, logprobs.shape[:1], "the first dimension of logprobs")
-    check.finite("kl_rewards", "kl_coef", kl_coef)
-    mask = check.mask("kl_rewards", mask, logprobs.shape, logprobs.device, "logprobs").contiguous()
+        check.fail("kl_rewards", like, "have the shape [B, T]", list(logprobs.shape))
+    for name, x in (("scores", scores), ("ref_logprobs", ref_logprobs)):
+        check.floating("kl_rewards", name, x)
+        check.device("kl_rewards", name, x, logprobs.device, like)
+    check.shape("kl_rewards", "ref_logprobs", ref_logprobs, logprobs.shape, like)
+    check.shape("kl_rewards", "scores", scores, logprobs.shape[:1], f"the first dimension of {like}")
+    kl_coef = check.finite("kl_rewards", "kl_coef", kl_coef)
+    mask = check.mask("kl_rewards", mask, logprobs.shape, logprobs.device, like).contiguous()
     scores, logprobs, ref_logprobs = check.same_dtype(scores.detach(), logprobs.detach(), ref_logprobs.detach())
     if not _native.available(logprobs.device.type):
         return reference.kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_penalty=kl_penalty,

@@ -1,5 +1,7 @@
 """Mean, variance and whitening over the tokens that count."""
 
+import operator
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -12,17 +14,17 @@ _whiten_backward, _whiten_backward_name = _native.define(
     "_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) -> Tensor")
 
 
-@torch.library.register_fake(_moments_name)
+@_native.register_fake(_moments_name)
 def _(values, weights):
     return values.new_empty((values.shape[0], 3))
 
 
-@torch.library.register_fake(_whiten_name)
+@_native.register_fake(_whiten_name)
 def _(values, weights, shift_mean):
     return torch.empty_like(values), values.new_empty(3)
 
 
-@torch.library.register_fake(_whiten_backward_name)
+@_native.register_fake(_whiten_backward_name)
 def _(grad, values, weights, moments, shift_mean):
     return torch.empty_like(values)
 
@@ -41,9 +43,11 @@ class _Moments(torch.autograd.Function):
     def backward(ctx, grad):
         values, weights, moments = ctx.saved_tensors
         total, mean, _ = moments.unbind(1)
-        share = torch.where(weights != 0, weights / total[:, None], 0.0)
-        centred = torch.where(weights != 0, values - mean[:, None], 0.0)
-        return share * (grad[:, 1:2] + 2.0 * grad[:, 2:3] * centred), None
+        grad_mean, grad_var = grad[:, 1:2], grad[:, 2:3]
+        # Where only the mean is used, its gradient does not depend on the values, which may be infinite.
+        through_var = torch.where(grad_var == 0, 0.0, 2.0 * grad_var * (values - mean[:, None]))
+        # Selected last: neither a NaN in a masked value nor one in the incoming gradient reaches a masked entry.
+        return torch.where(weights != 0, weights / total[:, None] * (grad_mean + through_var), 0.0), None
 
 
 class _Whiten(torch.autograd.Function):
@@ -62,7 +66,7 @@ class _Whiten(torch.autograd.Function):
 
 def _prepare(op, values, mask):
     check.floating(op, "values", values)
-    check.tensor(op, "mask", mask)
+    check.weights(op, mask)
     check.device(op, "mask", mask, values.device, "values")
     try:
         mask = mask.expand(values.shape)
@@ -71,11 +75,22 @@ def _prepare(op, values, mask):
     return check.accumulate(values), mask
 
 
-def _rows(values, mask, axis):
-    """values and weights as [R, C] with the reduced dimensions last, and the shape of the result."""
-    if axis is None:
-        return values.reshape(1, -1), mask.reshape(1, -1).to(values.dtype), ()
-    axes = sorted({a % values.dim() for a in ([axis] if isinstance(axis, int) else axis)})
+def _dimensions(values, axis):
+    """`axis` as the numbers of the dimensions to reduce, in order."""
+    dims = values.dim()
+    try:
+        axes = [operator.index(a) for a in (axis if isinstance(axis, (tuple, list)) else [axis])]
+    except TypeError:
+        check.fail("masked_mean", "axis", "be None, an int or several", type(axis).__name__, TypeError)
+    if not axes or not all(-dims <= a < dims for a in axes) or len({a % dims for a in axes}) < len(axes):
+        check.fail("masked_mean", "axis", f"name dimensions of values, from [{-dims}, {dims}) and each once", axis)
+    return sorted(a % dims for a in axes)
+
+
+def _rows(values, mask, axes):
+    """values and weights as [R, C] with the dimensions in `axes` last, and the shape of the result; None for all."""
+    if axes is None:
+        return values.reshape(1, -1).contiguous(), mask.reshape(1, -1).to(values.dtype).contiguous(), ()
     kept = [d for d in range(values.dim()) if d not in axes]
     shape = [values.shape[d] for d in kept]
     rows = torch.Size(shape).numel()
@@ -92,14 +107,16 @@ def masked_mean(values, mask, axis=None):
 
     Args:
         values: any shape, float32, bfloat16, float16 or float64.
-        mask: broadcasts to values; bool, int or float, 0 where an entry does not count, else its weight.
-        axis: None for all, or a dimension or several to reduce.
+        mask: broadcasts to values; bool, int or float, 0 where an entry does not count, else its weight, in the dtype of
+            the result and not negative.
+        axis: None for all, or a dimension or several to reduce, each once; negative ones count from the last.
 
     Returns:
         0-d, or values.shape without the reduced dimensions; float32 (float64 for float64). 0 where nothing counts.
 
     Raises:
-        TypeError: values is not of a floating dtype. ValueError: mask does not broadcast to values, or a device differs.
+        TypeError: values is not of a floating dtype, mask is complex or quantized, or a tensor is not dense. ValueError:
+        mask does not broadcast to values, a device differs, or axis is not of values.
 
     Notes:
         Entries with mask 0 are never read into the result. float64 sums in a fixed order: same bits on every run.
@@ -109,6 +126,7 @@ def masked_mean(values, mask, axis=None):
     empty mask).
     """
     values, mask = _prepare("masked_mean", values, mask)
+    axis = None if axis is None else _dimensions(values, axis)
     if not _native.available(values.device.type):
         return reference.masked_mean(values, mask, axis)
     rows, weights, shape = _rows(values, mask, axis)
@@ -120,18 +138,20 @@ def masked_var(values, mask, unbiased=True):
 
         masked_var = sum(mask * (values - masked_mean)^2) / n,   n = sum(mask),   times n / (n - 1) if unbiased
 
-    Arguments, errors and determinism are those of `masked_mean`. 0 where nothing counts, and, if unbiased, for one token.
+    Arguments, errors and determinism are those of `masked_mean`. 0 where nothing counts, and, if unbiased, for one token
+    (for any n <= 1, which float masks may have).
 
     Source: TRL 0.11.4, `masked_var` (which raises ValueError for an empty mask and gives NaN for one token).
     """
     values, mask = _prepare("masked_var", values, mask)
+    unbiased = check.flag("masked_var", "unbiased", unbiased)
     if not _native.available(values.device.type):
         return reference.masked_var(values, mask, unbiased)
     rows, weights, _ = _rows(values, mask, None)
     total, _, var = _Moments.apply(rows, weights)[0].unbind(0)
     if not unbiased:
         return var
-    return torch.where(total == 1, 0.0, var * (total / torch.where(total == 1, 1.0, total - 1)))
+    return torch.where(total <= 1, 0.0, var * (total / torch.where(total <= 1, 1.0, total - 1)))
 
 
 def masked_whiten(values, mask, shift_mean=True):
@@ -148,6 +168,7 @@ def masked_whiten(values, mask, shift_mean=True):
     Source: TRL 0.11.4, `masked_whiten` (which also transforms masked entries and gives NaN for one token).
     """
     values, mask = _prepare("masked_whiten", values, mask)
+    shift_mean = check.flag("masked_whiten", "shift_mean", shift_mean)
     if not _native.available(values.device.type):
         return reference.masked_whiten(values, mask, shift_mean)
-    return _Whiten.apply(values.contiguous(), mask.to(values.dtype).contiguous(), bool(shift_mean))
+    return _Whiten.apply(values.contiguous(), mask.to(values.dtype).contiguous(), shift_mean)

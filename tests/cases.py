@@ -4,8 +4,9 @@ import torch
 
 GPT2, LLAMA, QWEN = 50257, 128256, 151936  # vocabularies; the first is odd, so its rows are not aligned
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# one entry; below, at and above the lanes and the blocks of the kernels; each remainder of V % 8
-VOCABULARIES = (1, 2, 7, 15, 16, 17, 33, 250, 1000, 1023, 1024, 1025, 4099, GPT2)
+# one entry; below, at and above the lanes and the blocks of the kernels; each remainder of V % 8; aligned rows that a
+# block reads in whole batches of loads and a part of one
+VOCABULARIES = (1, 2, 7, 15, 16, 17, 33, 250, 1000, 1023, 1024, 1025, 3200, 4099, 6400, GPT2)
 TOKEN_SHAPES = ((0, 3), (3, 0), (1, 1), (2, 3), (5, 33), (8, 1), (9, 257), (64, 1025))
 
 

@@ -34,9 +34,9 @@ def require_trl():
     pytest.skip(missing)
 
 
-def assert_within_torch_error(name, ours, torchs, exact):
+def assert_within_torch_error(name, ours, torchs, exact, units=1, scale=0.0):
     """Our error against float64 is at most torch's own in the root mean square and twice its own at the worst entry,
-    plus one unit in the last place of the largest entry.
+    plus `units` in the last place of the largest entry or, if that is larger, of `scale`.
 
     A float64 result has no better oracle than float64 itself, so there both may be off by many units.
     """
@@ -44,7 +44,9 @@ def assert_within_torch_error(name, ours, torchs, exact):
     assert torch.isfinite(exact).all(), f"{name}: the exact values are not finite, so nothing would be compared"
     if exact.numel() == 0:
         return
-    unit = torch.finfo(ours.dtype).eps * exact.abs().max().item() * (1000 if ours.dtype == torch.float64 else 1) + 1e-30
+    units *= 1000 if ours.dtype == torch.float64 else 1
+    precision = torch.finfo(ours.dtype)
+    unit = units * precision.eps * max(exact.abs().max().item(), scale, precision.smallest_normal) + 1e-30
     error, torch_error = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
     worst = error.flatten().argmax().item()
     where = (f"worst at entry {worst}: ours {ours.flatten()[worst].item()!r}, torch {torchs.flatten()[worst].item()!r}, "

@@ -35,7 +35,7 @@ def tiny_shapes(monkeypatch):
     monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
     monkeypatch.setitem(cases.LINEAR, "cpu", (16, 8, 37))
     monkeypatch.setitem(cases.SWEEPS, "cpu", {"V": (8, (37,)), "N": (37, (1, 8)), "T": (4, (16,))})
-    monkeypatch.setattr(cases, "STEP", (4, 16, 67))
+    monkeypatch.setattr(cases, "STEPS", (cases.Step("small", 4, 16, 67, 32, 2, 4),))
     for op in cases.TOKENS:
         monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
 

@@ -81,6 +81,15 @@ def test_dtypes_and_views(device, dtype):
         assert_same_bits("view", a, b)
 
 
+def test_misaligned_storage(device):
+    inputs = token_inputs((6, 32), device)
+    expected = run(inputs)
+    for name in ("values", "rewards", "mask"):
+        flat = torch.cat([inputs[name].new_zeros(1), inputs[name].flatten()])
+        for a, b in zip(run(inputs | {name: flat[1:].view(6, 32)}), expected):
+            assert_same_bits(f"{name} one entry into its storage", a, b)
+
+
 def test_nan_spreads_to_earlier_tokens_of_its_row_only(device):
     inputs = token_inputs((3, 20), device)
     inputs["mask"][:] = 1

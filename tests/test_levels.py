@@ -35,7 +35,7 @@ def test_the_level_asked_for_runs(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_ops_pass_their_tests(level):
-    files = [str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "whiten", "ppo_loss")]
+    files = [str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "whiten", "ppo_loss", "hostile_values")]
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not trl and not opcheck and not compiles", *files,
                  level=level)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]

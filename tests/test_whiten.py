@@ -36,6 +36,21 @@ def test_matches_float64(device, name, shape):
 
 
 @each_op
+@pytest.mark.parametrize("shape", TOKEN_SHAPES[-2:], ids=str)
+def test_grad_matches_float64(device, name, shape):
+    op, spec, options = OPS[name]
+    values, mask = 3.0 + torch.randn(shape, device=device), torch.rand(shape, device=device) > 0.4
+    grad = torch.randn_like(op(values, mask, **options))
+
+    def gradient(op, dtype):
+        inputs = values.to(dtype).requires_grad_()
+        return torch.autograd.grad(op(inputs, mask, **options), inputs, grad.to(dtype))[0]
+
+    assert_within_torch_error(name, gradient(op, torch.float32), gradient(spec, torch.float32),
+                              gradient(spec, torch.float64))
+
+
+@each_op
 def test_large_mean_does_not_cancel(device, name):
     op, spec, options = OPS[name]
     values = 1e4 + torch.randn(50, 60, device=device).mul(64).round().div(64)

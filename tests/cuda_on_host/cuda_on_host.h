@@ -1,21 +1,18 @@
-// cuda_on_host.h: runs CUDA kernels without a GPU. Every thread of a block is a fiber; shuffles and barriers switch
-// between them, in an order that CUDA_ON_HOST_SEED shuffles. A barrier that not every thread reaches is an error.
+// cuda_on_host.h: CUDA's keywords, built-in variables and primitives for kernels that g++ compiles for the host. What
+// they do is in layer.h and the files named there; what is not declared here, no kernel may use.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <random>
-#include <vector>
+#include <type_traits>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static thread_local
+#define __shared__ static thread_local  // so that the linker puts all of it in one place, shared_memory.cpp
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 
@@ -28,157 +25,125 @@ struct Index {
   unsigned x;
 };
 
-constexpr int kWarp = 32;
-constexpr size_t kStack = 128 * 1024;
+// Constant for the code of one thread of one block, which is all that calls them.
+__attribute__((const)) unsigned thread_index();
+__attribute__((const)) unsigned block_index();
+__attribute__((const)) unsigned block_size();
+__attribute__((const)) unsigned grid_size();
 
-struct Fiber {
-  void* context = nullptr;  // the stack pointer it stopped at
-  std::unique_ptr<char[]> stack;
-  unsigned thread = 0;
-  bool done = false;
+// A line of the kernels' sources.
+struct Place {
+  const char* file;
+  int line;
 };
-
-struct Barrier {
-  unsigned arrived = 0;
-  uint64_t round = 0;
-};
-
-struct Block {
-  void* scheduler = nullptr;
-  std::vector<Fiber> fibers;
-  Fiber* current = nullptr;
-  Index block{0}, grid{1}, threads{1};
-  Barrier barrier;
-  std::vector<Barrier> warps;
-  bool progress = false;
-  std::vector<unsigned> lanes;  // what each thread shows to its warp
-  std::function<void()> kernel;
-  std::mt19937 random{0};
-};
-
-inline thread_local Block* block = nullptr;
-
-[[noreturn]] inline void fail(const char* text) {
-  std::fprintf(stderr, "cuda_on_host: %s (block %u)\n", text, block->block.x);
-  std::abort();
+inline bool operator==(Place a, Place b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
-// Saves what a call must keep on the stack it leaves and takes it from the stack it enters: no system call.
-extern "C" void cuda_on_host_switch(void** leave, void* enter);
-#if defined(__x86_64__)
-asm(R"(
-.weak cuda_on_host_switch
-.type cuda_on_host_switch, @function
-cuda_on_host_switch:
-  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
-  ret
-)");
-#endif
+enum class Intrinsic { shfl, shfl_down, shfl_up, shfl_xor, any, all, ballot, syncwarp };
 
-inline void yield() { cuda_on_host_switch(&block->current->context, block->scheduler); }
+void block_barrier(Place place);
 
-// Waits until all `threads` of a warp or block have come here.
-inline void wait(Barrier& barrier, unsigned threads) {
-  const uint64_t round = barrier.round;
-  if (++barrier.arrived == threads) {
-    barrier.arrived = 0;
-    ++barrier.round;
-    block->progress = true;
-    return;
-  }
-  while (barrier.round == round) yield();
-}
+// What `intrinsic` gives this lane, once all lanes of the mask have called it.
+uint64_t call_together(Intrinsic intrinsic, unsigned mask, uint64_t value, int lane, Place place);
 
-inline void block_barrier() { wait(block->barrier, block->threads.x); }
+// Says that the running thread is about to change *p atomically.
+void touch_atomically(void* p, size_t size);
 
-inline void warp_barrier() {
-  const unsigned warp = block->current->thread / kWarp;
-  wait(block->warps[warp], std::min(unsigned(kWarp), block->threads.x - warp * kWarp));
-}
+// How many blocks a grid may have, at most CUDA's own 2147483647.
+int64_t max_blocks();
 
-inline unsigned shuffle(unsigned mask, unsigned value, int from_lane) {
-  if (mask != 0xffffffffu) fail("a shuffle must name the whole warp");
-  const unsigned thread = block->current->thread, begin = thread / kWarp * kWarp;
-  block->lanes[thread] = value;
-  warp_barrier();
-  const unsigned result = from_lane < kWarp ? block->lanes[begin + from_lane] : value;
-  warp_barrier();
-  return result;
-}
-
-inline void run_fiber() {
-  block->kernel();
-  block->current->done = true;
-  yield();
-}
-
-inline void run_block(std::vector<unsigned>& order) {
-  for (Fiber& fiber : block->fibers) {
-    // A stack that looks as if run_fiber had been left at its first instruction.
-    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) / 16 * 16);
-    *--top = nullptr;  // where run_fiber would return to, if it did
-    *--top = reinterpret_cast<void*>(run_fiber);
-    fiber.context = top - 6;
-    fiber.done = false;
-  }
-  size_t left = block->fibers.size();
-  while (left > 0) {
-    block->progress = false;
-    std::shuffle(order.begin(), order.end(), block->random);
-    for (unsigned t : order) {
-      Fiber& fiber = block->fibers[t];
-      if (fiber.done) continue;
-      block->current = &fiber;
-      cuda_on_host_switch(&block->scheduler, fiber.context);
-      left -= fiber.done;
-      block->progress |= fiber.done;
-    }
-    if (!block->progress) fail("some threads wait at a barrier that others never reach");
-  }
-}
-
-}  // namespace cuda_on_host
-
-#define threadIdx (cuda_on_host::Index{cuda_on_host::block->current->thread})
-#define blockIdx (cuda_on_host::block->block)
-#define gridDim (cuda_on_host::block->grid)
-#define blockDim (cuda_on_host::block->threads)
+// Runs the kernel of operator `op` in every thread of every block.
+void run_on_host(const char* op, int64_t blocks, int threads, const std::function<void()>& kernel);
 
 template <class T>
-T atomicAdd(T* p, T x) {  // fibers take turns, so nothing comes between
+T shuffle(Intrinsic intrinsic, unsigned mask, T value, int lane, Place place) {
+  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "as in CUDA");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = call_together(intrinsic, mask, bits, lane, place);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <class T>
+constexpr bool is_atomic = std::is_same<T, int>::value || std::is_same<T, unsigned>::value ||
+                           std::is_same<T, unsigned long long>::value || std::is_same<T, float>::value ||
+                           std::is_same<T, double>::value;
+
+// One thread runs at a time and only these primitives pass the turn on, so that a plain update is atomic.
+template <class T, class Update>
+__attribute__((noinline, no_sanitize("thread"))) T update_atomically(T* p, const Update& update) {
+  static_assert(is_atomic<T>, "as in CUDA");
+  touch_atomically(p, sizeof(T));
   const T old = *p;
-  *p += x;
+  *p = update(old);
   return old;
 }
 
-inline void __syncthreads() { cuda_on_host::block_barrier(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::warp_barrier(); }
-inline unsigned __shfl_down_sync(unsigned mask, unsigned value, int by) {
-  return cuda_on_host::shuffle(mask, value, int(cuda_on_host::block->current->thread % 32) + by);
-}
-inline unsigned __shfl_sync(unsigned mask, unsigned value, int lane) { return cuda_on_host::shuffle(mask, value, lane); }
+template <class T>
+using same = typename std::common_type<T>::type;  // keeps an argument from taking part in finding T
 
-template <class Kernel>
-void run_on_host(unsigned grid, int threads, const Kernel& kernel) {
-  using namespace cuda_on_host;
-  Block state;
-  const char* seed = std::getenv("CUDA_ON_HOST_SEED");
-  state.random.seed(seed ? std::atoi(seed) : 0);
-  state.kernel = kernel;
-  state.grid.x = grid;
-  state.threads.x = unsigned(threads);
-  state.lanes.resize(threads);
-  state.fibers.resize(threads);
-  state.warps.resize((threads + kWarp - 1) / kWarp);
-  std::vector<unsigned> order(threads);
-  for (int t = 0; t < threads; ++t) {
-    state.fibers[t].thread = order[t] = unsigned(t);
-    state.fibers[t].stack.reset(new char[kStack]);
-  }
-  block = &state;
-  for (state.block.x = 0; state.block.x < grid; ++state.block.x) run_block(order);
-  block = nullptr;
+}  // namespace cuda_on_host
+
+#define threadIdx (cuda_on_host::Index{cuda_on_host::thread_index()})
+#define blockIdx (cuda_on_host::Index{cuda_on_host::block_index()})
+#define blockDim (cuda_on_host::Index{cuda_on_host::block_size()})
+#define gridDim (cuda_on_host::Index{cuda_on_host::grid_size()})
+
+// Each primitive knows the line that calls it, which CUDA's do not take.
+#define PPO_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(PPO_PLACE) { cuda_on_host::block_barrier({file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, PPO_PLACE) {
+  cuda_on_host::call_together(cuda_on_host::Intrinsic::syncwarp, mask, 0, 0, {file, line});
 }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, PPO_PLACE) {
+  return cuda_on_host::shuffle(cuda_on_host::Intrinsic::shfl, mask, value, lane, {file, line});
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, PPO_PLACE) {
+  return cuda_on_host::shuffle(cuda_on_host::Intrinsic::shfl_down, mask, value, int(by), {file, line});
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, PPO_PLACE) {
+  return cuda_on_host::shuffle(cuda_on_host::Intrinsic::shfl_up, mask, value, int(by), {file, line});
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, PPO_PLACE) {
+  return cuda_on_host::shuffle(cuda_on_host::Intrinsic::shfl_xor, mask, value, lanes, {file, line});
+}
+
+inline int __any_sync(unsigned mask, int predicate, PPO_PLACE) {
+  return int(cuda_on_host::call_together(cuda_on_host::Intrinsic::any, mask, predicate != 0, 0, {file, line}));
+}
+inline int __all_sync(unsigned mask, int predicate, PPO_PLACE) {
+  return int(cuda_on_host::call_together(cuda_on_host::Intrinsic::all, mask, predicate != 0, 0, {file, line}));
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, PPO_PLACE) {
+  return unsigned(cuda_on_host::call_together(cuda_on_host::Intrinsic::ballot, mask, predicate != 0, 0, {file, line}));
+}
+
+template <class T>
+T atomicAdd(T* p, cuda_on_host::same<T> x) {
+  return cuda_on_host::update_atomically(p, [x](T old) { return T(old + x); });
+}
+template <class T>
+T atomicMax(T* p, cuda_on_host::same<T> x) {
+  static_assert(std::is_integral<T>::value, "as in CUDA");
+  return cuda_on_host::update_atomically(p, [x](T old) { return std::max(old, x); });
+}
+template <class T>
+T atomicExch(T* p, cuda_on_host::same<T> x) {
+  return cuda_on_host::update_atomically(p, [x](T) { return x; });
+}
+template <class T>
+T atomicCAS(T* p, cuda_on_host::same<T> expected, cuda_on_host::same<T> x) {
+  static_assert(std::is_integral<T>::value, "as in CUDA");
+  return cuda_on_host::update_atomically(p, [=](T old) { return old == expected ? x : old; });
+}
+inline void __threadfence() {}  // memory is written in the order of the source here
+
+#undef PPO_PLACE

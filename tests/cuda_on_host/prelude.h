@@ -1,5 +1,5 @@
-// prelude.h: included before every .cu file. Torch's headers first, as they are; after them the kernels register for the
-// CPU, and the device guard does nothing.
+// prelude.h: included before every .cu file. Torch's headers first, as they are; after them the kernels register for
+// the CPU, and the device guard does nothing.
 #pragma once
 
 #include <algorithm>

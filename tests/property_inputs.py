@@ -1,0 +1,131 @@
+"""Random inputs for test_properties.py: hypothesis draws their structure and a seed, torch's generators the numbers."""
+
+import dataclasses
+
+import torch
+from cases import FLOATS
+from hypothesis import strategies as st
+from op_calls import ROLES
+
+KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # what an entry may be; zeros have either sign
+LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
+MASKS = (torch.bool, torch.int64, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    sequences: int
+    tokens: int
+    vocabulary: int
+    dtype: torch.dtype
+    layout: str
+    mask: torch.dtype
+    density: float  # of tokens that count
+    kinds: tuple
+    seed: int
+
+    def generator(self):
+        return torch.Generator().manual_seed(self.seed)
+
+
+def cases(kinds=KINDS, dtypes=FLOATS):
+    """Batches of 0 to 5 sequences, or of one more than the 16 that the CPU's gae takes side by side; one in three has
+    few tokens and a vocabulary around the kernels' block of 2048 or of several of them."""
+    def of(sequences, tokens, vocabulary):
+        return st.builds(
+            Case, sequences=st.sampled_from(sequences), tokens=tokens, vocabulary=vocabulary,
+            dtype=st.sampled_from(dtypes), layout=st.sampled_from(LAYOUTS), mask=st.sampled_from(MASKS),
+            density=st.sampled_from((0.0, 0.3, 0.7, 1.0)), seed=st.integers(0, 2**32 - 1),
+            kinds=st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True).map(tuple))
+
+    return st.one_of(*(of((0, 1, 2, 3, 4, 5, 17), st.integers(0, 33), st.integers(1, 600)) for _ in range(2)),
+                     of((1, 2, 3), st.integers(1, 2), st.sampled_from((2047, 2048, 2049, 4500, 6200))))
+
+
+def numbers(shape, case, generator, step=None):
+    """Entries of the case's kinds; normal ones are multiples of `step`, if given."""
+    wide = torch.promote_types(case.dtype, torch.float32)
+    x = torch.randn(shape, generator=generator, dtype=wide).mul_(2.0)
+    if step:
+        x = x.div_(step).round_().mul_(step)
+    high = {"1e4": 1e4, "-inf": -torch.inf, "subnormal": torch.finfo(case.dtype).tiny / 8, "zero": 0.0}
+    low = {"1e4": -1e4, "-inf": -torch.inf, "subnormal": -torch.finfo(case.dtype).tiny / 8, "zero": -0.0}
+    kind = torch.randint(2 * len(case.kinds), shape, generator=generator, dtype=torch.uint8)  # and its sign
+    for i, name in enumerate(case.kinds):
+        if name != "normal":
+            x.masked_fill_(kind == 2 * i, low[name]).masked_fill_(kind == 2 * i + 1, high[name])
+    return x.to(case.dtype)
+
+
+def quarters(shape, case, generator):
+    """Multiples of 1/4 in [-8, 8): sums of a few, and of any number in float64, are exact in every dtype."""
+    return torch.randint(-32, 32, shape, generator=generator, dtype=torch.float32).div_(4).to(case.dtype)
+
+
+def laid_out(x, layout):
+    """The same numbers elsewhere in memory, between NaN."""
+    if layout == "contiguous" or x.numel() == 0:
+        return x
+    tokens = min(1, x.dim() - 1)
+    if layout in ("tokens first", "last first"):
+        dim = tokens if layout == "tokens first" else -1
+        return x.movedim(dim, 0).contiguous().movedim(0, dim)
+    filler = float("nan") if x.is_floating_point() else (1 if x.dtype == torch.bool else -100)
+    if layout == "behind an offset":
+        view = x.new_full((x.numel() + 1,), filler)[1:].view(x.shape)
+    elif layout == "every second":
+        view = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), filler)[..., 1::2]
+    else:
+        n = x.shape[tokens]
+        view = x.new_full((*x.shape[:tokens], 3 * n, *x.shape[tokens + 1:]), filler).narrow(tokens, n, n)
+    return view.copy_(x)
+
+
+def _pick(generator, *choices):
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def options(op, generator):
+    """Numbers and flags of a call."""
+    if "temperature" in ROLES[op]:
+        return {"temperature": _pick(generator, 0.25, 1.0, 1.7)}
+    return {"gae": {"gamma": _pick(generator, 0.0, 0.97, 1.0), "lam": _pick(generator, 0.0, 0.9, 1.0)},
+            "kl_rewards": {"kl_coef": _pick(generator, 0.2, -1.0),
+                           "kl_penalty": _pick(generator, "kl", "abs", "mse", "full")},
+            "masked_mean": {"axis": _pick(generator, None, 0, 1, (1, 0))},
+            "masked_var": {"unbiased": _pick(generator, True, False)},
+            "masked_whiten": {"shift_mean": _pick(generator, True, False)},
+            "ppo_loss": {"cliprange": _pick(generator, 0.1, 0.2, 0.5), "cliprange_value": _pick(generator, 0.0, 0.2),
+                         "vf_coef": _pick(generator, 0.1, -1.0),
+                         "ratio_threshold": _pick(generator, 10.0, float("inf"))},
+            }[op]
+
+
+def arguments(op, case, device="cpu", draw=numbers):
+    """Arguments of `op` by name, and the incoming gradients of its per-token results."""
+    generator, shape = case.generator(), (case.sequences, case.tokens)
+    made = options(op, generator)
+    for name in ROLES[op]:
+        if name in ("logits", "ref_logits"):
+            made[name] = draw((*shape, case.vocabulary), case, generator)
+            if draw is numbers:  # the largest logits anywhere, or in the last block, or in the first
+                slope = _pick(generator, 0.0, 40.0, -40.0)
+                made[name] = (made[name] + torch.linspace(0, slope, case.vocabulary)).to(case.dtype)
+        elif name == "labels":
+            made[name] = torch.randint(case.vocabulary, shape, generator=generator)
+        elif name == "mask":
+            mask = torch.rand(shape, generator=generator) < case.density
+            weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if op.startswith("masked_") else 1
+            made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
+        elif name == "scores":
+            made[name] = draw(shape[:1], case, generator)
+        elif name not in made and name != "kls" and name not in ("temperature", "inplace_backward", "validate"):
+            # Multiples of 1/8: no ratio is so near a clip bound that rounding decides the side.
+            step = {"step": 0.125} if op == "ppo_loss" and "logprobs" in name and draw is numbers else {}
+            made[name] = draw(shape, case, generator, **step)
+    if made.get("kl_penalty") == "full":
+        made["kls"] = draw(shape, case, generator)
+    per_token = ("logprobs", "entropy", "full_kl", "masked_whiten")
+    grads = {name: torch.randn(shape, generator=generator).to(device) for name in per_token}
+    return {name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x
+            for name, x in made.items()}, grads

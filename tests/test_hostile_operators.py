@@ -1,0 +1,203 @@
+"""The operators torch.ops.ppo_ext.* below the public functions, with arguments that only their schemas allow.
+
+What they touch is memory, so every wrong dtype, shape, stride and device has to be refused with a sentence. The table is
+made from the schemas; a fuzzer with several hostile arguments at a time runs in a process of its own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import logits_inputs, token_inputs
+from conftest import assert_same_bits
+
+from ppo_ext.ppo_loss import STAT_NAMES
+
+OPERATORS = {name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default
+             for name in sorted(torch._C._dispatch_get_all_op_names()) if name.startswith("ppo_ext::")}
+LOGPROBS = {"temperature": 0.7, "with_entropy": True}
+LOSS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "ratio_threshold": 10.0}
+
+
+def parameters(operator):
+    return operator._schema.arguments
+
+
+def takes_tensor(parameter):
+    return str(parameter.type) in ("Tensor", "Optional[Tensor]")
+
+
+def valid_arguments(name):
+    """Arguments that the operator accepts, by name, in the order of its schema: [2, 3] tokens, 7 logits each.
+
+    What a forward pass would have saved is of the right shape only.
+    """
+    inputs = token_inputs((2, 3)) | logits_inputs((2, 3, 7), torch.float32) | LOGPROBS | LOSS
+    inputs |= {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.2, "kl_penalty": 0, "shift_mean": True}
+    inputs |= {"grad_kl": inputs["grad_logprobs"], "weights": torch.ones(2, 3), "grad": torch.randn(2, 3),
+               "grad_loss": torch.ones(()), "grad_vpreds": torch.randn(2, 3), "moments": torch.ones(3)}
+    inputs |= {name: torch.rand(2, 3) for name in ("entropy", "row_max", "log_sum", "kl", "ref_row_max", "ref_log_sum")}
+    inputs |= {"stats": torch.ones(len(STAT_NAMES) + 1), "scores": inputs["scores"].contiguous(),
+               "labels": inputs["labels"].clamp(max=5), "label_note": torch.zeros(4, dtype=torch.int64)}
+    return {parameter.name: inputs[parameter.name] for parameter in parameters(OPERATORS[name])}
+
+
+# What is done to a valid tensor, and what the error asks for.
+SHAPE, DTYPE = "have the shape|have [0-9]+ entr|be contiguous", "be int64|be bool|be float"
+CHANGES = {
+    "complex": (lambda x: x.to(torch.complex64), DTYPE),
+    "int32": (lambda x: x.int(), DTYPE),
+    "a dtype of another kind": (lambda x: x.long() if x.is_floating_point() else x.float(), DTYPE),
+    "float16": (lambda x: x.half(), DTYPE),
+    "float64": (lambda x: x.double(), DTYPE),
+    "float8": (lambda x: x.to(torch.float8_e5m2), DTYPE),
+    "one more dimension": (lambda x: x[None], SHAPE),
+    "a number": (lambda x: x.flatten()[0], SHAPE),
+    "flat and longer": (lambda x: torch.cat([x.flatten(), x.flatten()]), SHAPE),
+    "one short": (lambda x: x.view(x.shape or 1)[..., 1:].contiguous(), SHAPE),
+    "one long": (lambda x: torch.cat([x.view(x.shape or 1), x.view(x.shape or 1)[..., :1]], -1), SHAPE),
+    "empty": (lambda x: x.view(x.shape or 1)[..., :0], SHAPE),
+    "every second entry": (lambda x: x.repeat_interleave(2, -1)[..., ::2], "be contiguous"),
+    "stride 0": (lambda x: x.flatten()[:1].expand(x.shape), "be contiguous|have one address for each entry"),
+    "on meta": (lambda x: x.to("meta"), "be on one device"),
+}
+STRIDES = {"every second entry", "stride 0"}
+# No faults: strides of logits are followed, their dtype and V are free where nothing else has them, and one number or a
+# vector may have dimensions of size 1 around it.
+NO_FAULTS = {
+    ("_logprobs", "logits"): STRIDES | {"float16", "float64", "one short", "one long"},
+    ("_logprobs", "label_note"): {"one more dimension"},
+    ("_logprobs_backward", "logits"): STRIDES | {"float16", "one short", "one long"},
+    ("_logprobs_backward_", "logits"): {"every second entry", "float16", "one short", "one long"},
+    **{(name, logits): STRIDES for name in ("_full_kl", "_full_kl_backward") for logits in ("logits", "ref_logits")},
+    ("_full_kl_backward_", "logits"): {"every second entry"}, ("_full_kl_backward_", "ref_logits"): STRIDES,
+    ("_masked_whiten_backward", "moments"): {"one more dimension"},
+    ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
+    ("_ppo_loss_backward", "stats"): {"one more dimension"},
+}
+
+
+def tensor_cases():
+    return [pytest.param(name, parameter.name, change, id=f"{name}-{parameter.name}-{change}")
+            for name, operator in OPERATORS.items() for parameter in parameters(operator) if takes_tensor(parameter)
+            for change in CHANGES if parameter.name != "grad_loss" or change not in STRIDES]  # it is one number
+
+
+def call(name, arguments):
+    """What the operator returns or, if it returns nothing, what it has written."""
+    results = OPERATORS[name](*arguments.values())
+    results = arguments["logits"] if results is None else results
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize("name, argument, change", tensor_cases())
+def test_tensor(name, argument, change):
+    make, text = CHANGES[change]
+    arguments = valid_arguments(name)
+    arguments[argument] = make(arguments[argument])
+    if change in NO_FAULTS.get((name, argument), ()):
+        dense = arguments | {argument: arguments[argument].clone(memory_format=torch.contiguous_format)}
+        for a, b in zip(call(name, arguments), call(name, dense)):
+            assert_same_bits(name, a, b)
+        return
+    with pytest.raises((ValueError, RuntimeError), match=rf"^[a-z_]+: \S.* must ({text}).*, got .+"):
+        call(name, arguments)
+
+
+NUMBERS = {
+    "temperature": ("be between 1e-30 and 1e30", (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
+    "gamma": ("be a finite number", (math.nan, math.inf, -math.inf)),
+    "lam": ("be a finite number", (math.nan, math.inf, -math.inf)),
+    "kl_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
+    "kl_penalty": (r"be in \[0, 4\)", (-1, 4, 2**62, -2**62)),
+    "cliprange": ("not be negative", (-1.0, math.nan, -math.inf)),
+    "cliprange_value": ("not be negative", (-1.0, math.nan, -math.inf)),
+    "vf_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
+}
+ANY_NUMBER = {"ratio_threshold", "with_entropy", "shift_mean"}
+
+
+@pytest.mark.parametrize("name, argument, value", [
+    (name, parameter.name, value) for name, operator in OPERATORS.items() for parameter in parameters(operator)
+    if parameter.name in NUMBERS for value in NUMBERS[parameter.name][1]])
+def test_number(name, argument, value):
+    with pytest.raises((ValueError, RuntimeError), match=f"^[a-z_]+: {argument} must {NUMBERS[argument][0]}, got "):
+        call(name, valid_arguments(name) | {argument: value})
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items()
+                                  if any(parameter.name == "labels" for parameter in parameters(operator))])
+@pytest.mark.parametrize("label", (-100, 7, 2**40, -2**63))
+def test_ids_outside_the_vocabulary(name, label):
+    arguments = valid_arguments(name)
+    arguments["labels"][1, 2], arguments["mask"][1, 2] = label, True
+    with pytest.raises((ValueError, RuntimeError), match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}$"):
+        call(name, arguments)
+
+
+@pytest.mark.parametrize("name, argument", [(name, parameter.name) for name, operator in OPERATORS.items()
+                                            for parameter in parameters(operator)])
+def test_torch_refuses_what_the_schema_does_not_allow(name, argument):
+    with pytest.raises((RuntimeError, TypeError), match="[Ee]xpected a value of type|incompatible"):
+        call(name, valid_arguments(name) | {argument: object()})
+
+
+@pytest.mark.parametrize("name, argument", [(name, parameter.name) for name, operator in OPERATORS.items()
+                                            for parameter in parameters(operator) if takes_tensor(parameter)])
+def test_torch_finds_no_kernel_for_sparse_tensors(name, argument):
+    arguments = valid_arguments(name)
+    with pytest.raises(NotImplementedError, match="Could not run"):
+        call(name, arguments | {argument: arguments[argument].to_sparse()})
+
+
+def test_every_argument_of_every_operator_is_here():
+    assert len(OPERATORS) == 13
+    tables = {case.values[:2] for case in tensor_cases()}
+    for name, operator in OPERATORS.items():
+        for parameter in parameters(operator):
+            assert (name, parameter.name) in tables or parameter.name in NUMBERS.keys() | ANY_NUMBER
+
+
+def fuzz(calls):
+    """Any of the faults above, several at a time. Prints how often an operator ran and how often it refused."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(things):
+        return things[int(torch.randint(len(things), (), generator=generator))]
+
+    ran = refused = 0
+    for _ in range(calls):
+        name = pick(list(OPERATORS))
+        arguments = valid_arguments(name)
+        for _ in range(pick((1, 1, 2, 3))):
+            argument = pick(list(arguments))
+            if isinstance(arguments[argument], torch.Tensor):
+                try:
+                    arguments[argument] = CHANGES[pick(list(CHANGES))][0](arguments[argument])
+                except (RuntimeError, IndexError):
+                    continue  # the change cannot be made of the last one's result
+            elif argument in NUMBERS:
+                arguments[argument] = pick(NUMBERS[argument][1])
+        try:
+            call(name, arguments)
+            ran += 1
+        except (ValueError, RuntimeError) as error:
+            if " must " not in str(error):
+                raise
+            refused += 1
+    print(f"{ran} ran, {refused} refused")
+
+
+def test_several_faults_at_a_time_crash_nothing():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_PERTURB_": "165"}
+    result = subprocess.run([sys.executable, __file__, "3000"], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    ran, refused = (int(word) for word in result.stdout.split() if word.isdigit())
+    assert ran > 100 and refused > 2000
+
+
+if __name__ == "__main__":
+    fuzz(int(sys.argv[1]))

@@ -1,0 +1,295 @@
+"""What holds for every input of an op, tried on many: 200 each in CI, PPO_EXT_FUZZ_EXAMPLES each under `make fuzz`."""
+
+import collections
+import functools
+import os
+
+import pytest
+import torch
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error
+from hypothesis import given, settings
+from op_calls import OPS, run
+from property_inputs import KINDS, arguments, cases, quarters
+
+from ppo_ext import reference
+
+ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels, run by fibers: slow
+settings.register_profile("ci", max_examples=15 if ON_HOST else 200, derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=int(os.environ.get("PPO_EXT_FUZZ_EXAMPLES", 20_000)), deadline=None,
+                          print_blob=True)
+settings.load_profile("fuzz" if "PPO_EXT_FUZZ_EXAMPLES" in os.environ else "ci")
+
+EXAMPLES = collections.Counter()  # by property, op and device, for property_counts.py
+ON_LOGITS = ("logprobs", "logprobs_and_entropy", "full_kl")
+BY_SEQUENCE = (*ON_LOGITS, "kl_rewards", "gae", "masked_mean")  # no sequence mixes with another (masked_mean by row)
+MEANS = ("masked_mean", "masked_var", "masked_whiten", "ppo_loss")  # over all tokens
+CALM = ("normal", "subnormal", "zero")  # of which sums do not cancel to much less than their rounding
+# For a handful of numbers torch's error is luck, and a mean of parts is rounded once more for each of them.
+UNITS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are small: on a busy machine a second thread makes torch many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def property_of(*ops, kinds=KINDS):
+    """Makes a test of `check(op, case, device)` for each of the ops."""
+    def decorate(check):
+        @pytest.mark.parametrize("op", ops)
+        @given(case=cases(kinds))
+        @functools.wraps(check)
+        def test(op, case, device):
+            EXAMPLES[check.__name__, op, device] += 1
+            check(op, case, device)
+
+        return test
+
+    return decorate
+
+
+def tensors(function, inputs):
+    """`function` of each tensor among the arguments."""
+    return {name: function(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def doubles(inputs):
+    return tensors(lambda x: x.double() if x.is_floating_point() else x, inputs)
+
+
+def gradients(results):
+    return {name: x for name, x in results.items() if name.startswith("grad_")}
+
+
+def assert_same_results(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_same_bits(name, a[name], b[name])
+
+
+def assert_near(name, ours, torchs, exact, scale=0.0):
+    """The same NaN and infinities as float64; elsewhere within torch's error and UNITS of the largest entry or scale."""
+    rounded = exact.to(ours.dtype)
+    finite = rounded.isfinite()
+    assert_same_bits(f"{name} where not finite", ours.masked_fill(finite, 0), rounded.masked_fill(finite, 0))
+    ours, torchs, exact = (x.masked_fill(~finite, 0) for x in (ours, torchs.to(ours.dtype), exact))
+    assert_within_torch_error(name, ours, torchs, exact, UNITS, scale)
+
+
+def without_undefined_gradients(op, inputs, results):
+    """0 for gradients of a row's result that is not finite, or through a token that is not: nothing defines them."""
+    if op in ON_LOGITS:
+        values = [x.isfinite() for name, x in results.items() if not name.startswith("grad_")]
+        defined = torch.stack(values).all(0)[..., None]
+    elif op == "ppo_loss":
+        tokens = (results["policy/ratio"], *(x for x in inputs.values() if isinstance(x, torch.Tensor)))
+        defined = torch.stack([x.isfinite() for x in tokens]).all(0)
+    elif op in MEANS:
+        defined = inputs["values"][inputs["mask"] != 0].isfinite().all()
+    else:
+        return results
+    return results | {name: x.masked_fill(~defined, 0) for name, x in gradients(results).items()}
+
+
+def scale_of_gradients(op, inputs, grads, exact):
+    """The size of the terms whose difference the gradient is, where it may be much smaller itself."""
+    if op in ON_LOGITS:
+        sizes = [grads[name].abs() * (1 if name == "logprobs" else 1 + exact[name]) for name in exact if name in grads]
+        terms = sum(sizes) / inputs["temperature"]
+    elif op == "masked_whiten":
+        terms = grads[op] * torch.rsqrt(reference.masked_var(inputs["values"].double(), inputs["mask"]) + 1e-8)
+    else:
+        return 0.0
+    return terms.nan_to_num(0, 0, 0).abs().max().item() if terms.numel() else 0.0
+
+
+@property_of(*OPS)
+def test_masked_values_never_matter(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    masked, generator = inputs["mask"] == 0, case.generator()
+    garbage_values = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e4])
+
+    def spoil(x):
+        garbage = garbage_values[torch.randint(4, x.shape, generator=generator)].to(device)
+        hidden = masked.all(1) if x.dim() == 1 else masked.view(masked.shape + (1,) * (x.dim() - 2))
+        return torch.where(hidden, garbage.to(x.dtype) if x.is_floating_point() else -100, x)
+
+    spoilt = tensors(spoil, {name: x for name, x in inputs.items() if name != "mask"}) | {"mask": inputs["mask"]}
+    results = run(op, spoilt, tensors(spoil, grads))
+    assert_same_results(results, run(op, inputs, grads))
+    for name, result in results.items():
+        if result.shape[:2] == masked.shape:
+            assert (result[masked] == 0).all(), name
+
+
+@property_of(*OPS)
+def test_reference(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    single = tensors(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, inputs)
+    exact = run(op, doubles(inputs), grads, reference)
+    ours, torchs, exact = (without_undefined_gradients(op, inputs, results) for results in (
+        run(op, inputs, grads), run(op, single, grads, reference), exact))
+    assert list(ours) == list(torchs)
+    for name, result in ours.items():
+        scale = scale_of_gradients(op, inputs, grads, exact) if name.startswith("grad_") else 0.0
+        assert_near(name, result, torchs[name], exact[name], scale)
+
+
+@property_of(*OPS)
+def test_strides_never_matter(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    dense = tensors(lambda x: x.clone(memory_format=torch.contiguous_format), inputs)
+    assert_same_results(run(op, inputs, grads), run(op, dense, grads))
+
+
+@property_of(*OPS)
+def test_same_bits_on_every_run_and_for_any_threads(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    assert_same_bits_for_any_threads(lambda: run(op, inputs, grads))
+    assert_same_results(run(op, inputs, grads), run(op, inputs, grads))
+
+
+@property_of(*ON_LOGITS)
+def test_inplace_backward_changes_no_bit(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    expected = run(op, inputs, grads)
+    assert_same_results(run(op, inputs | {"inplace_backward": True}, grads), expected)
+
+
+def by_sequence(op, case, device):
+    """Arguments and incoming gradients of an op that treats sequences apart."""
+    inputs, grads = arguments(op, case, device)
+    if op == "masked_mean":
+        return inputs | {"axis": 1}, {op: torch.arange(1.0, case.sequences + 1, device=device)}
+    return inputs, grads
+
+
+def of_all_tokens(op, case, device):
+    """Arguments and incoming gradients of an op that takes means over all tokens."""
+    inputs, grads = arguments(op, case, device)
+    return inputs | ({"axis": None} if op == "masked_mean" else {}), grads
+
+
+@property_of(*BY_SEQUENCE)
+def test_sequences_in_any_order(op, case, device):
+    inputs, grads = by_sequence(op, case, device)
+    order = torch.randperm(case.sequences, generator=case.generator()).to(device)
+    permuted = run(op, tensors(lambda x: x[order], inputs), tensors(lambda x: x[order], grads))
+    assert_same_results(permuted, tensors(lambda x: x[order], run(op, inputs, grads)))
+
+
+@property_of(*MEANS, kinds=CALM)
+def test_tokens_in_any_order(op, case, device):
+    """A sum in another order is rounded otherwise; nothing else changes."""
+    inputs, grads = of_all_tokens(op, case, device)
+    count = case.sequences * case.tokens
+    order = torch.randperm(count, generator=case.generator()).to(device)
+
+    def shuffle(x):
+        return x.reshape(count)[order].view(x.shape) if x.shape == (case.sequences, case.tokens) else x
+
+    results, expected = run(op, tensors(shuffle, inputs), tensors(shuffle, grads)), run(op, inputs, grads)
+    expected = tensors(shuffle, expected)
+    exact = tensors(shuffle, run(op, doubles(inputs), grads))
+    for name in expected:
+        assert_near(name, results[name], expected[name], exact[name])
+
+
+@property_of(*BY_SEQUENCE)
+def test_parts_of_a_batch_give_the_whole(op, case, device):
+    inputs, grads = by_sequence(op, case, device)
+    cut = case.seed % (case.sequences + 1)
+    parts = [run(op, tensors(lambda x, rows=rows: x[rows], inputs), tensors(lambda x, rows=rows: x[rows], grads))
+             for rows in (slice(cut), slice(cut, None))]
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert_same_results(together, run(op, inputs, grads))
+
+
+@property_of("masked_mean", "ppo_loss", kinds=CALM)
+def test_parts_of_a_batch_weighted_by_their_tokens_give_the_whole(op, case, device):
+    inputs, _ = of_all_tokens(op, case, device)
+    inputs |= {"ratio_threshold": float("inf")} if op == "ppo_loss" else {}
+    weights = inputs["mask"].double() if op == "masked_mean" else (inputs["mask"] != 0).double()
+    cut = case.seed % (case.sequences + 1)
+    halves = (slice(cut), slice(cut, None))
+    parts = [run(op, tensors(lambda x, rows=rows: x[rows], inputs)) for rows in halves]
+    shares = [weights[rows].sum() / weights.sum().clamp(min=0.25) for rows in halves]
+    whole, exact = run(op, inputs), run(op, doubles(inputs))
+    for name in ("masked_mean",) if op == "masked_mean" else ("loss", "policy/approxkl", "val/vpred", "returns/mean"):
+        terms = [share * part[name].double() for share, part in zip(shares, parts)]
+        assert_near(name, sum(terms).to(whole[name].dtype), whole[name], exact[name], max(abs(x).item() for x in terms))
+    for name, grad in gradients(whole).items():
+        together = torch.cat([share.to(grad.dtype) * part[name] for share, part in zip(shares, parts)])
+        assert_near(name, together, grad, exact[name])
+
+
+@property_of(*ON_LOGITS)
+def test_a_number_added_to_all_logits_changes_nothing(op, case, device):
+    """Multiples of 1/4 below 64 are exact in every dtype, so the sums are, and the results have the same bits."""
+    inputs, grads = arguments(op, case, device, quarters)
+    moved = dict(inputs)
+    for name, turn in (("logits", 0), ("ref_logits", 16)):
+        if name in inputs:
+            moved[name] = inputs[name] + ((case.seed >> turn) % 256 - 128) / 4
+    assert_same_results(run(op, moved, grads), run(op, inputs, grads))
+
+
+def packed_tokens(inputs, grads):
+    """The tokens that count, one after the other."""
+    counts = inputs["mask"] != 0
+    return tensors(lambda x: x[counts], inputs), tensors(lambda x: x[counts], grads)
+
+
+@property_of(*ON_LOGITS)
+def test_packed_rows_are_padded_rows(op, case, device):
+    inputs, grads = arguments(op, case, device)
+    padded, counts = run(op, inputs, grads), inputs["mask"] != 0
+    assert_same_results(run(op, *packed_tokens(inputs, grads)), tensors(lambda x: x[counts], padded))
+
+
+@property_of(*MEANS, kinds=CALM)
+def test_packed_tokens_are_padded_tokens(op, case, device):
+    inputs, grads = of_all_tokens(op, case, device)
+    padded, counts, exact = run(op, inputs, grads), inputs["mask"] != 0, run(op, doubles(inputs), grads)
+    for name, result in run(op, *packed_tokens(inputs, grads)).items():
+        padded_result, exact_result = (x[counts] if x.shape == counts.shape else x for x in (padded[name], exact[name]))
+        assert_near(name, result, padded_result, exact_result)
+
+
+def one_by_one(op, inputs, keep):
+    """Each sequence alone, without the tokens that `keep` leaves out."""
+    for b in range(len(keep)):
+        alone = tensors(lambda x, b=b: x[b:b + 1] if x.dim() == 1 else x[b:b + 1, keep[b]], inputs)
+        yield b, keep[b], run(op, alone)
+
+
+@property_of("gae", "kl_rewards")
+def test_padded_sequences_are_sequences_alone(op, case, device):
+    """Padding left and right of one block of tokens that count; quarters with gamma and lam 1 give the same bits."""
+    inputs, _ = arguments(op, case, device, quarters)
+    inputs = inputs | {"gamma": 1.0, "lam": 1.0} if op == "gae" else inputs
+    start = torch.randint(case.tokens + 1, (case.sequences, 1), generator=case.generator()).to(device)
+    position = torch.arange(case.tokens, device=device)
+    inputs["mask"] = ((position >= start) & (position < start + case.tokens // 2)).to(case.mask)
+    padded = run(op, inputs)
+    for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
+        assert_same_results(alone, tensors(lambda x, b=b, keep=keep: x[b:b + 1, keep], padded))
+
+
+@property_of("gae")
+def test_holes_are_tokens_deleted(op, case, device):
+    """With quarters and gamma = lam = 1 all sums are exact, and so are the bits; else within float32's error."""
+    inputs, _ = arguments(op, case, device, quarters)
+    for gamma, lam in ((1.0, 1.0), (0.97, 0.9)):
+        inputs |= {"gamma": gamma, "lam": lam}
+        whole, exact = run(op, inputs), run(op, doubles(inputs), module=reference)
+        for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
+            for name, result in alone.items():
+                holes, exact_part = whole[name][b:b + 1, keep], exact[name][b:b + 1, keep]
+                if gamma == 1.0:
+                    assert_same_bits(name, holes, result)
+                assert_near(name, holes, result, exact_part)
