@@ -142,8 +142,8 @@ class StepCase(Case):
         for part in (_FORWARD, _LOSS_PATH, _BACKWARD, _OPTIMIZER):
             for name, found in samples.items():
                 timed = timing.summary([parts[part] for parts in found])
-                yield {"pass": f"{self.pass_name}: {part}", "implementation": name, "version": "", "shown": True, "error": None,
-                       "note": "", "selected": part == _LOSS_PATH, **dataclasses.asdict(self.settings(device)[0]),
+                yield {"pass": f"{self.pass_name}: {part}", "implementation": name, "version": "", "shown": True,
+                       "error": None, "note": "", "selected": part == _LOSS_PATH, **dataclasses.asdict(self.settings(device)[0]),
                        **dataclasses.asdict(timed)}
 
 

@@ -16,8 +16,8 @@ _TAIL = ("of the floor", "TRL", "ours vs TRL", "ours vs the fastest other", "max
 _NOTHING = {"cpu": "No CPU has been measured yet; run `python -m bench --save`.",
             "cuda": "No GPU has been measured yet; `bench/on_gpu.sh` does it."}
 _STATES = {"cpu": "A time is the median of repeated calls, so caches are warm wherever the input fits into them.",
-           "cuda": "A time is the median of calls after a flush of L2. \"Device\" is the replay of a CUDA graph, and \"of the "
-                   "floor\" compares graphs; everything else is what a user pays, host included."}
+           "cuda": "A time is the median of calls after a flush of L2. \"Device\" is the replay of a CUDA graph, and \"of "
+                   "the floor\" compares graphs; everything else is what a user pays, host included."}
 _IN_README = ("speedup.png", "memory.png")
 
 

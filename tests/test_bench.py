@@ -219,7 +219,8 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(Event, "log", [])
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {"Event": Event, "CUDAGraph": Graph, "Stream": lambda device: stream,
-                 "current_stream": lambda device: stream, "graph_pool_handle": lambda: "pool", "synchronize": lambda device: Event.log.append("synchronize"),
+                 "current_stream": lambda device: stream, "graph_pool_handle": lambda: "pool",
+                 "synchronize": lambda device: Event.log.append("synchronize"),
                  "stream": lambda stream: contextlib.nullcontext(),
                  "graph": lambda graph, pool: contextlib.nullcontext(Event.log.append(f"capture in {pool}"))}
     for name, stand_in in stand_ins.items():

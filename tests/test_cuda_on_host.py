@@ -59,8 +59,8 @@ def run(package, *arguments, seed):
 
 def run_tests(package, names, seed, selection=SELECTION):
     files = [str(TESTS / name) for name in names]
-    return run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--rootdir", str(TESTS), "-c", os.devnull,
-               "-k", selection, *files, seed=seed)
+    return run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--rootdir", str(TESTS),
+               "-c", os.devnull, "-k", selection, *files, seed=seed)
 
 
 @pytest.fixture(scope="module")
