@@ -141,10 +141,10 @@ class StepCase(Case):
                 samples[name].append(parts_of(self.implementations[name].run, inputs, device))
         for part in (_FORWARD, _LOSS_PATH, _BACKWARD, _OPTIMIZER):
             for name, found in samples.items():
-                timed = timing.summary([parts[part] for parts in found])
                 yield {"pass": f"{self.pass_name}: {part}", "implementation": name, "version": "", "shown": True,
-                       "error": None, "note": "", "selected": part == _LOSS_PATH, **dataclasses.asdict(self.settings(device)[0]),
-                       **dataclasses.asdict(timed)}
+                       "error": None, "note": "", "selected": part == _LOSS_PATH,
+                       **dataclasses.asdict(self.settings(device)[0]),
+                       **dataclasses.asdict(timing.summary([parts[part] for parts in found]))}
 
 
 def _trl_or_reason():
