@@ -26,7 +26,8 @@ def by_rows(run, inputs):
     """`run` on float64 copies of the inputs, some rows at a time."""
     pieces = []
     for start in range(0, inputs["labels"].shape[0], _ROWS_AT_ONCE):
-        pieces.append(run(in_float64({name: x[start:start + _ROWS_AT_ONCE] for name, x in inputs.items()})))
+        results = run(in_float64({name: x[start:start + _ROWS_AT_ONCE] for name, x in inputs.items()}))
+        pieces.append([x.detach() for x in results])
     return tuple(torch.cat(parts) for parts in zip(*pieces))
 
 

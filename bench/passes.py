@@ -38,7 +38,7 @@ class Op:
             return self.forward(inputs, function)
         graph = self.graph(inputs, function)
         gradients = self.gradients(graph)
-        return gradients if pass_name == BACKWARD else (*gradients, *(x.detach() for x in graph["outputs"]))
+        return gradients if pass_name == BACKWARD else (*gradients, *graph["outputs"])
 
     def implementation(self, pass_name, function, **more):
         """`function` in this pass. The backward pass alone runs over and over on a graph from outside the clock."""

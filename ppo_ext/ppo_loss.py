@@ -21,7 +21,10 @@ _backward, _backward_name = _native.define(
 
 
 @_native.register_fake(_forward_name)
-def _(logprobs, *_):
+def _(logprobs, *others):
+    dtypes = {logprobs.dtype, *(x.dtype for x in others[:len(_INPUTS) - 1])}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        check.fail("ppo_loss", "the inputs", "be float32 or float64 alike", sorted(map(str, dtypes)), TypeError)
     token = [logprobs.new_empty(logprobs.shape) for _ in range(4)]
     return logprobs.new_empty(()), logprobs.new_empty(_STATS), *token
 
@@ -48,22 +51,32 @@ class _PPOLoss(torch.autograd.Function):
 
 
 def _prepare(tensors, mask):
-    """The six inputs and the mask, checked, dense and of one dtype; inputs that are so already cost little."""
+    """The six inputs and the mask, checked, dense and of one dtype."""
     first = tensors[0]
     check.floating("ppo_loss", "logprobs", first)
-    shape, dtype, device = first.shape, first.dtype, first.device
-    alike = dtype == torch.float32 or dtype == torch.float64
-    for x in tensors[1:]:
-        alike = (alike and isinstance(x, torch.Tensor) and not x.is_nested and x.layout is torch.strided
-                 and x.dtype == dtype and x.shape == shape and x.device == device)
-    if not alike:
-        for name, x in zip(_INPUTS[1:], tensors[1:]):
-            check.floating("ppo_loss", name, x)
-            check.shape("ppo_loss", name, x, shape, "logprobs")
-            check.device("ppo_loss", name, x, device, "logprobs")
-        tensors = check.same_dtype(*tensors)
-    mask = check.mask("ppo_loss", mask, shape, device, "logprobs").contiguous()
-    return [x if x.is_contiguous() else x.contiguous() for x in tensors], mask
+    for name, x in zip(_INPUTS[1:], tensors[1:]):
+        check.floating("ppo_loss", name, x)
+        check.shape("ppo_loss", name, x, first.shape, "logprobs")
+        check.device("ppo_loss", name, x, first.device, "logprobs")
+    mask = check.mask("ppo_loss", mask, first.shape, first.device, "logprobs")
+    return [x.contiguous() for x in check.same_dtype(*tensors)], mask.contiguous()
+
+
+def _run(tensors, mask, coefficients):
+    return _forward(*(x.detach() if x.requires_grad else x for x in tensors), mask, *coefficients)
+
+
+def _run_unprepared(tensors, mask, coefficients):
+    """What the operator gives for inputs that need no conversion, None for others, which `_prepare` converts or refuses.
+
+    The operator checks its inputs itself. Checking them here as well takes a tenth of the time of a small minibatch.
+    """
+    if torch.compiler.is_compiling() or not isinstance(tensors[0], torch.Tensor):
+        return None
+    try:
+        return _run(tensors, mask, coefficients) if _native.available(tensors[0].device.type) else None
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
@@ -115,14 +128,17 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
     if ratio_threshold != ratio_threshold:
         check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
-    tensors, mask = _prepare((logprobs, old_logprobs, advantages, vpreds, values, returns), mask)
-    logprobs, _, _, vpreds, _, _ = tensors
-    if not _native.available(logprobs.device.type):
-        return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
-                                  vf_coef=vf_coef, ratio_threshold=ratio_threshold)
-    loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = _forward(
-        *(x.detach() if x.requires_grad else x for x in tensors), mask, cliprange, cliprange_value, vf_coef,
-        ratio_threshold)
+    tensors = logprobs, old_logprobs, advantages, vpreds, values, returns
+    coefficients = cliprange, cliprange_value, vf_coef, ratio_threshold
+    outputs = _run_unprepared(tensors, mask, coefficients)
+    if outputs is None:
+        tensors, mask = _prepare(tensors, mask)
+        logprobs, _, _, vpreds, _, _ = tensors
+        if not _native.available(logprobs.device.type):
+            return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
+                                      vf_coef=vf_coef, ratio_threshold=ratio_threshold)
+        outputs = _run(tensors, mask, coefficients)
+    loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = outputs
     if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
         loss = _PPOLoss.apply(logprobs, vpreds, loss, (vector, grad_logprobs, grad_vpreds))
     else:
