@@ -12,7 +12,7 @@ from ppo_ext import reference
 
 from . import cases, peers
 from .bench_logprobs import by_rows, traffic
-from .passes import BACKWARD, BOTH, FORWARD, Op
+from .passes import BOTH, FORWARD, Op
 from .suite import OURS, OURS_IN_PLACE, Case
 
 OP = Op(lambda inputs, op: op(inputs["logits"], inputs["ref_logits"]), ("logits",), ("grad_logprobs",))
@@ -37,5 +37,5 @@ def case(shape, dtype, pass_name, device, *, kind="speed", with_compiled=True):
 def suite(device, full):
     for shape in cases.logits_shapes(device, full):
         for dtype in cases.LOGIT_DTYPES if full else (torch.float32,):
-            for pass_name in (FORWARD, BACKWARD, BOTH) if full else (FORWARD, BOTH):
+            for pass_name in (FORWARD, BOTH):
                 yield case(shape, dtype, pass_name, device)
