@@ -12,12 +12,11 @@ __all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEPS", "Step", "head_shape", "linea
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
 # [rows, vocabulary] of the ops on logits: (selection, full)
-LOGITS = {"cpu": ([(512, GPT2)], [(512, GPT2), (1024, GPT2), (1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2),
-                                  (1024, 8192)]),
+LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), (1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
           "cuda": ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {"gae": ([(64, 512)], [(64, 512), (64, 1024), (8, 128), (512, 1024), (8, 8192)]),
+TOKENS = {"gae": ([(64, 512), (64, 1024)], [(64, 512), (64, 1024), (8, 128), (512, 1024), (8, 8192)]),
           "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
