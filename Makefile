@@ -1,6 +1,7 @@
 # On a fresh clone, with python3 >= 3.10 and g++ (nvcc is used if there), each of these does all its own set-up:
 #   make demo    SFT, reward model and PPO on a small task     (ARGS="--help" for its options)
 #   make test    the whole test suite                          (ARGS="tests/test_gae.py" for a part)
+#   make mutants wrong changes, each seen by a test           (a quarter of an hour; ARGS=NAME for some)
 #   make bench   ours and its peers, a selection in minutes    (make bench-full: everything, and keeps the rows)
 #   make fuzz    each property of each op on 20,000 inputs     (hours; EXAMPLES=2000 for fewer, ARGS=--save to keep the counts)
 PYTHON ?= python3
@@ -18,7 +19,7 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: demo test fuzz build lint bench bench-full info clean
+.PHONY: demo test fuzz mutants build lint bench bench-full info clean
 
 demo: build
 	$(BIN)/python -m ppo_ext demo $(or $(ARGS),--overwrite)
@@ -31,6 +32,9 @@ fuzz: build
 
 # without a GPU there is no need to wait for the CUDA kernels
 bench bench-full: export PPO_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
+
+mutants: build
+	$(BIN)/python -m tests.mutants --save $(ARGS)
 
 bench: build $(PEERS)
 	$(BIN)/python -m bench $(ARGS)

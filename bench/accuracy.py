@@ -1,0 +1,194 @@
+"""How far each op is from float64, beside torch's own float32 and TRL 0.11.4: `python -m bench.accuracy --save`.
+
+Every figure is an absolute error against `ppo_ext.reference` in float64 on the same, already rounded, inputs: the largest
+and the mean over the entries of a result. "torch" is that reference in float32, "TRL" its functions on float32 copies of the
+inputs, which is what its models return. Ours is measured at each instruction set that this machine has.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import torch
+import tqdm
+
+import ppo_ext
+from ppo_ext import info, reference
+
+from . import (
+    accuracy_pages,
+    bench_full_kl,
+    bench_gae,
+    bench_logprobs,
+    bench_ppo_loss,
+    bench_rewards,
+    bench_whiten,
+    machine,
+)
+from .accuracy_pages import TORCH
+from .cases import token_inputs
+from .passes import BOTH, FORWARD, Op
+from .peers import trl_classic
+from .suite import in_float64
+from .trl_baseline import KL_COEF, NAME
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VOCABULARIES = (2, 7, 1000, 32000, 50257, 128256, 151936)
+SCALES, OFFSETS = (1.0, 3.0, 30.0), (0.0, 1e4)
+_ROWS, _TOKENS = 4, (16, 257)
+_LEVELS = {"x86-64-v4": ("4", "3", "1"), "x86-64-v3": ("3", "1")}  # PPO_EXT_CPU_LEVEL for this and what is below it
+
+
+_MOMENT = Op(lambda inputs, op: op(inputs["advantages"], inputs["mask"]), ("advantages",))
+
+
+def _named(name):
+    return lambda library: getattr(library, name)
+
+
+def _kl_rewards(library):
+    return functools.partial(library.kl_rewards, kl_coef=KL_COEF)
+
+
+# op: (how it is called, library -> function, names of its results: the gradients first)
+ON_LOGITS = {
+    "logprobs": (bench_logprobs.OPS["logprobs"], _named("logprobs"), ("grad logits", "logprobs")),
+    "logprobs_and_entropy": (bench_logprobs.OPS["logprobs_and_entropy"], _named("logprobs_and_entropy"),
+                             ("grad logits", "logprobs", "entropy")),
+    "full_kl": (bench_full_kl.OP, _named("full_kl"), ("grad logits", "kl")),
+}
+PER_TOKEN = {
+    "gae": (bench_gae.OP, bench_gae.alone, ("advantages", "returns")),
+    "kl_rewards": (bench_rewards.OP, _kl_rewards, ("rewards", "non_score_rewards", "kls")),
+    "masked_mean": (_MOMENT, _named("masked_mean"), ("grad values", "mean")),
+    "masked_var": (_MOMENT, _named("masked_var"), ("grad values", "var")),
+    "masked_whiten": (bench_whiten.OP, _named("masked_whiten"), ("grad values", "whitened")),
+    "ppo_loss": (bench_ppo_loss.OP, _named("ppo_loss"), ("grad logprobs", "grad vpreds", "loss")),
+}
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """`vocabulary`, `scale` and `offset` are None for the ops on per-token tensors."""
+    op: str
+    dtype: torch.dtype
+    vocabulary: int | None = None
+    scale: float | None = None
+    offset: float | None = None
+
+    @property
+    def key(self):
+        return {"op": self.op, "dtype": str(self.dtype).removeprefix("torch."), "V": self.vocabulary, "scale": self.scale,
+                "offset": self.offset}
+
+    def tensors(self):
+        torch.manual_seed(0)
+        if self.vocabulary is None:
+            inputs = token_inputs(_TOKENS) | {"incoming": torch.randn(_TOKENS)}
+            return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        shape = _ROWS, self.vocabulary
+        logits = self.scale * torch.randn(shape)
+        ref_logits = logits + 0.1 * self.scale * torch.randn(shape)
+        return {"logits": (logits + self.offset).to(self.dtype), "ref_logits": (ref_logits + self.offset).to(self.dtype),
+                "labels": torch.randint(self.vocabulary, shape[:1]), "grad_logprobs": torch.randn(_ROWS),
+                "grad_entropy": torch.randn(_ROWS)}
+
+
+def all_inputs(vocabularies=VOCABULARIES):
+    on_logits = itertools.product(ON_LOGITS, DTYPES, vocabularies, SCALES, OFFSETS)
+    return [*(Input(*chosen) for chosen in on_logits), *(Input(*chosen) for chosen in itertools.product(PER_TOKEN, DTYPES))]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _results(input, tensors, library_or_function):
+    """{name: result} of an op, its gradients among them; per-token results where the mask is not 0."""
+    op, of, names = (ON_LOGITS | PER_TOKEN)[input.op]
+    pass_name = BOTH if op.leaves else FORWARD
+    plain = callable(library_or_function)
+    results = op.results(pass_name, tensors, library_or_function if plain else of(library_or_function))
+    if "mask" in tensors:
+        mask = tensors["mask"] != 0
+        results = [torch.where(mask, x, 0.0) if x.shape == mask.shape else x for x in results]
+    return {name: x.detach() for name, x in zip(names, results)}
+
+
+def _error(result, exact):
+    """[largest, mean] absolute error; infinite where the result is not a number and should be."""
+    error = (result.double() - exact).abs().nan_to_num(nan=float("inf"))
+    return [_short(error.max().item()), _short(error.mean().item())]
+
+
+def _short(error):
+    return float(f"{error:.4g}")
+
+
+def _trl_functions():
+    """{op: TRL's function on float32 copies}."""
+    def on_copies(function):
+        return lambda *inputs, **named: function(*map(_single, inputs), **{name: _single(x) for name, x in named.items()})
+
+    offers = trl_classic.PEER.load(torch.device("cpu"))
+    return {op: on_copies(offers[op][NAME].function) for op in ON_LOGITS | PER_TOKEN if op in offers}
+
+
+def _single(x):
+    return x.float() if x.is_floating_point() else x
+
+
+def measure(inputs, others=False, progress=True):
+    """One row for each result of an op on each of `inputs`: ours at this process's level and, if asked, everyone else's."""
+    found = []
+    trl = _trl_functions() if others else {}
+    for input in tqdm.tqdm(inputs, unit="input", disable=not progress, file=sys.stderr):
+        tensors = input.tensors()
+        exact = _results(input, in_float64(tensors), reference)
+        candidates = {info.cpu_level(): ppo_ext} | ({TORCH: reference} if others else {})
+        candidates |= {NAME: trl[input.op]} if input.op in trl else {}
+        results = {who: _results(input, tensors, library) for who, library in candidates.items()}
+        for name, right in exact.items():
+            unit = torch.finfo(results[info.cpu_level()][name].dtype).eps * right.abs().max().item()
+            found.append({**input.key, "result": name, "unit": _short(unit),
+                          "errors": {who: _error(of[name], right) for who, of in results.items() if name in of}})
+    return found
+
+
+def measure_all():
+    """The rows of every input with ours at each level."""
+    rows = measure(all_inputs(), others=True)
+    for level in _LEVELS.get(info.cpu_level(), ())[1:]:
+        env = {**os.environ, "PPO_EXT_CPU_LEVEL": level}
+        command = [sys.executable, "-m", "bench.accuracy", "--ours"]
+        output = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout
+        for row, other in zip(rows, json.loads(output), strict=True):
+            row["errors"] |= other["errors"]
+    return {"stamp": machine.stamp(torch.device("cpu")), "rows": rows}
+
+
+def main(argv=None):
+    """Measures, prints the tables and, with --save, keeps them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/evidence/accuracy.*")
+    parser.add_argument("--ours", action="store_true", help="print our rows at this level alone, as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # torch's own sums depend on it
+    if options.ours:
+        print(json.dumps(measure(all_inputs())))
+        return
+    figures = measure_all()
+    print(accuracy_pages.markdown(figures))
+    if options.save:
+        accuracy_pages.save(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Runs the tests of a mutant on a copy of what it changes: the Python package, the CPU's library, or the CUDA kernels on the
+host. Only what includes the changed file is compiled again."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from cuda_on_host import build as on_host
+from sanitized import build as on_cpu
+
+from .table import CPU, CUDA, MUTANTS, PYTHON
+
+TESTS = pathlib.Path(__file__).parent.parent
+ROOT = TESTS.parent
+PLAIN = on_cpu.Sanitizer((), (), {})
+# TRL and torch.compile see little that the float64 references do not, and take most of the time.
+_LEFT_OUT = "not opcheck and not compile and not ids_outside_the_vocabulary"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """`killed_by`: the first test that failed, None if none did. `seconds`: to compile and run."""
+    name: str
+    side: str
+    file: str
+    killed_by: str | None
+    seconds: float
+
+
+def includes(name, csrc, found=None):
+    """The names of all files that a source includes, itself among them."""
+    found = set() if found is None else found
+    if name not in found and (csrc / name).exists():
+        found.add(name)
+        for other in re.findall(r'#include "([^"]+)"', (csrc / name).read_text()):
+            includes(other, csrc, found)
+    return found
+
+
+def mutated_text(mutant):
+    text = (ROOT / mutant.file).read_text()
+    count = text.count(mutant.right)
+    if count != 1:
+        raise ValueError(f"mutants: the text of {mutant.name!r} must occur once in {mutant.file}, got {count}")
+    return text.replace(mutant.right, mutant.wrong)
+
+
+def _csrc(mutant, folder):
+    """(a copy of csrc with the mutant, the sources that see it)."""
+    csrc = folder / "csrc"
+    shutil.copytree(on_host.CSRC, csrc)
+    changed = pathlib.Path(mutant.file).name
+    (csrc / changed).write_text(mutated_text(mutant))
+    pattern = "*_cuda.cu" if mutant.side == CUDA else "*.cpp"
+    return {path.name: csrc for path in csrc.glob(pattern) if changed in includes(path.name, csrc)}
+
+
+def package(mutant, folder, mutate=True):
+    """A folder to import the mutant from, or with mutate=False the same without it."""
+    target = folder / "package"
+    target.mkdir()
+    if mutant.side == CUDA:
+        return on_host.package(target, _csrc(mutant, folder) if mutate else None)
+    if mutant.side == CPU:
+        return on_cpu.package(target, PLAIN, _csrc(mutant, folder) if mutate else None)
+    (target / "ppo_ext").mkdir()
+    for path in (ROOT / "ppo_ext").iterdir():
+        if path.name != "__pycache__":
+            (target / "ppo_ext" / path.name).symlink_to(path)
+    if mutate:
+        changed = target / mutant.file
+        changed.unlink()
+        changed.write_text(mutated_text(mutant))
+    return target
+
+
+def run_tests(mutant, folder):
+    """The tests of a mutant on the package in `folder`."""
+    env = on_host.environment(folder, seed=0) if mutant.side == CUDA else {
+        **os.environ, "PYTHONPATH": str(folder), "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_TEST_DEVICE": "cpu"}
+    if mutant.side == CPU:
+        env["OMP_NUM_THREADS"] = "2"
+    selection = f"({mutant.selection}) and {_LEFT_OUT}" if mutant.selection else _LEFT_OUT
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(TESTS),
+               "-c", os.devnull, "-k", selection, *(str(TESTS / name) for name in mutant.tests.split())]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def first_failure(result):
+    """The test that failed, or how the process ended."""
+    if result.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\S+)", result.stdout, re.M)
+    if found is None and result.returncode > 0 and "AddressSanitizer" not in result.stderr:
+        raise RuntimeError(f"mutants: the tests must run, got {result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return found[1] if found else f"the process, with status {result.returncode}"
+
+
+def check(mutant, folder, mutate=True):
+    """Makes the mutant in `folder`, an empty one, and runs its tests."""
+    start = time.perf_counter()
+    killed_by = first_failure(run_tests(mutant, package(mutant, folder, mutate)))
+    return Outcome(mutant.name, mutant.side, mutant.file, killed_by, round(time.perf_counter() - start, 1))
+
+
+def baselines(mutants=MUTANTS):
+    """One mutant for each kind of run that must pass without any: else a failure would say nothing."""
+    return list({(mutant.side, mutant.tests, mutant.selection): mutant for mutant in mutants}.values())
+
+
+__all__ = ["PYTHON", "Outcome", "baselines", "check", "mutated_text"]

@@ -1,0 +1,70 @@
+"""The accuracy table: no error of ours has grown, none is beyond torch's own, and its page is of its figures."""
+
+import copy
+
+import pytest
+import torch
+
+from bench import accuracy, accuracy_pages
+from ppo_ext import _native, info
+
+VOCABULARIES = (7, 1000, 50257)  # of those in the table
+
+pytestmark = pytest.mark.skipif(_native.status()["cpu"] != "loaded", reason="the compiled part is not built here")
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return accuracy_pages.load()["rows"]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield accuracy.measure(accuracy.all_inputs(VOCABULARIES), progress=False)
+    torch.set_num_threads(threads)
+
+
+def test_no_error_has_grown(measured, kept):
+    assert info.cpu_level() in kept[0]["errors"], f"nothing is kept for {info.cpu_level()}: python -m bench.accuracy --save"
+    assert len(measured) > 300
+    assert list(accuracy_pages.growth(measured, kept, info.cpu_level())) == []
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["largest", "mean"])
+def test_an_error_that_grows_is_seen(measured, kept, which):
+    level, grown = info.cpu_level(), copy.deepcopy(measured)
+    row = max(grown, key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0))
+    row["errors"][level][which] *= 1.2
+    [sentence] = accuracy_pages.growth(grown, kept, level)
+    assert sentence.startswith(f"{row['op']}, {row['result']}") and ("largest", "mean")[which] in sentence
+
+
+def test_a_result_that_is_no_number_is_seen(measured, kept):
+    level, broken = info.cpu_level(), copy.deepcopy(measured)
+    broken[0]["errors"][level] = [float("inf"), float("nan")]
+    assert len(list(accuracy_pages.growth(broken, kept, level))) == 2
+
+
+def test_every_op_dtype_and_size_is_kept(kept):
+    found = {tuple(row[name] for name in ("op", "dtype", "V", "scale", "offset")) for row in kept}
+    assert found == {tuple(input.key.values()) for input in accuracy.all_inputs()}
+    assert {row["op"] for row in kept} == set(accuracy.ON_LOGITS) | set(accuracy.PER_TOKEN)
+
+
+def test_no_error_is_beyond_torchs(kept):
+    """Over all inputs of a result and dtype: the largest within a unit in the last place, and the mean. In a single number
+    torch's error is luck; there the unit is that of the terms, which are of order one."""
+    for key, rows in accuracy_pages.grouped(kept, "op", "result", "dtype", "offset").items():
+        everyone, unit = accuracy_pages.aggregate(rows), max(row["unit"] for row in rows)
+        unit = max(unit, 1.2e-7) if key[1] in ("loss", "mean", "var") else unit
+        ours, torchs = everyone["ours"], everyone[accuracy_pages.TORCH]
+        assert ours[0] <= torchs[0] + unit, key
+        assert ours[1] <= 1.1 * torchs[1] + 0.1 * unit, key
+
+
+def test_the_page_is_of_the_figures():
+    figures = accuracy_pages.load()
+    assert (accuracy_pages.EVIDENCE / "accuracy.md").read_text() == accuracy_pages.markdown(figures)
+    assert (accuracy_pages.EVIDENCE / "accuracy.png").stat().st_size > 10_000
