@@ -32,8 +32,7 @@ def _widest():
 
 
 ADDRESS = Sanitizer(
-    ("-fsanitize=address,undefined,float-divide-by-zero", "-fno-sanitize=vptr,float-divide-by-zero",
-     "-fno-sanitize-recover=all", *_widest()),
+    ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", *_widest()),
     ("libasan.so", "libstdc++.so"),
     {"ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
      "UBSAN_OPTIONS": "print_stacktrace=1"})
@@ -57,7 +56,7 @@ def package(folder, sanitizer, replaced=None):
     link = [CXX, "-shared", *sanitizer.flags[:1], *map(str, objects), f"-L{libraries}", "-ltorch_cpu", "-lc10", "-lpthread",
             f"-Wl,-rpath,{libraries}"]
     built = made(link, objects, ".so")
-    (folder / "ppo_ext").mkdir()
+    (folder / "ppo_ext").mkdir(parents=True)
     for source in (ROOT / "ppo_ext").glob("*.py"):
         (folder / "ppo_ext" / source.name).symlink_to(source)
     (folder / "ppo_ext" / "_C_cpu.so").symlink_to(built)
