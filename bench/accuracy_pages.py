@@ -123,7 +123,8 @@ def plot(figures, path):
                 and row["dtype"] == "float32" and row["offset"] == 0]
         curves = {V: aggregate(group) for (V,), group in grouped(rows, "V").items()}
         for who in styles:
-            axes.plot(list(curves), [errors[who][_LARGEST] for errors in curves.values()], styles[who], markersize=4, label=who)
+            largest = [errors[who][_LARGEST] for errors in curves.values()]
+            axes.plot(list(curves), largest, styles[who], markersize=4, label=who)
         axes.set(xscale="log", yscale="log", xlabel="vocabulary V", title=result)
         axes.grid(linewidth=0.4)
     panels[0].set_ylabel("largest error against float64")

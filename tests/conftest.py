@@ -35,10 +35,12 @@ def require_trl():
 
 
 def assert_within_torch_error(name, ours, torchs, exact, units=1, scale=0.0):
-    """Our error against float64 is at most torch's own in the root mean square and twice its own at the worst entry,
-    plus `units` in the last place of the largest entry or, if that is larger, of `scale`.
+    """Our error against float64 is at most torch's own, in the root mean square and at the worst entry, plus `units` in the
+    last place of the largest entry or, if that is larger, of `scale`: the size of the terms that the result is made of.
 
-    A float64 result has no better oracle than float64 itself, so there both may be off by many units.
+    The worst entry of a gradient, of a name that begins with grad, may be twice torch's: it is of one more product, and
+    which entry is the worst is luck. A float64 result has no better oracle than float64 itself, so there both may be off
+    by many units.
     """
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}"
     assert torch.isfinite(exact).all(), f"{name}: the exact values are not finite, so nothing would be compared"
@@ -53,7 +55,8 @@ def assert_within_torch_error(name, ours, torchs, exact, units=1, scale=0.0):
              f"exact {exact.flatten()[worst].item()!r}")
     rms, torch_rms = error.square().mean().sqrt().item(), torch_error.square().mean().sqrt().item()
     assert rms <= torch_rms + unit, f"{name}: mean error {rms:.3g}, torch's {torch_rms:.3g}; {where}"
-    assert error.max().item() <= 2 * torch_error.max().item() + unit, f"{name}: largest error; {where}"
+    times = 2 if name.startswith("grad") else 1
+    assert error.max().item() <= times * torch_error.max().item() + unit, f"{name}: largest error; {where}"
 
 
 def assert_same_bits(name, a, b):

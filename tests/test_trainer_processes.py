@@ -75,7 +75,7 @@ def reports(tmp_path_factory):
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     tests = pathlib.Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tests), str(tests.parent)]))
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, folder],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

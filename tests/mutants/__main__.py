@@ -50,7 +50,12 @@ def main(argv=None):
         if failed:
             sys.exit(f"mutants: {mutant.tests} must pass without a mutant, got a failure of {failed}")
     outcomes = [run(mutant) for mutant in tqdm.tqdm(chosen, unit="mutant")]
-    report = {"stamp": machine.stamp(torch.device("cpu")), "mutants": [dataclasses.asdict(outcome) for outcome in outcomes]}
+    rows = {outcome.name: dataclasses.asdict(outcome) for outcome in outcomes}
+    if options.names and options.save:  # what is not made again is kept
+        kept = json.loads((EVIDENCE / "mutants.json").read_text())["mutants"]
+        rows = {row["name"]: row for row in kept} | rows
+    report = {"stamp": machine.stamp(torch.device("cpu")),
+              "mutants": [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]}
     print(markdown(report))
     if options.save:
         (EVIDENCE / "mutants.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -95,7 +95,7 @@ def first_failure(result):
     """The test that failed, or how the process ended."""
     if result.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\S+)", result.stdout, re.M)
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::.+?)(?: - .*)?$", result.stdout, re.M)
     if found is None and result.returncode > 0 and "AddressSanitizer" not in result.stderr:
         raise RuntimeError(f"mutants: the tests must run, got {result.stdout[-2000:]}{result.stderr[-2000:]}")
     return found[1] if found else f"the process, with status {result.returncode}"

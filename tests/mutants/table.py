@@ -28,6 +28,9 @@ MUTANTS = (
            "ratio >= low && ratio <= high ? one - share : zero;", "one - share;", "test_ppo_loss.py"),
     Mutant("the smaller of the two value errors", CPU, "csrc/ppo_loss.h",
            "Number<A>::of(0.5) * max_or_nan(vf1, vf2);", "Number<A>::of(0.5) * min_or_nan(vf1, vf2);", "test_ppo_loss.py"),
+    Mutant("a tie of two terms gives the first the whole gradient", CPU, "csrc/host_device.h",
+           "(a == b ? Number<A>::of(0.5) : Number<A>::of(0))", "(a == b ? Number<A>::of(1) : Number<A>::of(0))",
+           "test_ppo_loss.py"),
     Mutant("a skipped mini batch keeps its gradient", CPU, "csrc/ppo_loss.h",
            "stats[kGradScale] = skipped ? A(0) : A(scale);", "stats[kGradScale] = A(scale);", "test_ppo_loss.py"),
     Mutant("the KL estimate with its sign swapped", CPU, "csrc/rewards.h",
@@ -61,7 +64,7 @@ MUTANTS = (
            "return counts ? x : Number<V>::of(0);", "return x;", "test_ppo_loss.py"),
     Mutant("a fold of blocks forgets the last", CPU, "csrc/ppo_loss_cpu.cpp",
            "for (const PPOSums& part : parts) sums = ppo_merge(sums, part);",
-           "for (int64_t b = 0; b + 1 < blocks || b == 0; ++b) sums = ppo_merge(sums, parts[b]);", "test_ppo_loss.py"),
+           "for (int64_t b = 0; b + 1 < blocks; ++b) sums = ppo_merge(sums, parts[b]);", "test_ppo_loss.py"),
     # ---- the CUDA kernels ----
     Mutant("the sums are not rescaled to a larger maximum", CUDA, "csrc/logprobs_cuda.cu",
            "if (top > state.max) state = softmax_rescale(state, top, inv_temperature);",
@@ -83,8 +86,9 @@ MUTANTS = (
            "t == last ? reward + job.scores[b]", "t == job.T - 1 ? reward + job.scores[b]", "test_rewards.py"),
     Mutant("the last token is not shared with the other threads", CUDA, "csrc/rewards_cuda.cu",
            "    last = share_first<kThreads>(last);\n", "", "test_rewards.py"),
-    Mutant("masked values are multiplied instead of selected on CUDA", CUDA, "csrc/whiten_cuda.cu",
-           "if (w != 0.0) m = moments_merge(m,", "m = moments_merge(m,", "test_whiten.py"),
+    Mutant("masked gradients are read into the sums", CUDA, "csrc/whiten_cuda.cu",
+           "    if (in.weights[i] == A(0)) continue;\n    sums.grad", "    sums.grad",
+           "test_whiten.py test_hostile_values.py"),
     Mutant("a whitened entry of weight 0 is not 0", CUDA, "csrc/whiten_cuda.cu",
            "whitened[i] = in.weights[i] == A(0) ? A(0) : A(", "whitened[i] = A(", "test_whiten.py"),
     Mutant("the policy KL with its sign swapped", CUDA, "csrc/ppo_loss_cuda.cu",
@@ -110,14 +114,23 @@ MUTANTS = (
            "test_trainer_resume.py", "bit"),
     Mutant("each token is scored by its own logits", PYTHON, "ppo_ext/rollout.py",
            "pad(input_ids[:, 1:], (0, 1))", "pad(input_ids[:, :-1], (0, 1))", "test_trl_parity.py"),
+    Mutant("policy and reference change places in the divergence", PYTHON, "ppo_ext/scoring.py",
+           "full_kl(logits, ref_logits, mask=mask)", "full_kl(ref_logits, logits, mask=mask)", "test_trl_parity.py"),
+    Mutant("the KL controller pushes the wrong way", PYTHON, "ppo_ext/kl.py",
+           "self.value *= 1 + error * n_steps / self.horizon", "self.value *= 1 - error * n_steps / self.horizon",
+           "test_trl_core.py test_trl_parity.py"),
+    Mutant("the moments of the scores are one process's own", PYTHON, "ppo_ext/stats.py",
+           "return self.accelerator.reduce(x.float().to(self.accelerator.device), reduction=\"sum\")",
+           "return x.float().to(self.accelerator.device)", "test_trainer_processes.py"),
     Mutant("the reference's probabilities receive gradients", PYTHON, "ppo_ext/reference.py",
            "log_q = _log_softmax(ref_logits.detach(), counts, temperature)",
-           "log_q = _log_softmax(ref_logits, counts, temperature)", "test_full_kl.py test_hostile_contexts.py"),
+           "log_q = _log_softmax(ref_logits, counts, temperature)", "test_full_kl.py"),
 )
 
-# What users-and-reliability lists besides, and why it is no mutant here.
+# Faults of other libraries that are no mutant here, and why.
 NOT_APPLICABLE = {
-    "whitening by the numbers of one process": "each process whitens its own batch, as TRL 0.11.4 does",
+    "whitening by the numbers of one process": "each process whitens its own batch, as TRL 0.11.4 does; the scores' "
+    "moments, which are of all processes, have a mutant",
     "a mean of the means of accumulated mini batches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
     "the op's own merge of parts has a mutant",
     "k3 with its sign swapped": "no op has that estimator; those there are have mutants of their signs",
