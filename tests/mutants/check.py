@@ -13,7 +13,7 @@ import time
 from cuda_on_host import build as on_host
 from sanitized import build as on_cpu
 
-from .table import CPU, CUDA, MUTANTS, PYTHON
+from .table import CPU, CUDA, MUTANTS
 
 TESTS = pathlib.Path(__file__).parent.parent
 ROOT = TESTS.parent
@@ -112,5 +112,3 @@ def baselines(mutants=MUTANTS):
     """One mutant for each kind of run that must pass without any: else a failure would say nothing."""
     return list({(mutant.side, mutant.tests, mutant.selection): mutant for mutant in mutants}.values())
 
-
-__all__ = ["PYTHON", "Outcome", "baselines", "check", "mutated_text"]
