@@ -120,11 +120,14 @@ PPO_INLINE Pair load_pair(const BFloat16* p) {
 PPO_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
 PPO_INLINE void store(double* p, f64v x) { std::memcpy(p, &x, sizeof(x)); }
 
-// A bfloat16 in the upper half of each lane; what is below it is not cleared.
+// A bfloat16 in the upper half of each lane; what is below it is not cleared. A NaN must hold nothing there, else it might
+// become a number: what is computed from bfloat16s and from numbers made `clean` does not.
 PPO_INLINE u32v rounded_to_bfloat16(f32v x) {
   const u32v bits = (u32v)x;
-  return x != x ? u32v{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
+
+PPO_INLINE float clean(float x) { return x == x ? x : NAN; }
 
 PPO_INLINE void store(BFloat16* p, f32v x) {
   const u16v out = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, u16v);
@@ -376,17 +379,23 @@ struct Power {
   }
 };
 
-// 2^d is that of the nearest whole number of steps of 1 / kSteps, looked up in a table, times that of the rest.
+// 2^d is that of the nearest whole number of steps of 1 / kSteps, looked up in a table, times that of the rest r, which is
+// computed from r + kRestOffset.
 #if defined(__AVX512F__)
 constexpr int kSteps = 32;
+// 2^r = c ((r + 46/32)^2 + g) to 2e-7: a whole number of steps, so that it is subtracted with them, near 1 / ln 2, where the
+// linear term is right too. That saves a step of the polynomial. c is in the table, which is made exact at d = 0, and so are
+// the steps' own exponents: entry k is 2^(k/32 - floor((k - 46) / 32)) c.
+constexpr float kRestOffset = 46.0f / kSteps;
 constexpr f32v kStepPowers[] = {
-    {0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9e0p+0f,
-     0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f},
-    {0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f,
-     0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f}};
-PPO_INLINE f32v exp2_rest(f32v r) { return (splat(0.2402264923f) * r + 0.6931573153f) * r + 1.0f; }  // to 5e-8
+    {0x1.edc582p-1f, 0x1.f8956ap-1f, 0x1.01d0fap+0f, 0x1.077634p+0f, 0x1.0d3b16p+0f, 0x1.13204ep+0f, 0x1.192692p+0f, 0x1.1f4e9cp+0f,
+     0x1.259928p+0f, 0x1.2c06fap+0f, 0x1.3298d4p+0f, 0x1.394f82p+0f, 0x1.402bd2p+0f, 0x1.472e9ap+0f, 0x1.4e58acp-1f, 0x1.55aae8p-1f},
+    {0x1.5d2630p-1f, 0x1.64cb66p-1f, 0x1.6c9b78p-1f, 0x1.749756p-1f, 0x1.7cbff6p-1f, 0x1.851652p-1f, 0x1.8d9b6ap-1f, 0x1.965044p-1f,
+     0x1.9f35eep-1f, 0x1.a84d76p-1f, 0x1.b197f6p-1f, 0x1.bb168cp-1f, 0x1.c4ca5ap-1f, 0x1.ceb48cp-1f, 0x1.d8d652p-1f, 0x1.e330e4p-1f}};
+PPO_INLINE f32v exp2_rest(f32v q) { return q * q + 2.08126116f; }
 #elif defined(__AVX2__)
 constexpr int kSteps = 8;
+constexpr float kRestOffset = 0;
 constexpr f32v kStepPowers = {0x1.000000p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
                               0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
 PPO_INLINE f32v exp2_rest(f32v r) {  // to 3e-8
@@ -394,6 +403,7 @@ PPO_INLINE f32v exp2_rest(f32v r) {  // to 3e-8
 }
 #else
 constexpr int kSteps = 1;
+constexpr float kRestOffset = 0;
 PPO_INLINE f32v exp2_rest(f32v r) { return exp2_fraction(r); }
 #endif
 
@@ -410,7 +420,7 @@ class Powers {
 
   // Of a bounded d. AVX-512 takes any but -inf, for which it gives NaN.
   PPO_INLINE Power of_bounded(f32v d) const {
-    const f32v shifted = d * scale_ + kRound / kSteps, steps = shifted - kRound / kSteps;
+    const f32v shifted = d * scale_ + kRound / kSteps, steps = shifted - (kRound / kSteps + kRestOffset);
     return {whole(shifted, steps), exp2_rest(d * scale_ - steps)};
   }
 

@@ -200,6 +200,17 @@ def test_label_of_probability_zero(device):
     assert ppo_ext.logprobs(logits, torch.tensor([1], device=device)).item() == -INF
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001), ids=hex)
+def test_any_nan_makes_a_gradient_nan(device, dtype, bits):
+    """Also one all of whose bits are set: rounding it to half precision must not carry into the sign."""
+    inputs = logits_inputs((2, 1037), dtype, device)
+    logits = inputs["logits"].requires_grad_()
+    incoming = torch.tensor([bits, 0], dtype=torch.int32, device=device).view(torch.float32)
+    [grad] = torch.autograd.grad(ppo_ext.logprobs(logits, inputs["labels"]), logits, incoming)
+    assert grad[0].isnan().all() and not grad[1].any()
+
+
 @pytest.mark.parametrize("offset", (1e4, -1e4))
 def test_common_offset_costs_no_accuracy(device, offset):
     inputs = logits_inputs((4, 500), torch.float32, device)
