@@ -9,9 +9,8 @@ namespace {
 
 constexpr int kBlock = 2048;
 constexpr int kGroup = 8;  // vectors whose terms are added in fp32
-// How far, in powers of 2, a logit may exceed its origin before the block is redone: the divergence is a small difference,
-// and what the origins are off by adds to the terms of it.
-constexpr float kSlack = 0.5f;
+// A block's sum of at most this shows that no logit exceeds its origin by more than 12 powers of 2.
+constexpr double kLargestSum = 4096;
 
 // ---- forward ----
 
@@ -21,65 +20,63 @@ struct Origins {
   Powers powers;
 };
 
-// In fp32, of some vectors: e, e' and e (d - d'), d = x - origin, e = 2^(d scale), and the largest logits. Without bounds
-// a -inf gives NaN where bounds are optional.
+// In fp32, of some vectors: e, e' and e (d - d'), d = x - origin, e = 2^(d scale).
 struct VectorSums {
-  f32v power, ref_power, weighted, top, ref_top;
+  f32v power, ref_power, weighted;
 };
 
+// Without bounds a -inf gives NaN where bounds are optional.
 template <bool kBounds>
 PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, VectorSums& sums) {
-  sums.top = max_or_second(x, sums.top);
-  sums.ref_top = max_or_second(ref_x, sums.ref_top);
   const Powers& powers = origin.powers;
   const Power e = powers.of_bounded(powers.bounded<kBounds>(x - origin.policy));
   const Power ref_e = powers.of_bounded(powers.bounded<kBounds>(ref_x - origin.ref));
-  // d - d' from x - x', which loses nothing where the two are close. Where the policy has no probability the term is 0,
-  // even against a -inf of the reference; a NaN stays.
+  // d - d' from x - x', which loses nothing where the two are close.
   const f32v gap = (x - ref_x) - (origin.policy - origin.ref);
+  // Where the policy has no probability the term is 0, even against a -inf of the reference; a NaN stays.
+  constexpr bool kInfinityIsPossible = kBounds || !Powers::kBoundsAreOptional;
   sums.power = e.plus(sums.power);
   sums.ref_power = ref_e.plus(sums.ref_power);
-  sums.weighted += e.value() == splat(0.0f) ? splat(0.0f) : e.value() * gap;
+  sums.weighted += kInfinityIsPossible && e.value() == splat(0.0f) ? splat(0.0f) : e.value() * gap;
 }
 
 struct Sums {
   LaneSum power, ref_power, weighted;
-  f32v top = splat(-INFINITY), ref_top = top;
-
-  PPO_INLINE VectorSums next() const { return {splat(0.0f), splat(0.0f), splat(0.0f), top, ref_top}; }
 
   PPO_INLINE void add(const VectorSums& sums) {
     power.add(sums.power);
     ref_power.add(sums.ref_power);
     weighted.add(sums.weighted);
-    top = sums.top;
-    ref_top = sums.ref_top;
   }
 };
 
 template <bool kBounds, class T>
-PPO_INLINE KLState<double> block_state(const T* x, const T* ref_x, int n, const Origins& origin, float scale) {
+PPO_INLINE Sums block_sums(const T* x, const T* ref_x, int n, const Origins& origin) {
   Sums sums;
   int i = 0;
-  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
-    VectorSums group = sums.next();
-    for (int k = 0; k < kGroup; k += 2) {
-      const Pair pair = load_pair(x + i + k * kLanes), ref_pair = load_pair(ref_x + i + k * kLanes);
+  for (const int pairs_end = n - n % (2 * kLanes); i < pairs_end;) {
+    VectorSums group{};
+    for (const int end = i + kGroup * kLanes < pairs_end ? i + kGroup * kLanes : pairs_end; i < end; i += 2 * kLanes) {
+      const Pair pair = load_pair(x + i), ref_pair = load_pair(ref_x + i);
       for (int half = 0; half < 2; ++half) add_terms<kBounds>(pair.x[half], ref_pair.x[half], origin, group);
     }
     sums.add(group);
   }
   for (; i < n; i += kLanes) {
-    VectorSums one = sums.next();
+    VectorSums one{};
     i + kLanes <= n ? add_terms<true>(load(x + i), load(ref_x + i), origin, one)
                     : add_terms<true>(load_logits_tail(x + i, n - i), load_logits_tail(ref_x + i, n - i), origin, one);
     sums.add(one);
   }
-  return {max_lanes(sums.top), sums.power.total(), max_lanes(sums.ref_top), sums.ref_power.total(),
-          kLn2 * scale * sums.weighted.total()};
+  return sums;
 }
 
-PPO_INLINE bool exceeds(double top, double origin, float scale) { return top > origin && !((top - origin) * scale <= kSlack); }
+// What is saved for the backward pass is relative to a float near the log of the sum, so that little cancels there: to a whole
+// number above the origin, so that a number added to all logits changes nothing else.
+PPO_INLINE double near_log_sum(double origin, double sum, float inv_temperature) {
+  const double distance = std::round(std::log(sum) / inv_temperature);
+  return std::isfinite(distance) ? float(origin + distance) : origin;
+}
 
 // The sums are taken relative to origins near the largest logits so far, so that each logit is read from memory once.
 template <class T>
@@ -88,8 +85,7 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
   const float scale = inv_temperature * float(kLog2E);
   const Powers powers(scale);
   KLState<double> state = kl_empty<double>();  // its maxima are the origins
-  double max = -INFINITY, ref_max = -INFINITY;
-  bool bounds = !Powers::kBoundsAreOptional;  // true from the block on that shows that it takes them
+  bool bounds = !Powers::kBoundsAreOptional;   // true from the block on that shows that it takes them
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
@@ -99,26 +95,33 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
     const auto read_block = [&]() PPO_INLINE_LAMBDA {
       const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max),
                            state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), powers};
+      const auto totals = [&](const Sums& sums) PPO_INLINE_LAMBDA {
+        return KLState<double>{state.max, sums.power.total(), state.ref_max, sums.ref_power.total(),
+                               kLn2 * scale * sums.weighted.total()};
+      };
       if (!bounds) {
-        const KLState<double> block = block_state<false>(x, ref_x, n, origin, scale);
-        if (block.sum + block.ref_sum == block.sum + block.ref_sum) return block;
+        const KLState<double> block = totals(block_sums<false>(x, ref_x, n, origin));
+        const double all = block.sum + block.ref_sum + block.weighted;
+        if (all == all) return block;
         bounds = true;
       }
-      return block_state<true>(x, ref_x, n, origin, scale);
+      return totals(block_sums<true>(x, ref_x, n, origin));
     };
     KLState<double> block = read_block();
-    const bool moves = exceeds(block.max, state.max, scale), ref_moves = exceeds(block.ref_max, state.ref_max, scale);
-    if (moves || ref_moves) {
-      state = kl_rescale(state, moves ? block.max : state.max, ref_moves ? block.ref_max : state.ref_max, double(inv_temperature));
-      block = read_block();
+    if (!(block.sum <= kLargestSum && block.ref_sum <= kLargestSum)) {
+      const double top = block_max(x, n), ref_top = block_max(ref_x, n);
+      if (top > state.max || ref_top > state.ref_max) {
+        state = kl_rescale(state, top > state.max ? top : state.max, ref_top > state.ref_max ? ref_top : state.ref_max,
+                           double(inv_temperature));
+        block = read_block();
+      }
     }
-    max = block.max > max ? block.max : max;
-    ref_max = block.ref_max > ref_max ? block.ref_max : ref_max;
     state.sum += block.sum;
     state.ref_sum += block.ref_sum;
     state.weighted += block.weighted;
   }
-  return kl_rescale(state, max > -INFINITY ? max : state.max, ref_max > -INFINITY ? ref_max : state.ref_max, double(inv_temperature));
+  return kl_rescale(state, near_log_sum(state.max, state.sum, inv_temperature),
+                    near_log_sum(state.ref_max, state.ref_sum, inv_temperature), double(inv_temperature));
 }
 
 // ---- backward ----
@@ -131,8 +134,11 @@ PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r, const
 }
 
 template <class T>
-PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride) {
+PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& given, T* out, int64_t out_stride) {
   T buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock];
+  const KLRowGrad<float> grad{clean(given.max),     clean(given.log_sum), clean(given.ref_max),
+                              clean(given.ref_log_sum), clean(given.kl),  clean(given.grad_over_temperature),
+                              given.inv_temperature};
   const Powers powers{float(kLog2E)};
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
