@@ -59,20 +59,23 @@ PPO_INLINE void fill_whitened_entries(const WeightedEntries<A>& in, const Moment
 }
 
 template <class A>
-PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* grad, const Moments<double>& m, bool shift_mean,
-                                      A* out) {
+PPO_INLINE GradSums entry_grad_sums(const WeightedEntries<A>& in, const A* grad, double mean) {
   using V = vector_of<A>;
-  LaneSum sum, sum_centred;
+  LaneSum sum, centred;
   for_each_vector<A>(in.count, [&](int64_t i, int n) PPO_INLINE_LAMBDA {
     const V zero = Number<V>::of(0), w = load_some(in.weights + i, n);
     const Wide<A> g = widen(w == zero ? zero : load_some(grad + i, n)), x = widen(w == zero ? zero : load_some(in.values + i, n));
     for (int k = 0; k < Wide<A>::kParts; ++k) {
       sum.lanes += g.part[k];
-      sum_centred.lanes += g.part[k] * (x.part[k] - m.mean);
+      centred.lanes += g.part[k] * (x.part[k] - mean);
     }
   });
-  const WhitenGrad all = whiten_grad_of(m, sum.total(), sum_centred.total(), shift_mean);
-  fill_entries(in, out, [&](int64_t i, int n, V weights) PPO_INLINE_LAMBDA {
+  return {sum.total(), centred.total()};
+}
+
+template <class A>
+PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {
+  fill_entries(in, out, [&](int64_t i, int n, vector_of<A> weights) PPO_INLINE_LAMBDA {
     const Wide<A> x = widen(load_some(in.values + i, n)), w = widen(weights);
     Wide<A> g = widen(load_some(grad + i, n));
     for (int k = 0; k < Wide<A>::kParts; ++k) g.part[k] = whiten_grad(g.part[k], x.part[k], w.part[k], all);
@@ -82,13 +85,16 @@ PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* gra
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(A)                                                                                                   \
-  Moments<double> moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                                    \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) {                     \
-    fill_whitened_entries(in, m, shift_mean, out);                                                                          \
-  }                                                                                                                         \
-  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const Moments<double>& m, bool shift_mean, A* out) {      \
-    fill_gradient_entries(in, grad, m, shift_mean, out);                                                                    \
+#define PPO_DEFINE_FOR(A)                                                                                       \
+  Moments<double> moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                        \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) {         \
+    fill_whitened_entries(in, m, shift_mean, out);                                                              \
+  }                                                                                                             \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                             \
+    return entry_grad_sums(in, grad, mean);                                                                     \
+  }                                                                                                             \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {              \
+    fill_gradient_entries(in, grad, all, out);                                                                  \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)
