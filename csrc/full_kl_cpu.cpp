@@ -2,11 +2,12 @@
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      16 lanes in fp32 within a block, fp64 across blocks, in an order that depends on V only: same bits for any threads
+// Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
 // Limits    masked rows are not read
 
 #include "checks.h"
 #include "full_kl_simd.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace ppo_ext {
@@ -148,7 +149,10 @@ void run(const Arguments& in) {
   job.grad_kl = pointer<A>(*in.grad_kl);
   job.grad = pointer<T>(*in.grad);
   job.grad_rows = logit_rows("full_kl", "grad", *in.grad);
-  parallel_rows(job.rows.rows, 2 * job.rows.V, [&](int64_t begin, int64_t end) { backward_rows(job, begin, end); });
+  const RowPages pages(*in.grad, in.logits, job.rows.rows);
+  parallel_rows(job.rows.rows, 2 * job.rows.V, [&](int64_t begin, int64_t end) {
+    pages.for_each_batch(begin, end, [&](int64_t first, int64_t last) { backward_rows(job, first, last); });
+  });
 }
 
 void dispatch(const Arguments& in) {

@@ -2,11 +2,12 @@
 // Computes  see logprobs.h
 // Bytes     forward N*V*s + 16N, backward 2*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      16 lanes in fp32 within a block, fp64 across blocks, in an order that depends on V only: same bits for any threads
+// Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
 // Limits    a label outside [0, V) on a counted row is an error; masked rows are not read
 
 #include "checks.h"
 #include "logprobs_simd.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace ppo_ext {
@@ -196,7 +197,10 @@ void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, c
       in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr, in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
       {nullptr, in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max), pointer<A>(in.log_sum)},
       A(1.0 / in.temperature)};
-  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) { backward_rows(job, begin, end); });
+  const RowPages pages(grad, logits, rows.rows);
+  parallel_rows(rows.rows, rows.V, [&](int64_t begin, int64_t end) {
+    pages.for_each_batch(begin, end, [&](int64_t first, int64_t last) { backward_rows(job, first, last); });
+  });
 }
 
 void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {

@@ -1,4 +1,4 @@
-"""Offsets beyond 2^32 elements and more rows than 65535, the limits that kernels of other projects had.
+"""Offsets beyond 2^32 elements and more rows than 65535, the limits that kernels of other projects had; large memory.
 
 The tensors with such offsets are views of memory that is reserved but, but for a few pages, never used.
 """
@@ -92,3 +92,19 @@ def test_more_sequences_than_65535(device):
         (ppo_ext, torch.float32), (reference, torch.float32), (reference, torch.float64)))
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact)):
         assert_within_torch_error(f"result {i}", a, b, c)
+
+
+
+@pytest.mark.parametrize("name", ("logprobs", "full_kl"))
+def test_the_gradient_of_many_rows_is_that_of_fewer(name, device):
+    """On a CPU a gradient of this size is new memory, whose pages are made present some rows at a time."""
+    logits = torch.randn(1100, 2**13, device=device)
+    other = torch.arange(1100, device=device) if name == "logprobs" else torch.randn_like(logits)
+    mask = torch.arange(1100, device=device) % 7 > 0
+
+    def gradient(rows):
+        leaf = logits[rows].requires_grad_()
+        return torch.autograd.grad(getattr(ppo_ext, name)(leaf, other[rows], mask=mask[rows]).sum(), leaf)[0]
+
+    parts = [gradient(slice(first, first + 100)) for first in range(0, 1100, 100)]
+    assert_same_bits("grad_logits", gradient(slice(None)), torch.cat(parts))
