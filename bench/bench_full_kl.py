@@ -11,8 +11,8 @@ import ppo_ext
 from ppo_ext import reference
 
 from . import cases, peers
-from .bench_logprobs import by_rows, traffic
-from .passes import BOTH, FORWARD, Op
+from .bench_logprobs import by_rows, passes, traffic
+from .passes import BOTH, Op
 from .suite import OURS, OURS_IN_PLACE, Case
 
 OP = Op(lambda inputs, op: op(inputs["logits"], inputs["ref_logits"]), ("logits",), ("grad_logprobs",))
@@ -35,7 +35,6 @@ def case(shape, dtype, pass_name, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for shape in cases.logits_shapes(device, full):
-        for dtype in cases.LOGIT_DTYPES if full else (torch.float32,):
-            for pass_name in (FORWARD, BOTH):
-                yield case(shape, dtype, pass_name, device)
+    for pass_name, shape, dtype in passes(device, full):
+        if full or dtype == torch.float32:
+            yield case(shape, dtype, pass_name, device)

@@ -11,12 +11,14 @@ __all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEPS", "Step", "head_shape", "linea
            "token_inputs", "token_shapes"]
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
-# [rows, vocabulary] of the ops on logits: (selection, full)
-LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), (1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]),
-          "cuda": ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])}
+# [rows, vocabulary] of the ops on logits: (selection, full); fewer rows where a gradient makes a call many times as long
+_ON_CUDA = ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])
+_OTHERS = [(1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]
+LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
+LOGITS_WITH_GRADIENT = {"cpu": ([(512, GPT2)], [(512, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {"gae": ([(64, 512), (64, 1024)], [(64, 512), (64, 1024), (8, 128), (512, 1024), (8, 8192)]),
+TOKENS = {"gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
           "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
@@ -56,8 +58,8 @@ STEPS = (Step("2 layers of 128", 4, 64, GPT2, 128, 2, 4), Step("GPT-2 small", 4,
          Step("2 layers of 128, long", 8, 256, GPT2, 128, 2, 4))
 
 
-def logits_shapes(device, full):
-    return LOGITS[device.type][full]
+def logits_shapes(device, full, with_gradient):
+    return (LOGITS_WITH_GRADIENT if with_gradient else LOGITS)[device.type][full]
 
 
 def token_shapes(op, full):

@@ -1,5 +1,6 @@
 """Who ours is compared with: right on every op, or a row that says why they cannot run."""
 
+import dataclasses
 import sys
 import zipfile
 
@@ -31,7 +32,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny_shapes(monkeypatch):
-    monkeypatch.setitem(cases.LOGITS, "cpu", ([(16, 37)], [(16, 37)]))
+    for shapes in (cases.LOGITS, cases.LOGITS_WITH_GRADIENT):
+        monkeypatch.setitem(shapes, "cpu", ([(16, 37)], [(16, 37)]))
     monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
     monkeypatch.setitem(cases.LINEAR, "cpu", (16, 8, 37))
     monkeypatch.setitem(cases.SWEEPS, "cpu", {"V": (8, (37,)), "N": (37, (1, 8)), "T": (4, (16,))})
@@ -40,9 +42,12 @@ def tiny_shapes(monkeypatch):
         monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
 
 
-@pytest.mark.parametrize("module", [bench_logprobs, bench_full_kl, bench_gae, bench_rewards, bench_whiten, bench_ppo_loss,
-                                    bench_loss_head, bench_linear_logprobs, bench_overhead, bench_sweeps, bench_step],
-                         ids=lambda module: module.__name__.split("_", 1)[1])
+MODULES = (bench_logprobs, bench_full_kl, bench_gae, bench_rewards, bench_whiten, bench_ppo_loss, bench_loss_head,
+           bench_linear_logprobs, bench_overhead, bench_sweeps, bench_step)
+of_every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split("_", 1)[1])
+
+
+@of_every_module
 def test_every_eager_implementation_is_right(module, tiny_shapes):
     torch.manual_seed(0)
     checked = []
@@ -58,6 +63,23 @@ def test_every_eager_implementation_is_right(module, tiny_shapes):
             assert attempt.note == "", f"{case.title}: {name}: {attempt.note}"
             checked.append(name)
     assert suite.OURS in checked
+
+
+@of_every_module
+def test_a_flipped_sign_of_ours_is_refused(module, tiny_shapes):
+    torch.manual_seed(0)
+    refused = 0
+    for case in module.suite(CPU, full=True):
+        inputs, ours = case.make(CPU), case.implementations[suite.OURS]
+        expected = case.select(inputs, case.reference(inputs))
+        for i in (i for i, right in enumerate(expected) if right.any()):
+            def flipped(inputs, i=i, run=ours.run):
+                return [-x if k == i else x for k, x in enumerate(run(inputs))]
+
+            attempt = case.attempt(dataclasses.replace(ours, run=flipped), inputs, expected)
+            assert attempt.call is None and attempt.note.startswith("WRONG"), f"{case.title}: result {i}"
+            refused += 1
+    assert refused
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------
