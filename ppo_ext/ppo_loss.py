@@ -35,16 +35,16 @@ class _PPOLoss(torch.autograd.Function):
     """The loss, whose gradients are known up to a factor by the time it is."""
 
     @staticmethod
-    def forward(ctx, logprobs, vpreds, loss, saved):
-        ctx.saved = saved  # neither inputs nor outputs: they need not go through save_for_backward, which takes longer
-        return loss.clone()
+    def forward(ctx, logprobs, vpreds, outputs):
+        loss, *ctx.saved = outputs  # no inputs of this function: they need not go through save_for_backward, which takes longer
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         if grad_loss.requires_grad:  # cheaper than once_differentiable; nothing else here could need a second derivative
             raise RuntimeError("ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
                                "ppo_loss is differentiable once")
-        return *_backward(grad_loss, *ctx.saved), None, None
+        return *_backward(grad_loss, *ctx.saved), None
 
 
 def _prepare(tensors, mask):
@@ -142,7 +142,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         outputs = _run(tensors, mask, coefficients)
     loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = outputs
     if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
-        loss = _PPOLoss.apply(logprobs, vpreds, loss, (vector, grad_logprobs, grad_vpreds))
+        loss = _PPOLoss.apply(logprobs, vpreds, (loss, vector, grad_logprobs, grad_vpreds))
     else:
         check.no_tangent("ppo_loss", "logprobs", logprobs)
         check.no_tangent("ppo_loss", "vpreds", vpreds)
