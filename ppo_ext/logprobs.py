@@ -72,7 +72,8 @@ def _prepare(op, logits, labels, temperature, mask):
     temperature = check.temperature(op, temperature)
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
-    return labels.to(torch.int64).contiguous(), temperature, mask
+    usual = labels.dtype == torch.int64 and labels.is_contiguous()  # a look takes less than a conversion that does nothing
+    return labels if usual else labels.to(torch.int64).contiguous(), temperature, mask
 
 
 def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate):
@@ -97,7 +98,8 @@ def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, 
 def _apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
     if torch.is_grad_enabled() and logits.requires_grad:
         return _Logprobs.apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward)
-    return _forward(logits.detach(), labels, mask, temperature, with_entropy, label_note)[:2]
+    plain = logits.detach() if logits.requires_grad else logits
+    return _forward(plain, labels, mask, temperature, with_entropy, label_note)[:2]
 
 
 def _check_ids(op, logits, labels, mask):
