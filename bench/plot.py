@@ -114,7 +114,7 @@ def growth(rows, styles, letter):
     axes.set_xscale("log")
     axes.set_yscale("log")
     sizes = sorted({size for points in curves.values() for size, _ in points})
-    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8, rotation=45)
+    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8, rotation=60, ha="right", rotation_mode="anchor")
     axes.minorticks_off()
     axes.grid(linewidth=0.4)
     axes.set_xlabel(_GROWTH[letter][0])

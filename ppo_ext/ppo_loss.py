@@ -36,7 +36,7 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logprobs, vpreds, outputs):
-        loss, *ctx.saved = outputs  # no inputs of this function: they need not go through save_for_backward, which takes longer
+        loss, *ctx.saved = outputs  # not inputs: they need not go through save_for_backward, which takes longer
         return loss
 
     @staticmethod
