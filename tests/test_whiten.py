@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import FLOATS, TOKEN_SHAPES
-from conftest import assert_same_bits, assert_within_torch_error, require_trl
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
 from ppo_ext import reference
@@ -48,6 +48,19 @@ def test_grad_matches_float64(device, name, shape):
 
     assert_within_torch_error(name, gradient(op, torch.float32), gradient(spec, torch.float32),
                               gradient(spec, torch.float64))
+
+
+@each_op
+def test_same_bits_for_any_threads(device, name):
+    op, _, options = OPS[name]
+    values, mask = torch.randn(64, 1025, device=device, requires_grad=True), torch.rand(64, 1025, device=device) > 0.4
+    incoming = torch.randn_like(op(values, mask, **options))
+
+    def run():
+        result = op(values, mask, **options)
+        return result.detach(), *torch.autograd.grad(result, values, incoming)
+
+    assert_same_bits_for_any_threads(run)
 
 
 @each_op
