@@ -23,9 +23,9 @@ TOKENS = {"gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (
           "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
           "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
-HEAD = {"cpu": (8, 64, GPT2), "cuda": (16, 512, LLAMA)}
+HEAD = {"cpu": (8, 32, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
-LINEAR = {"cpu": (256, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
+LINEAR = {"cpu": (128, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
 # what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
 TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
 # what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches

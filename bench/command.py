@@ -24,11 +24,11 @@ _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every shape, dtype, pass and sweep; an hour on 2 cores")
+    parser.add_argument("--full", action="store_true", help="every shape, dtype, pass and sweep; half an hour on 2 cores")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, metavar="OP", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each implementation of a case")
+    parser.add_argument("--seconds", type=float, default=0.2, help="time for each implementation of a case")
     parser.add_argument("--save", nargs="?", const=RESULTS, type=pathlib.Path, metavar="FOLDER",
                         help=f"write the rows under FOLDER/<machine>/, by default bench/{RESULTS.name}/<machine>/")
     return parser.parse_args(argv)
