@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import re
+import subprocess
 import types
 
 import pytest
@@ -270,6 +272,21 @@ def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     monkeypatch.setenv("PPO_EXT_COMMIT", "abc123")
     assert machine.stamp(CPU)["commit"] == "abc123"
+
+
+def test_changes_are_told_but_for_saved_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    for path in (tmp_path / "bench/results/rows.jsonl", tmp_path / "code.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = machine.stamp(CPU)["commit"]
+    (tmp_path / "bench/results/rows.jsonl").write_text("new")
+    assert machine.stamp(CPU)["commit"] == clean and re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "code.py").write_text("new")
+    assert machine.stamp(CPU)["commit"] == clean + "+changes"
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
