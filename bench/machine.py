@@ -36,7 +36,7 @@ def _commit():
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")  # the rows that a run saves are no change
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")  # saving rows changes no code
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PPO_EXT_COMMIT", "unknown")  # for a copy of the checkout without its history

@@ -280,8 +280,8 @@ def test_changes_are_told_but_for_saved_rows(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     clean = machine.stamp(CPU)["commit"]
     (tmp_path / "bench/results/rows.jsonl").write_text("new")
     assert machine.stamp(CPU)["commit"] == clean and re.fullmatch("[0-9a-f]{12}", clean)
