@@ -12,7 +12,8 @@ EXAMPLES ?= 20000
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS     := $(VENV)/.peers
-PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# --no-compile: most modules are never imported, and the others are compiled when they are
+PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # with a compiler, a kernel that does not compile is an error; without one, the reference implementation runs
 ifneq ($(shell command -v $(CXX) 2>/dev/null),)
