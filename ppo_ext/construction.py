@@ -11,6 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from . import optimizers
 from .config import PPOConfig
 from .kl import AdaptiveKLController, FixedKLController
 from .models import create_reference_model
@@ -41,7 +42,7 @@ class ConstructionMixin:
                 model, the model itself with its adapters off.
             tokenizer: pads inputs, on its padding_side.
             dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size.
-            optimizer: None: Adam with config.learning_rate.
+            optimizer: None: Adam with config.learning_rate, fused where torch has that kernel.
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
             num_shared_layers: first layers that are frozen and shared with the reference made here.
             lr_scheduler: stepped once per `step`.
@@ -117,7 +118,9 @@ class ConstructionMixin:
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
     def _init_optimizer(self, optimizer, lr_scheduler):
-        self.optimizer = optimizer or torch.optim.Adam(self.model_params, lr=self.config.learning_rate)
+        self.optimizer = optimizer or optimizers.make(
+            torch.optim.Adam, self.model_params, self.accelerator.device, lr=self.config.learning_rate
+        )
         self.lr_scheduler = lr_scheduler
 
     def _init_state(self):

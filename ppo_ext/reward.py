@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import logsigmoid
 
+from . import optimizers
 from .fitting import check_schedule, fit
 from .sequences import Sample, encode, right_pad
 
@@ -96,7 +97,9 @@ class RewardTrainer:
         self.config = config or RewardConfig()
         self.tokenizer = tokenizer
         self.accelerator = Accelerator()
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=self.config.weight_decay)
+        optimizer = optimizers.make(
+            torch.optim.AdamW, model.parameters(), self.accelerator.device, weight_decay=self.config.weight_decay
+        )
         self.pad_token_id = model.config.pad_token_id
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 

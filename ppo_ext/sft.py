@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from . import optimizers
 from .fitting import check_schedule, fit
 from .logprobs import logprobs
 from .sequences import Sample, encode, right_pad
@@ -65,7 +66,13 @@ class SFTTrainer:
         self.train_dataset = self._encode(train_dataset, "train_dataset")
         self.eval_dataset = self._encode(eval_dataset, "eval_dataset") if eval_dataset is not None else None
         self.accelerator = Accelerator()
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.95))
+        optimizer = optimizers.make(
+            torch.optim.AdamW,
+            model.parameters(),
+            self.accelerator.device,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.95),
+        )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def train(self, on_step: Callable[[dict], None] | None = None) -> dict[str, float]:
