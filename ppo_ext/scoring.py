@@ -81,7 +81,7 @@ class ScoringMixin:
         """
         model.eval()
         self._recompute_in_backward(model)
-        with_entropy = return_logits and torch.is_grad_enabled()
+        with_entropy = torch.is_grad_enabled()
         parts = []
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)

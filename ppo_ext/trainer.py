@@ -182,7 +182,8 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _train_on(self, batch):
-        self._may_overwrite_logits = self.config.inplace_logits_grad and self._loss_is_ours
+        own_loss = self._is_ours("loss", "train_minibatch")
+        self._may_overwrite_logits = self.config.inplace_logits_grad and own_loss
         try:
             with self.accelerator.accumulate(self.model):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
@@ -190,7 +191,8 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
                     batch.queries,
                     batch.responses,
                     batch.model_inputs,
-                    return_logits=True,
+                    # own ones need no logits: only the graph holds them then, and its backward pass lets go of them
+                    return_logits=not (own_loss and self._is_ours("batched_forward_pass")),
                     response_masks=batch.response_masks,
                 )
                 return self.train_minibatch(
@@ -199,13 +201,9 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         finally:
             self._may_overwrite_logits = False
 
-    @property
-    def _loss_is_ours(self):
-        """False in a subclass with a loss of its own, which may read logits in ways that overwriting would spoil."""
-        overridden = any(
-            getattr(type(self), name) is not getattr(PPOTrainer, name) for name in ("loss", "train_minibatch")
-        )
-        return not overridden
+    def _is_ours(self, *names):
+        """Whether these methods are PPOTrainer's own, not a subclass's or set on the trainer. Others may read logits."""
+        return all(getattr(getattr(self, name), "__func__", None) is getattr(PPOTrainer, name) for name in names)
 
     def train_minibatch(self, old_logprobs, values, logprobs, logits, vpreds, mask, advantages, returns):
         """One backward pass, and an optimizer update when enough of them are accumulated.
@@ -224,7 +222,7 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ScoringMixin, ReportingMixi
         """PPO's clipped policy and value loss.
 
         Args: all [b, T-1], but logits [b, T-1, V], read only for the entropy of log-probabilities that
-            `batched_forward_pass` did not make.
+            `batched_forward_pass` did not make, else None will do.
 
         Returns:
             (policy loss, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached tensors under TRL's

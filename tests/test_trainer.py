@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -327,6 +328,40 @@ def test_a_subclass_may_read_the_logits_after_the_backward_pass():
             return stats
 
     steps(tiny_models.trainer(kind=Reads))
+
+
+def test_the_backward_pass_lets_go_of_the_logits_before_it_reaches_the_layers():
+    trainer = tiny_models.trainer()
+    backbone, logits, held = trainer.model.pretrained_model, [], []
+    backbone.register_forward_hook(lambda module, inputs, output: logits.append(weakref.ref(output.logits)))
+    backbone.transformer.h[1].register_full_backward_hook(lambda *_: held.append(logits[-1]() is not None))
+    steps(trainer)
+    assert held == [False] * 4
+
+
+@pytest.mark.parametrize("name, position", [("loss", 2), ("train_minibatch", 3)])
+def test_a_method_set_on_the_trainer_gets_the_logits_and_may_read_them_later(name, position):
+    trainer = tiny_models.trainer()
+    own, seen = getattr(trainer, name), []
+
+    def replaced(*arguments):
+        seen.append((arguments[position], arguments[position].detach().clone()))
+        return own(*arguments)
+
+    setattr(trainer, name, replaced)
+    steps(trainer)
+    assert len(seen) == 4
+    assert all(torch.equal(logits.detach(), before) for logits, before in seen)
+
+
+def test_a_forward_pass_of_a_subclass_is_asked_for_the_logits():
+    class Scores(ppo_ext.PPOTrainer):
+        def batched_forward_pass(self, *arguments, **options):
+            logprobs, logits, values, mask = super().batched_forward_pass(*arguments, **options)
+            return logprobs.clone(), logits, values, mask  # whose entropy the loss then has to take from the logits
+
+    plain, ours = (steps(tiny_models.trainer(kind=kind))[0] for kind in (None, Scores))
+    assert scalars(ours) == pytest.approx(scalars(plain), rel=1e-5, abs=1e-7)
 
 
 def test_overwriting_the_logits_changes_no_number():
