@@ -167,12 +167,27 @@ def test_competitors_take_turns():
 
 
 def test_a_cold_call_follows_a_flush_and_a_warm_one_another_call(monkeypatch):
+    monkeypatch.setattr(timing, "_DISTURBED", float("inf"))
     for cache, expected in (("cold", ["flush", "call"] * 5), ("warm", ["call"] * 5)):
         order = []
         monkeypatch.setattr(timing, "flusher", lambda device, order=order: lambda: order.append("flush"))
         monkeypatch.setattr(timing, "_SHORTEST_SAMPLE_MS", 0.0)
         timing.measure({"a": lambda order=order: order.append("call")}, CPU, setting=timing.Setting(cache), seconds=0.0)
         assert order[2:] == expected  # the first two calls are the warm-up
+
+
+@pytest.mark.parametrize("first, second, short, expected, windows", [
+    ([1, 1, 1, 1, 1], [5, 5, 5, 5, 5], True, 1, 1),   # quiet: once
+    ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], True, 2, 2),   # disturbed: the second, which is quieter
+    ([1, 1, 3, 3, 3], [1, 1, 7, 9, 9], True, 3, 2),   # still the first, if the second is worse
+    ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], False, 9, 1),  # too long to be done again
+])
+def test_what_is_short_and_disturbed_is_timed_once_more(monkeypatch, first, second, short, expected, windows):
+    samples = iter(first + second)
+    monkeypatch.setattr(timing, "_sampler", lambda *_: lambda name: next(samples))
+    monkeypatch.setattr(timing, "_SHORT_SECONDS", 3.0 if short else 0.0)
+    assert timing.measure({"a": None}, CPU, seconds=0.0)["a"].p50_ms == expected
+    assert len(list(samples)) == 5 * (2 - windows)
 
 
 def test_a_flush_writes_more_than_the_last_cache_holds(monkeypatch):
