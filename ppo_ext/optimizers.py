@@ -5,9 +5,7 @@ import torch
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def make(
-    optimizer: type[torch.optim.Adam], parameters, device: torch.device, **options
-) -> torch.optim.Optimizer:
+def make(optimizer: type[torch.optim.Adam], parameters, device: torch.device, **options) -> torch.optim.Optimizer:
     """Adam or AdamW over those parameters that need a gradient, in torch's fused kernel where `device` has one.
 
     It reads gradients, moments and weights once and makes no copies of them; the arithmetic differs by rounding only.
