@@ -58,8 +58,11 @@ def _kl_rewards(library):
 # op: (how it is called, library -> function, names of its results: the gradients first)
 ON_LOGITS = {
     "logprobs": (bench_logprobs.OPS["logprobs"], _named("logprobs"), ("grad logits", "logprobs")),
-    "logprobs_and_entropy": (bench_logprobs.OPS["logprobs_and_entropy"], _named("logprobs_and_entropy"),
-                             ("grad logits", "logprobs", "entropy")),
+    "logprobs_and_entropy": (
+        bench_logprobs.OPS["logprobs_and_entropy"],
+        _named("logprobs_and_entropy"),
+        ("grad logits", "logprobs", "entropy"),
+    ),
     "full_kl": (bench_full_kl.OP, _named("full_kl"), ("grad logits", "kl")),
 }
 PER_TOKEN = {
@@ -78,6 +81,7 @@ PER_TOKEN = {
 @dataclasses.dataclass(frozen=True)
 class Input:
     """`vocabulary`, `scale` and `offset` are None for the ops on per-token tensors."""
+
     op: str
     dtype: torch.dtype
     vocabulary: int | None = None
@@ -86,8 +90,13 @@ class Input:
 
     @property
     def key(self):
-        return {"op": self.op, "dtype": str(self.dtype).removeprefix("torch."), "V": self.vocabulary, "scale": self.scale,
-                "offset": self.offset}
+        return {
+            "op": self.op,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "V": self.vocabulary,
+            "scale": self.scale,
+            "offset": self.offset,
+        }
 
     def tensors(self):
         torch.manual_seed(0)
@@ -97,14 +106,21 @@ class Input:
         shape = _ROWS, self.vocabulary
         logits = self.scale * torch.randn(shape)
         ref_logits = logits + 0.1 * self.scale * torch.randn(shape)
-        return {"logits": (logits + self.offset).to(self.dtype), "ref_logits": (ref_logits + self.offset).to(self.dtype),
-                "labels": torch.randint(self.vocabulary, shape[:1]), "grad_logprobs": torch.randn(_ROWS),
-                "grad_entropy": torch.randn(_ROWS)}
+        return {
+            "logits": (logits + self.offset).to(self.dtype),
+            "ref_logits": (ref_logits + self.offset).to(self.dtype),
+            "labels": torch.randint(self.vocabulary, shape[:1]),
+            "grad_logprobs": torch.randn(_ROWS),
+            "grad_entropy": torch.randn(_ROWS),
+        }
 
 
 def all_inputs(vocabularies=VOCABULARIES):
     on_logits = itertools.product(ON_LOGITS, DTYPES, vocabularies, SCALES, OFFSETS)
-    return [*(Input(*chosen) for chosen in on_logits), *(Input(*chosen) for chosen in itertools.product(PER_TOKEN, DTYPES))]
+    return [
+        *(Input(*chosen) for chosen in on_logits),
+        *(Input(*chosen) for chosen in itertools.product(PER_TOKEN, DTYPES)),
+    ]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -134,8 +150,11 @@ def _short(error):
 
 def _trl_functions():
     """{op: TRL's function on float32 copies}."""
+
     def on_copies(function):
-        return lambda *inputs, **named: function(*map(_single, inputs), **{name: _single(x) for name, x in named.items()})
+        return lambda *inputs, **named: function(
+            *map(_single, inputs), **{name: _single(x) for name, x in named.items()}
+        )
 
     offers = trl_classic.PEER.load(torch.device("cpu"))
     return {op: on_copies(offers[op][NAME].function) for op in ON_LOGITS | PER_TOKEN if op in offers}
@@ -157,8 +176,14 @@ def measure(inputs, others=False, progress=True):
         results = {who: _results(input, tensors, library) for who, library in candidates.items()}
         for name, right in exact.items():
             unit = torch.finfo(results[info.cpu_level()][name].dtype).eps * right.abs().max().item()
-            found.append({**input.key, "result": name, "unit": _short(unit),
-                          "errors": {who: _error(of[name], right) for who, of in results.items() if name in of}})
+            found.append(
+                {
+                    **input.key,
+                    "result": name,
+                    "unit": _short(unit),
+                    "errors": {who: _error(of[name], right) for who, of in results.items() if name in of},
+                }
+            )
     return found
 
 

@@ -32,8 +32,10 @@ def of_everyone(row):
 def aggregate(rows):
     """{who: [largest error of any row, mean of the rows' means]}."""
     found = [of_everyone(row) for row in rows]
-    return {who: [max(of[who][_LARGEST] for of in found), math.fsum(of[who][_MEAN] for of in found) / len(found)]
-            for who in found[0]}
+    return {
+        who: [max(of[who][_LARGEST] for of in found), math.fsum(of[who][_MEAN] for of in found) / len(found)]
+        for who in found[0]
+    }
 
 
 def grouped(rows, *fields):
@@ -81,8 +83,10 @@ def _by_op(rows):
 def _by_size(rows):
     rows = [row for row in rows if row["dtype"] == "float32" and (row["op"], row["result"]) in _PLOTTED]
     groups = grouped(rows, "result", "V", "scale", "offset")
-    lines = [(name, str(V), f"{scale:g}", f"{offset:g}", *_cells(aggregate(group)))
-             for (name, V, scale, offset), group in groups.items()]
+    lines = [
+        (name, str(V), f"{scale:g}", f"{offset:g}", *_cells(aggregate(group)))
+        for (name, V, scale, offset), group in groups.items()
+    ]
     return _table(("result", "V", "scale", "offset", *_HEADER[3:]), lines)
 
 
@@ -96,16 +100,22 @@ def markdown(figures):
         f"{len(rows)} results of ops on inputs of every dtype, each at {', '.join(levels)}; {stamp['date']}, commit "
         f"{stamp['commit']}, torch {stamp['torch']}, {stamp['device']}. Written by `python -m bench.accuracy --save`; all "
         "figures are in accuracy.json, and a test fails when one of ours grows by more than 10 %.",
-        "Errors are absolute, against float64 on the same rounded inputs; ours is that of the worst level. \"torch\" is "
-        "plain torch in float32, \"TRL\" TRL 0.11.4's own functions on float32 copies. A gradient has the dtype of its "
+        'Errors are absolute, against float64 on the same rounded inputs; ours is that of the worst level. "torch" is '
+        'plain torch in float32, "TRL" TRL 0.11.4\'s own functions on float32 copies. A gradient has the dtype of its '
         "input, and its error is mostly that rounding.",
         "![error against V](accuracy.png)",
-        "## Ops on logits", f"Over V in {sorted({row['V'] for row in on_logits})} and logits of scale "
-        f"{sorted({row['scale'] for row in on_logits})}.", _by_op([row for row in on_logits if row["offset"] == 0]),
-        "## The same with 10,000 added to all logits", "In half precision little but the offset is left of the logits.",
+        "## Ops on logits",
+        f"Over V in {sorted({row['V'] for row in on_logits})} and logits of scale "
+        f"{sorted({row['scale'] for row in on_logits})}.",
+        _by_op([row for row in on_logits if row["offset"] == 0]),
+        "## The same with 10,000 added to all logits",
+        "In half precision little but the offset is left of the logits.",
         _by_op([row for row in on_logits if row["offset"] != 0]),
-        "## Ops on per-token tensors", _by_op([row for row in rows if row["V"] is None]),
-        "## By size, scale and offset, float32", _by_size(rows)]
+        "## Ops on per-token tensors",
+        _by_op([row for row in rows if row["V"] is None]),
+        "## By size, scale and offset, float32",
+        _by_size(rows),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -119,8 +129,11 @@ def plot(figures, path):
     figure, panels = pyplot.subplots(1, len(_PLOTTED), figsize=(11.0, 3.8), layout="constrained", sharey=True)
     styles = {"ours": "k-o", TORCH: "C0--s", NAME: "C1--D"}
     for axes, (op, result) in zip(panels, _PLOTTED):
-        rows = [row for row in figures["rows"] if (row["op"], row["result"]) == (op, result)
-                and row["dtype"] == "float32" and row["offset"] == 0]
+        rows = [
+            row
+            for row in figures["rows"]
+            if (row["op"], row["result"]) == (op, result) and row["dtype"] == "float32" and row["offset"] == 0
+        ]
         curves = {V: aggregate(group) for (V,), group in grouped(rows, "V").items()}
         for who in styles:
             largest = [errors[who][_LARGEST] for errors in curves.values()]

@@ -29,9 +29,23 @@ def _compile(folder):
 
     library = pathlib.Path(folder) / "binding_overhead.so"
     includes = (pybind11.get_include(), sysconfig.get_path("include"), _SOURCE.parent.parent / "csrc")
-    subprocess.run([os.environ.get("CXX", "c++"), "-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden",
-                    *(f"-I{path}" for path in includes), str(_SOURCE), "-o", str(library)],
-                   check=True, capture_output=True, text=True)
+    subprocess.run(
+        [
+            os.environ.get("CXX", "c++"),
+            "-O2",
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            *(f"-I{path}" for path in includes),
+            str(_SOURCE),
+            "-o",
+            str(library),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     spec = importlib.util.spec_from_file_location("binding_overhead", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,15 +63,24 @@ def _through_pybind11():
     outputs = torch.empty(_SHAPE), torch.empty(_SHAPE)
 
     def into(inputs, advantages, returns):
-        module.gae(inputs["values"].data_ptr(), inputs["rewards"].data_ptr(), advantages.data_ptr(), returns.data_ptr(),
-                   *_SHAPE, _GAMMA, _LAM)
+        module.gae(
+            inputs["values"].data_ptr(),
+            inputs["rewards"].data_ptr(),
+            advantages.data_ptr(),
+            returns.data_ptr(),
+            *_SHAPE,
+            _GAMMA,
+            _LAM,
+        )
         return advantages, returns
 
     def fresh(inputs):
         return into(inputs, torch.empty_like(inputs["values"]), torch.empty_like(inputs["values"]))
 
-    return {"pybind11": Implementation(fresh),
-            "pybind11, outputs reused": Implementation(lambda inputs: into(inputs, *outputs))}
+    return {
+        "pybind11": Implementation(fresh),
+        "pybind11, outputs reused": Implementation(lambda inputs: into(inputs, *outputs)),
+    }
 
 
 def _operator(inputs):
@@ -69,11 +92,16 @@ def suite(device, full):
         return
     no_operator = "the compiled operator is not loaded; see `python -m ppo_ext info`"
     yield Case(
-        "binding_overhead", "gae", _SHAPE, torch.float32,
+        "binding_overhead",
+        "gae",
+        _SHAPE,
+        torch.float32,
         make=lambda device: {"values": torch.randn(_SHAPE), "rewards": torch.randn(_SHAPE)},
         reference=lambda inputs: reference.gae(**in_float64(inputs), gamma=_GAMMA, lam=_LAM),
         implementations={
             OURS: Implementation(lambda inputs: ppo_ext.gae(**inputs, gamma=_GAMMA, lam=_LAM)),
             "torch operator": Implementation(_operator) if backend(device) == "native" else no_operator,
-            **_through_pybind11()},
-        traffic=None)
+            **_through_pybind11(),
+        },
+        traffic=None,
+    )

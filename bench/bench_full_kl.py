@@ -23,15 +23,24 @@ def case(shape, dtype, pass_name, device, *, kind="speed", with_compiled=True):
     implementations = {OURS: OP.implementation(pass_name, ppo_ext.full_kl)}
     if pass_name == BOTH and kind == "speed":
         implementations[OURS_IN_PLACE] = OP.implementation(
-            pass_name, functools.partial(ppo_ext.full_kl, inplace_backward=True), destroys_logits=True,
-            traffic=traffic(size, pass_name, reads=2, in_place=True))
+            pass_name,
+            functools.partial(ppo_ext.full_kl, inplace_backward=True),
+            destroys_logits=True,
+            traffic=traffic(size, pass_name, reads=2, in_place=True),
+        )
     return Case(
-        "full_kl", pass_name, shape, dtype,
+        "full_kl",
+        pass_name,
+        shape,
+        dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
         reference=lambda inputs: by_rows(lambda rows: OP.results(pass_name, rows, reference.full_kl), inputs),
         implementations=implementations | peers.implementations("full_kl", OP, pass_name, device, dtype, with_compiled),
-        traffic=traffic(size, pass_name, reads=2), kind=kind, capturable=True,
-        buffer_bytes=size if pass_name == BOTH and kind == "speed" else None)
+        traffic=traffic(size, pass_name, reads=2),
+        kind=kind,
+        capturable=True,
+        buffer_bytes=size if pass_name == BOTH and kind == "speed" else None,
+    )
 
 
 def suite(device, full):

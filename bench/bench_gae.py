@@ -29,18 +29,28 @@ def with_whitening(library):
     def gae_and_whiten(values, rewards, mask):
         advantages, returns = alone(library)(values, rewards, mask)
         return library.masked_whiten(advantages, mask), returns
+
     return gae_and_whiten
 
 
 def case(name, shape, device, *, kind="speed", with_compiled=True):
     of, tokens = {"gae": alone, "gae+masked_whiten": with_whitening}[name], shape[0] * shape[1]
     return Case(
-        name, FORWARD, shape, torch.float32,
+        name,
+        FORWARD,
+        shape,
+        torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
         reference=lambda inputs: OP.forward(in_float64(inputs), of(reference)),
-        implementations={OURS: OP.implementation(FORWARD, of(ppo_ext)),
-                         **peers.implementations(name, OP, FORWARD, device, with_compiled=with_compiled)},
-        select=masked_in, traffic=Traffic(read=8 * tokens, copy=8 * tokens), kind=kind, capturable=True)
+        implementations={
+            OURS: OP.implementation(FORWARD, of(ppo_ext)),
+            **peers.implementations(name, OP, FORWARD, device, with_compiled=with_compiled),
+        },
+        select=masked_in,
+        traffic=Traffic(read=8 * tokens, copy=8 * tokens),
+        kind=kind,
+        capturable=True,
+    )
 
 
 def suite(device, full):

@@ -14,7 +14,9 @@ from . import cases, peers
 from .passes import BOTH, FORWARD, Op
 from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 
-OP = Op(lambda inputs, op: op(inputs["hidden"], inputs["weight"], inputs["labels"]), ("hidden", "weight"), ("incoming",))
+OP = Op(
+    lambda inputs, op: op(inputs["hidden"], inputs["weight"], inputs["labels"]), ("hidden", "weight"), ("incoming",)
+)
 
 
 def ours(hidden, weight, labels):
@@ -31,9 +33,12 @@ def exact(hidden, weight, labels):
 
 def _inputs(shape, dtype, device):
     rows, hidden, vocabulary = shape
-    return {"hidden": torch.randn(rows, hidden, device=device).to(dtype),
-            "weight": (torch.randn(vocabulary, hidden, device=device) * 3.0 / hidden ** 0.5).to(dtype),
-            "labels": torch.randint(vocabulary, (rows,), device=device), "incoming": torch.randn(rows, device=device)}
+    return {
+        "hidden": torch.randn(rows, hidden, device=device).to(dtype),
+        "weight": (torch.randn(vocabulary, hidden, device=device) * 3.0 / hidden**0.5).to(dtype),
+        "labels": torch.randint(vocabulary, (rows,), device=device),
+        "incoming": torch.randn(rows, device=device),
+    }
 
 
 def case(shape, dtype, pass_name, device):
@@ -41,10 +46,17 @@ def case(shape, dtype, pass_name, device):
     if pass_name == BOTH:
         implementations[OURS_IN_PLACE] = OP.implementation(pass_name, ours_in_place)
     return Case(
-        "linear_logprobs", pass_name, shape, dtype, make=lambda device: _inputs(shape, dtype, device),
+        "linear_logprobs",
+        pass_name,
+        shape,
+        dtype,
+        make=lambda device: _inputs(shape, dtype, device),
         reference=lambda inputs: OP.results(pass_name, in_float64(inputs), exact),
         implementations=implementations | peers.implementations("linear_logprobs", OP, pass_name, device, dtype),
-        traffic=None, buffer_bytes=shape[0] * shape[2] * dtype.itemsize, capturable=True)
+        traffic=None,
+        buffer_bytes=shape[0] * shape[2] * dtype.itemsize,
+        capturable=True,
+    )
 
 
 def suite(device, full):

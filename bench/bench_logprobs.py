@@ -18,16 +18,19 @@ from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 from .timing import Traffic
 
 _ROWS_AT_ONCE = 32  # the float64 reference of all rows at once would need many times the memory of the logits
-OPS = {"logprobs": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs",)),
-       "logprobs_and_entropy": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",),
-                                  ("grad_logprobs", "grad_entropy"))}
+OPS = {
+    "logprobs": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs",)),
+    "logprobs_and_entropy": Op(
+        lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs", "grad_entropy")
+    ),
+}
 
 
 def by_rows(run, inputs):
     """`run` on float64 copies of the inputs, some rows at a time."""
     pieces = []
     for start in range(0, inputs["labels"].shape[0], _ROWS_AT_ONCE):
-        results = run(in_float64({name: x[start:start + _ROWS_AT_ONCE] for name, x in inputs.items()}))
+        results = run(in_float64({name: x[start : start + _ROWS_AT_ONCE] for name, x in inputs.items()}))
         pieces.append([x.detach() for x in results])
     return tuple(torch.cat(parts) for parts in zip(*pieces))
 
@@ -46,15 +49,24 @@ def case(name, shape, dtype, pass_name, device, *, kind="speed", with_compiled=T
     implementations = {OURS: op.implementation(pass_name, ours)}
     if pass_name == BOTH and kind == "speed":
         implementations[OURS_IN_PLACE] = op.implementation(
-            pass_name, functools.partial(ours, inplace_backward=True), destroys_logits=True,
-            traffic=traffic(size, pass_name, in_place=True))
+            pass_name,
+            functools.partial(ours, inplace_backward=True),
+            destroys_logits=True,
+            traffic=traffic(size, pass_name, in_place=True),
+        )
     return Case(
-        name, pass_name, shape, dtype,
+        name,
+        pass_name,
+        shape,
+        dtype,
         make=lambda device: cases.logits_inputs(shape, dtype, device),
         reference=lambda inputs: by_rows(lambda rows: op.results(pass_name, rows, exact), inputs),
         implementations=implementations | peers.implementations(name, op, pass_name, device, dtype, with_compiled),
-        traffic=traffic(size, pass_name), kind=kind, capturable=True,
-        buffer_bytes=size if pass_name == BOTH and kind == "speed" else None)
+        traffic=traffic(size, pass_name),
+        kind=kind,
+        capturable=True,
+        buffer_bytes=size if pass_name == BOTH and kind == "speed" else None,
+    )
 
 
 def passes(device, full, *, backward=False):

@@ -37,13 +37,16 @@ def exact(inputs):
     of_rows = bench_logprobs.OPS["logprobs"]
     [logprobs] = bench_logprobs.by_rows(lambda some: of_rows.forward(some, reference.logprobs), rows)
     per_token = in_float64({name: inputs[name] for name in _PER_TOKEN})
-    leaves = {"logprobs": logprobs.view_as(per_token["vpreds"]).requires_grad_(),
-              "vpreds": per_token.pop("vpreds").requires_grad_()}
+    leaves = {
+        "logprobs": logprobs.view_as(per_token["vpreds"]).requires_grad_(),
+        "vpreds": per_token.pop("vpreds").requires_grad_(),
+    }
     loss, _ = reference.ppo_loss(**per_token, **leaves)
     grad_logprobs, grad_vpreds = torch.autograd.grad(loss, tuple(leaves.values()))
     [grad_logits] = bench_logprobs.by_rows(
         lambda some: of_rows.gradients(of_rows.graph(some, reference.logprobs)),
-        {**rows, "grad_logprobs": grad_logprobs.flatten()})
+        {**rows, "grad_logprobs": grad_logprobs.flatten()},
+    )
     return grad_logits.view_as(inputs["logits"]), grad_vpreds
 
 
@@ -60,13 +63,28 @@ def _inputs(shape, dtype, device):
 
 def case(shape, dtype, device):
     size = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    in_place = OP.implementation(FORWARD, functools.partial(ours, inplace_backward=True), destroys_logits=True,
-                                 traffic=bench_logprobs.traffic(size, BOTH, in_place=True))
+    in_place = OP.implementation(
+        FORWARD,
+        functools.partial(ours, inplace_backward=True),
+        destroys_logits=True,
+        traffic=bench_logprobs.traffic(size, BOTH, in_place=True),
+    )
     return Case(
-        "loss_head", BOTH, shape, dtype, make=lambda device: _inputs(shape, dtype, device), reference=exact,
-        implementations={OURS: OP.implementation(FORWARD, ours), OURS_IN_PLACE: in_place,
-                         **peers.implementations("loss_head", OP, FORWARD, device, dtype)},
-        traffic=bench_logprobs.traffic(size, BOTH), buffer_bytes=size, capturable=True)
+        "loss_head",
+        BOTH,
+        shape,
+        dtype,
+        make=lambda device: _inputs(shape, dtype, device),
+        reference=exact,
+        implementations={
+            OURS: OP.implementation(FORWARD, ours),
+            OURS_IN_PLACE: in_place,
+            **peers.implementations("loss_head", OP, FORWARD, device, dtype),
+        },
+        traffic=bench_logprobs.traffic(size, BOTH),
+        buffer_bytes=size,
+        capturable=True,
+    )
 
 
 def suite(device, full):

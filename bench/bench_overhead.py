@@ -25,26 +25,44 @@ def _ops():
 
 
 def _logprobs_gradient(inputs, out, grad_entropy):
-    return _ops()._logprobs_backward.default(inputs["logits"], inputs["grad_logprobs"], grad_entropy, inputs["labels"], None,
-                                             *out[1:], 1.0)
+    return _ops()._logprobs_backward.default(
+        inputs["logits"], inputs["grad_logprobs"], grad_entropy, inputs["labels"], None, *out[1:], 1.0
+    )
 
 
 # op: (its operator, how many of its outputs are results, its backward operator on the same inputs and those outputs)
 _OPERATORS = {
     "gae": (lambda x: _ops()._gae.default(x["values"], x["rewards"], x["mask"], cases.GAMMA, cases.LAM), 2, None),
     "kl_rewards": (lambda x: _ops()._kl_rewards.default(*(x[name] for name in _SCORED), KL_COEF, 0), 3, None),
-    "masked_whiten": (lambda x: _ops()._masked_whiten.default(x["advantages"], x["weights"], True), 1,
-                      lambda x, out: _ops()._masked_whiten_backward.default(x["incoming"], x["advantages"], x["weights"],
-                                                                            out[1], True)),
-    "logprobs": (lambda x: _ops()._logprobs.default(x["logits"], x["labels"], None, 1.0, False, None), 1,
-                 lambda x, out: _logprobs_gradient(x, out, None)),
-    "logprobs_and_entropy": (lambda x: _ops()._logprobs.default(x["logits"], x["labels"], None, 1.0, True, None), 2,
-                             lambda x, out: _logprobs_gradient(x, out, x["grad_entropy"])),
-    "full_kl": (lambda x: _ops()._full_kl.default(x["logits"], x["ref_logits"], None, 1.0), 1,
-                lambda x, out: _ops()._full_kl_backward.default(x["logits"], x["ref_logits"], x["grad_logprobs"], None,
-                                                                *out, 1.0)),
-    "ppo_loss": (lambda x: _ops()._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")), 1,
-                 lambda x, out: _ops()._ppo_loss_backward.default(x["one"], out[1], *out[4:])),
+    "masked_whiten": (
+        lambda x: _ops()._masked_whiten.default(x["advantages"], x["weights"], True),
+        1,
+        lambda x, out: _ops()._masked_whiten_backward.default(
+            x["incoming"], x["advantages"], x["weights"], out[1], True
+        ),
+    ),
+    "logprobs": (
+        lambda x: _ops()._logprobs.default(x["logits"], x["labels"], None, 1.0, False, None),
+        1,
+        lambda x, out: _logprobs_gradient(x, out, None),
+    ),
+    "logprobs_and_entropy": (
+        lambda x: _ops()._logprobs.default(x["logits"], x["labels"], None, 1.0, True, None),
+        2,
+        lambda x, out: _logprobs_gradient(x, out, x["grad_entropy"]),
+    ),
+    "full_kl": (
+        lambda x: _ops()._full_kl.default(x["logits"], x["ref_logits"], None, 1.0),
+        1,
+        lambda x, out: _ops()._full_kl_backward.default(
+            x["logits"], x["ref_logits"], x["grad_logprobs"], None, *out, 1.0
+        ),
+    ),
+    "ppo_loss": (
+        lambda x: _ops()._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")),
+        1,
+        lambda x, out: _ops()._ppo_loss_backward.default(x["one"], out[1], *out[4:]),
+    ),
 }
 
 
@@ -61,8 +79,12 @@ def _operator(op, pass_name):
 
     def prepare(inputs):
         tensors = {name: x.contiguous() for name, x in inputs.items()}
-        return {**tensors, "mask": inputs["mask"].bool(), "weights": inputs["mask"].float(),
-                "one": torch.ones((), device=inputs["mask"].device)}
+        return {
+            **tensors,
+            "mask": inputs["mask"].bool(),
+            "weights": inputs["mask"].float(),
+            "one": torch.ones((), device=inputs["mask"].device),
+        }
 
     return Implementation(run, prepare=prepare, partial=True)
 
@@ -81,8 +103,12 @@ def _tiny_cases(device):
 
 def suite(device, full):
     for case in _tiny_cases(device):
-        operator = (_operator(case.op, case.pass_name) if backend(device) == "native" else
-                    "the compiled operators are not loaded; see `python -m ppo_ext info`")
+        operator = (
+            _operator(case.op, case.pass_name)
+            if backend(device) == "native"
+            else "the compiled operators are not loaded; see `python -m ppo_ext info`"
+        )
         ours, others = list(case.implementations.items())[0], list(case.implementations.items())[1:]
-        yield dataclasses.replace(case, implementations=dict([ours, (OPERATOR, operator), *others]), traffic=None,
-                                  capturable=False)
+        yield dataclasses.replace(
+            case, implementations=dict([ours, (OPERATOR, operator), *others]), traffic=None, capturable=False
+        )

@@ -18,8 +18,21 @@ from .timing import Traffic
 
 _PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
 # the first four are those that every TRL has
-_STATS = ("loss/policy", "loss/value", "policy/clipfrac", "val/clipfrac", "policy/approxkl", "policy/policykl",
-          "policy/advantages_mean", "returns/mean", "returns/var", "val/vpred", "val/error", "val/mean", "val/var")
+_STATS = (
+    "loss/policy",
+    "loss/value",
+    "policy/clipfrac",
+    "val/clipfrac",
+    "policy/approxkl",
+    "policy/policykl",
+    "policy/advantages_mean",
+    "returns/mean",
+    "returns/var",
+    "val/vpred",
+    "val/error",
+    "val/mean",
+    "val/var",
+)
 
 
 def _loss_and_stats(inputs, op):
@@ -35,12 +48,20 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
     forward, backward = Traffic(read=16 * tokens, copy=16 * tokens), Traffic(copy=8 * tokens)
     both = Traffic(read=16 * tokens, copy=24 * tokens)
     return Case(
-        "ppo_loss", pass_name, shape, torch.float32,
+        "ppo_loss",
+        pass_name,
+        shape,
+        torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
         reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.ppo_loss),
-        implementations={OURS: OP.implementation(pass_name, ppo_ext.ppo_loss),
-                         **peers.implementations("ppo_loss", OP, pass_name, device, with_compiled=with_compiled)},
-        traffic={FORWARD: forward, BACKWARD: backward, BOTH: both}[pass_name], kind=kind, capturable=True)
+        implementations={
+            OURS: OP.implementation(pass_name, ppo_ext.ppo_loss),
+            **peers.implementations("ppo_loss", OP, pass_name, device, with_compiled=with_compiled),
+        },
+        traffic={FORWARD: forward, BACKWARD: backward, BOTH: both}[pass_name],
+        kind=kind,
+        capturable=True,
+    )
 
 
 def suite(device, full):

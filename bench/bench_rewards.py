@@ -25,12 +25,21 @@ def case(shape, device, *, kind="speed", with_compiled=True):
     ours, exact = (functools.partial(library.kl_rewards, kl_coef=KL_COEF) for library in (ppo_ext, reference))
     tokens = shape[0] * shape[1]
     return Case(
-        "kl_rewards", FORWARD, shape, torch.float32,
+        "kl_rewards",
+        FORWARD,
+        shape,
+        torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
         reference=lambda inputs: OP.forward(in_float64(inputs), exact),
-        implementations={OURS: OP.implementation(FORWARD, ours),
-                         **peers.implementations("kl_rewards", OP, FORWARD, device, with_compiled=with_compiled)},
-        select=masked_in, traffic=Traffic(read=4 * tokens, copy=12 * tokens), kind=kind, capturable=True)
+        implementations={
+            OURS: OP.implementation(FORWARD, ours),
+            **peers.implementations("kl_rewards", OP, FORWARD, device, with_compiled=with_compiled),
+        },
+        select=masked_in,
+        traffic=Traffic(read=4 * tokens, copy=12 * tokens),
+        kind=kind,
+        capturable=True,
+    )
 
 
 def suite(device, full):

@@ -18,16 +18,25 @@ import torch
 from . import cases, timing, trl_baseline
 from .suite import OURS, Case, Implementation
 
-_STATS = ("objective/kl", "ppo/mean_non_score_reward", "ppo/loss/value", "ppo/policy/entropy", "ppo/returns/mean",
-          "ppo/returns/var")
+_STATS = (
+    "objective/kl",
+    "ppo/mean_non_score_reward",
+    "ppo/loss/value",
+    "ppo/policy/entropy",
+    "ppo/returns/mean",
+    "ppo/returns/var",
+)
 _FORWARD, _BACKWARD, _OPTIMIZER, _LOSS_PATH = "forward passes", "backward below the logits", "optimizer", "loss path"
 
 
 def _ours():
     import ppo_ext  # its trainer imports transformers, which the other benchmarks can do without
 
-    return types.SimpleNamespace(PPOTrainer=ppo_ext.PPOTrainer, PPOConfig=ppo_ext.PPOConfig,
-                                 ValueHeadModel=ppo_ext.AutoModelForCausalLMWithValueHead)
+    return types.SimpleNamespace(
+        PPOTrainer=ppo_ext.PPOTrainer,
+        PPOConfig=ppo_ext.PPOConfig,
+        ValueHeadModel=ppo_ext.AutoModelForCausalLMWithValueHead,
+    )
 
 
 def _tokenizer():
@@ -43,23 +52,43 @@ def _make(step, device):
     """The batch, the two backbones, and the first value head, which all implementations start from."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=step.vocabulary, n_positions=step.tokens, n_embd=step.hidden, n_layer=step.layers,
-                        n_head=step.heads, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=step.vocabulary,
+        n_positions=step.tokens,
+        n_embd=step.hidden,
+        n_layer=step.layers,
+        n_head=step.heads,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     ids = torch.randint(3, step.vocabulary, (step.batch_size, step.tokens), device=device)
-    return {"queries": list(ids[:, :step.tokens // 4]), "responses": list(ids[:, step.tokens // 4:]),
-            "scores": list(torch.randn(step.batch_size, device=device)), "policy": GPT2LMHeadModel(config),
-            "reference": GPT2LMHeadModel(config), "v_head": 0.2 * torch.randn(1, step.hidden)}
+    return {
+        "queries": list(ids[:, : step.tokens // 4]),
+        "responses": list(ids[:, step.tokens // 4 :]),
+        "scores": list(torch.randn(step.batch_size, device=device)),
+        "policy": GPT2LMHeadModel(config),
+        "reference": GPT2LMHeadModel(config),
+        "v_head": 0.2 * torch.randn(1, step.hidden),
+    }
 
 
 def _trainer(library, inputs):
-    model, ref_model = (library.ValueHeadModel.from_pretrained(copy.deepcopy(inputs[name]))
-                        for name in ("policy", "reference"))
+    model, ref_model = (
+        library.ValueHeadModel.from_pretrained(copy.deepcopy(inputs[name])) for name in ("policy", "reference")
+    )
     with torch.no_grad():
         model.v_head.summary.weight.copy_(inputs["v_head"])
         model.v_head.summary.bias.zero_()
     size = len(inputs["queries"])
-    settings = library.PPOConfig(batch_size=size, mini_batch_size=size, ppo_epochs=1, learning_rate=0.0,
-                                 adap_kl_ctrl=False, accelerator_kwargs={"cpu": not inputs["queries"][0].is_cuda})
+    settings = library.PPOConfig(
+        batch_size=size,
+        mini_batch_size=size,
+        ppo_epochs=1,
+        learning_rate=0.0,
+        adap_kl_ctrl=False,
+        accelerator_kwargs={"cpu": not inputs["queries"][0].is_cuda},
+    )
     return library.PPOTrainer(settings, model, ref_model, _tokenizer())
 
 
@@ -89,6 +118,7 @@ class _Stepper:
 
 def _watch_backbone(backbone, parts):
     """Times forward passes, and begins the backward part when the gradient reaches the logits."""
+
     def after(module, arguments, output):
         parts.end(_FORWARD)
         logits = output[0] if isinstance(output, tuple) else output.logits
@@ -112,8 +142,11 @@ def parts_of(stepper, inputs, device):
     """{part: milliseconds} of one step."""
     trainer, parts = stepper.trainer(inputs), timing.Parts(device)
     accelerator, optimizer = trainer.accelerator, trainer.optimizer
-    hooks = [hook for model in (trainer.model, trainer.ref_model)
-             for hook in _watch_backbone(accelerator.unwrap_model(model).pretrained_model, parts)]
+    hooks = [
+        hook
+        for model in (trainer.model, trainer.ref_model)
+        for hook in _watch_backbone(accelerator.unwrap_model(model).pretrained_model, parts)
+    ]
     backward, update = accelerator.backward, optimizer.step
     accelerator.backward = _timed(backward, lambda: None, lambda: parts.end(_BACKWARD))
     optimizer.step = _timed(update, lambda: parts.begin(_OPTIMIZER), lambda: parts.end(_OPTIMIZER))
@@ -132,6 +165,7 @@ def parts_of(stepper, inputs, device):
 @dataclasses.dataclass(frozen=True)
 class StepCase(Case):
     """Adds a row for each part of the step."""
+
     rounds: int = 3
 
     def more_rows(self, inputs, names, device):
@@ -141,10 +175,17 @@ class StepCase(Case):
                 samples[name].append(parts_of(self.implementations[name].run, inputs, device))
         for part in (_FORWARD, _LOSS_PATH, _BACKWARD, _OPTIMIZER):
             for name, found in samples.items():
-                yield {"pass": f"{self.pass_name}: {part}", "implementation": name, "version": "", "shown": True,
-                       "error": None, "note": "", "selected": part == _LOSS_PATH,
-                       **dataclasses.asdict(self.settings(device)[0]),
-                       **dataclasses.asdict(timing.summary([parts[part] for parts in found]))}
+                yield {
+                    "pass": f"{self.pass_name}: {part}",
+                    "implementation": name,
+                    "version": "",
+                    "shown": True,
+                    "error": None,
+                    "note": "",
+                    "selected": part == _LOSS_PATH,
+                    **dataclasses.asdict(self.settings(device)[0]),
+                    **dataclasses.asdict(timing.summary([parts[part] for parts in found])),
+                }
 
 
 def _trl_or_reason():
@@ -159,8 +200,15 @@ def suite(device, full):
     for step in cases.STEPS if full else cases.STEPS[:1]:
         ours, trl = Implementation(_Stepper(_ours)), _trl_or_reason()
         shape = step.batch_size, step.tokens, step.vocabulary
-        yield StepCase("step", f"PPOTrainer.step, {step.name}", shape, torch.float32,
-                       make=lambda device, step=step: _make(step, device),
-                       reference=(ours if isinstance(trl, str) else trl).run,
-                       implementations={OURS: ours, trl_baseline.NAME: trl}, traffic=None, featured=True,
-                       buffer_bytes=math.prod(shape) * torch.float32.itemsize)
+        yield StepCase(
+            "step",
+            f"PPOTrainer.step, {step.name}",
+            shape,
+            torch.float32,
+            make=lambda device, step=step: _make(step, device),
+            reference=(ours if isinstance(trl, str) else trl).run,
+            implementations={OURS: ours, trl_baseline.NAME: trl},
+            traffic=None,
+            featured=True,
+            buffer_bytes=math.prod(shape) * torch.float32.itemsize,
+        )

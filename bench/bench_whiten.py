@@ -26,12 +26,21 @@ def _inputs(shape, device):
 def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
     tokens = shape[0] * shape[1] * (2 if pass_name == BOTH else 1)
     return Case(
-        "masked_whiten", pass_name, shape, torch.float32,
+        "masked_whiten",
+        pass_name,
+        shape,
+        torch.float32,
         make=lambda device: _inputs(shape, device),
         reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.masked_whiten),
-        implementations={OURS: OP.implementation(pass_name, ppo_ext.masked_whiten),
-                         **peers.implementations("masked_whiten", OP, pass_name, device, with_compiled=with_compiled)},
-        select=masked_in, traffic=Traffic(read=8 * tokens, copy=4 * tokens), kind=kind, capturable=True)
+        implementations={
+            OURS: OP.implementation(pass_name, ppo_ext.masked_whiten),
+            **peers.implementations("masked_whiten", OP, pass_name, device, with_compiled=with_compiled),
+        },
+        select=masked_in,
+        traffic=Traffic(read=8 * tokens, copy=4 * tokens),
+        kind=kind,
+        capturable=True,
+    )
 
 
 def suite(device, full):

@@ -5,8 +5,8 @@
 
 #include "gae.h"
 
-static void gae(uintptr_t values, uintptr_t rewards, uintptr_t advantages, uintptr_t returns, int64_t B, int64_t T, float gamma,
-                float lam) {
+static void gae(uintptr_t values, uintptr_t rewards, uintptr_t advantages, uintptr_t returns, int64_t B, int64_t T,
+                float gamma, float lam) {
   const auto *value = reinterpret_cast<const float*>(values), *reward = reinterpret_cast<const float*>(rewards);
   auto *advantage = reinterpret_cast<float*>(advantages), *ret = reinterpret_cast<float*>(returns);
   for (int64_t b = 0; b < B; ++b) {

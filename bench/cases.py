@@ -7,8 +7,19 @@ import torch
 from tests import cases as shared
 from tests.cases import GPT2, LLAMA, QWEN, token_inputs
 
-__all__ = ["GAMMA", "LAM", "LOGIT_DTYPES", "STEPS", "Step", "head_shape", "linear_shape", "logits_inputs", "logits_shapes",
-           "token_inputs", "token_shapes"]
+__all__ = [
+    "GAMMA",
+    "LAM",
+    "LOGIT_DTYPES",
+    "STEPS",
+    "Step",
+    "head_shape",
+    "linear_shape",
+    "logits_inputs",
+    "logits_shapes",
+    "token_inputs",
+    "token_shapes",
+]
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
 # [rows, vocabulary] of the ops on logits: (selection, full); fewer rows where a gradient makes a call many times as long
@@ -18,10 +29,12 @@ LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGITS_WITH_GRADIENT = {"cpu": ([(512, GPT2)], [(512, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {"gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
-          "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-          "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-          "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)])}
+TOKENS = {
+    "gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
+    "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
+    "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
+    "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)]),
+}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
 HEAD = {"cpu": (8, 32, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
@@ -29,10 +42,18 @@ LINEAR = {"cpu": (128, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
 # what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
 TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
 # what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches
-SWEEPS = {"cpu": {"V": (512, (1000, 8000, 32000, GPT2, LLAMA, QWEN)), "N": (GPT2, (1, 8, 64, 256, 512, 1024)),
-                  "T": (64, (16, 64, 256, 1024, 4096, 8192))},
-          "cuda": {"V": (4096, (1000, 8000, 32000, GPT2, LLAMA, QWEN)), "N": (LLAMA, (1, 8, 64, 512, 1024, 8192)),
-                   "T": (64, (16, 64, 256, 1024, 4096, 8192))}}
+SWEEPS = {
+    "cpu": {
+        "V": (512, (1000, 8000, 32000, GPT2, LLAMA, QWEN)),
+        "N": (GPT2, (1, 8, 64, 256, 512, 1024)),
+        "T": (64, (16, 64, 256, 1024, 4096, 8192)),
+    },
+    "cuda": {
+        "V": (4096, (1000, 8000, 32000, GPT2, LLAMA, QWEN)),
+        "N": (LLAMA, (1, 8, 64, 512, 1024, 8192)),
+        "T": (64, (16, 64, 256, 1024, 4096, 8192)),
+    },
+}
 
 
 def logits_inputs(shape, dtype, device):
@@ -45,6 +66,7 @@ def logits_inputs(shape, dtype, device):
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A whole PPO step: the batch, one mini batch, and the GPT-2 it trains."""
+
     name: str
     batch_size: int
     tokens: int  # of query and response
@@ -54,8 +76,11 @@ class Step:
     heads: int
 
 
-STEPS = (Step("2 layers of 128", 4, 64, GPT2, 128, 2, 4), Step("GPT-2 small", 4, 64, GPT2, 768, 12, 12),
-         Step("2 layers of 128, long", 8, 256, GPT2, 128, 2, 4))
+STEPS = (
+    Step("2 layers of 128", 4, 64, GPT2, 128, 2, 4),
+    Step("GPT-2 small", 4, 64, GPT2, 768, 12, 12),
+    Step("2 layers of 128, long", 8, 256, GPT2, 128, 2, 4),
+)
 
 
 def logits_shapes(device, full, with_gradient):

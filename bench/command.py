@@ -15,8 +15,20 @@ from ppo_ext import _native
 from . import machine, rows, table
 from .rows import RESULTS
 
-MODULES = ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss", "loss_head", "linear_logprobs", "step", "overhead",
-           "binding_overhead", "sweeps")
+MODULES = (
+    "logprobs",
+    "full_kl",
+    "gae",
+    "rewards",
+    "whiten",
+    "ppo_loss",
+    "loss_head",
+    "linear_logprobs",
+    "step",
+    "overhead",
+    "binding_overhead",
+    "sweeps",
+)
 # What a case takes on 2 cores or a GPU, rounded up: its inputs and its float64 reference; for each implementation the
 # check, the warm-up and its share of the rounds beyond the seconds that are asked for; and what torch.compile takes.
 _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0
@@ -24,13 +36,21 @@ _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every shape, dtype, pass and sweep; half an hour on 2 cores")
+    parser.add_argument(
+        "--full", action="store_true", help="every shape, dtype, pass and sweep; half an hour on 2 cores"
+    )
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, metavar="OP", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--seconds", type=float, default=0.2, help="time for each implementation of a case")
-    parser.add_argument("--save", nargs="?", const=RESULTS, type=pathlib.Path, metavar="FOLDER",
-                        help=f"write the rows under FOLDER/<machine>/, by default bench/{RESULTS.name}/<machine>/")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        const=RESULTS,
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help=f"write the rows under FOLDER/<machine>/, by default bench/{RESULTS.name}/<machine>/",
+    )
     return parser.parse_args(argv)
 
 
@@ -38,8 +58,10 @@ def warn_if_busy():
     """Other work on the cores makes thread pools wait for each other, by far more than a fair share would cost."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
-        print(f"WARNING: load average {load:.1f} on {os.cpu_count()} cores: wait until the machine is quiet before you "
-              "trust or save these numbers")
+        print(
+            f"WARNING: load average {load:.1f} on {os.cpu_count()} cores: wait until the machine is quiet before you "
+            "trust or save these numbers"
+        )
 
 
 def suite(names, device, full):

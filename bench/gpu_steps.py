@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Step:
     """`command` starts with a tool or with "python", and may hold {device} and {results}. `needs`: modules to import.
     Without a `required` one that passed, what follows would test something else and is skipped."""
+
     name: str
     seconds: float
     command: tuple
@@ -38,8 +39,24 @@ class Result:
 
 _OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
 # of the suite: what has a step of its own, and what a device changes nothing of
-_NOT_SUITE = [*_OPS, *(f"tests/test_{name}.py" for name in ("gpu", "on_gpu", "static_report", "cuda_on_host", "host_layer",
-                                                            "planted_faults", "packaging", "bench", "demo", "demo_parts"))]
+_NOT_SUITE = [
+    *_OPS,
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            "gpu",
+            "on_gpu",
+            "static_report",
+            "cuda_on_host",
+            "host_layer",
+            "planted_faults",
+            "packaging",
+            "bench",
+            "demo",
+            "demo_parts",
+        )
+    ),
+]
 _LOADED = """
 import sys, ppo_ext
 state = ppo_ext._native.status()[sys.argv[1]]
@@ -54,15 +71,29 @@ def _pytest(name, seconds, *arguments, **more):
 
 
 def _sanitizer(tool, *options):
-    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", *options,
-               "python", "tests/sanitizer_driver.py", "--device", "{device}")
+    command = (
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--report-api-errors",
+        "no",
+        *options,
+        "python",
+        "tests/sanitizer_driver.py",
+        "--device",
+        "{device}",
+    )
     return Step(tool, 90, command, gpu_only=True)
 
 
 # Hazards are looked for in our kernels alone, at up to twenty times their time; initcheck must see who writes what.
 _OUR_KERNELS = ("--kernel-name", "kernel_substring=ppo_ext")
 STEPS = (
-    Step("build", 240, ("python", "setup.py", "--quiet", "build_ext", "--inplace"), needs=("setuptools",), required=True),
+    Step(
+        "build", 240, ("python", "setup.py", "--quiet", "build_ext", "--inplace"), needs=("setuptools",), required=True
+    ),
     Step("load", 60, ("python", "-c", _LOADED, "{device}"), required=True),
     Step("info", 60, ("python", "-m", "ppo_ext", "info")),
     _pytest("ops", 180, *_OPS),
@@ -74,9 +105,26 @@ STEPS = (
     _sanitizer("initcheck"),
     _sanitizer("synccheck", *_OUR_KERNELS),
     Step("bench", 480, ("python", "-m", "bench", "--device", "{device}", "--seconds", "0.3", "--save", "{results}")),
-    Step("ncu", 60, ("ncu", "--csv", "--page", "details", "--section", "SpeedOfLight", "--section", "Occupancy",
-                     "--kernel-name", "regex:(forward|backward)_kernel", "python", "-m", "bench.hot_kernels"),
-         gpu_only=True),
+    Step(
+        "ncu",
+        60,
+        (
+            "ncu",
+            "--csv",
+            "--page",
+            "details",
+            "--section",
+            "SpeedOfLight",
+            "--section",
+            "Occupancy",
+            "--kernel-name",
+            "regex:(forward|backward)_kernel",
+            "python",
+            "-m",
+            "bench.hot_kernels",
+        ),
+        gpu_only=True,
+    ),
     _pytest("suite", 300, "tests", *(f"--ignore={path}" for path in _NOT_SUITE)),
 )
 
@@ -87,7 +135,11 @@ STEPS = (
 def first_failure(log):
     """The first line of a log that says what went wrong: of pytest, compute-sanitizer or Python; else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for pattern in (r"(FAILED|ERROR) ", r"=========\s+(?!COMPUTE-SANITIZER|ERROR SUMMARY)\S", r"[\w.]*(Error|Exception)\b"):
+    for pattern in (
+        r"(FAILED|ERROR) ",
+        r"=========\s+(?!COMPUTE-SANITIZER|ERROR SUMMARY)\S",
+        r"[\w.]*(Error|Exception)\b",
+    ):
         for line in lines:
             if re.match(pattern, line):
                 return line[:300]
@@ -119,8 +171,9 @@ def run(step, places, seconds, log, environment):
     places = {"python": sys.executable, **places}
     command = [_program(step.command[0]), *(places.get(word, word) for word in step.command[1:])]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

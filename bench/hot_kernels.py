@@ -1,6 +1,6 @@
 """Every hot kernel once, forward and backward, at the reference shape, for a profiler:
 
-    ncu --kernel-name "regex:(forward|backward)_kernel" python -m bench.hot_kernels
+ncu --kernel-name "regex:(forward|backward)_kernel" python -m bench.hot_kernels
 """
 
 import argparse
@@ -21,7 +21,7 @@ def run(inputs):
         results = op(logits, other)
         results = results if isinstance(results, tuple) else (results,)
         incoming = (inputs["grad_logprobs"], inputs["grad_entropy"])
-        count += len(torch.autograd.grad(results, logits, incoming[:len(results)]))
+        count += len(torch.autograd.grad(results, logits, incoming[: len(results)]))
     return count
 
 

@@ -16,9 +16,14 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def stamp(device):
     """Where and when a row was measured."""
-    return {"device": _device_name(device), "device_type": device.type, "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "commit": _commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    return {
+        "device": _device_name(device),
+        "device_type": device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _device_name(device):

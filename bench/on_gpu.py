@@ -48,8 +48,12 @@ def facts(environment, commit):
     found = json.loads(asked.stdout) if asked.returncode == 0 else {"device": "unknown", "torch": "cannot be imported"}
     driver = _output("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader")
     commit = commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return {**found, "driver": driver or "none", "commit": commit or "unknown",
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}
+    return {
+        **found,
+        "driver": driver or "none",
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+    }
 
 
 def _output(*command):
@@ -65,7 +69,9 @@ def take_wheel(wheel, package=ROOT / "ppo_ext"):
         names = [name for name in archive.namelist() if re.fullmatch(r"ppo_ext/(_C_\w+\.so|_build_info\.json)", name)]
         for name in names:
             (package / Path(name).name).write_bytes(archive.read(name))
-    return Result("build", "passed" if names else "failed", note=f"{', '.join(names) or 'no library'} from {wheel.name}")
+    return Result(
+        "build", "passed" if names else "failed", note=f"{', '.join(names) or 'no library'} from {wheel.name}"
+    )
 
 
 def carried_packages(folder, scratch):
@@ -83,8 +89,12 @@ def environment_of(options, scratch):
     """The environment of the steps: the checkout first, then the carried packages."""
     path = [str(ROOT), *([str(carried_packages(options.packages, scratch))] if options.packages else [])]
     path += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PPO_EXT_TEST_DEVICE": options.device,
-                   "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PPO_EXT_TEST_DEVICE": options.device,
+        "PYTHONUNBUFFERED": "1",
+    }
     if options.device == "cuda":
         environment |= {"PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_CUDA": "1"}
     return environment
@@ -99,7 +109,9 @@ def write_summary(out, scratch, stamp, results):
     lines = "".join(f"| {r.step} | {r.result} | {r.seconds:.0f} | {r.note.replace('|', '/')} |\n" for r in results)
     table = "| step | result | seconds | what failed first, or the last line |\n| --- | --- | --- | --- |\n" + lines
     _replace(out / "summary.md", f"# A run on {stamp['device']}\n\n{head}\n{table}")
-    _replace(out / "summary.json", json.dumps({**stamp, "steps": [dataclasses.asdict(r) for r in results]}, indent=1) + "\n")
+    _replace(
+        out / "summary.json", json.dumps({**stamp, "steps": [dataclasses.asdict(r) for r in results]}, indent=1) + "\n"
+    )
     rows = "".join(path.read_text() for path in sorted(scratch.glob("results/*/*.jsonl")))
     if rows:
         _replace(out / "results.jsonl", rows)
@@ -140,15 +152,19 @@ def results_of(steps, options, scratch, deadline, environment):
 
 
 def _options(argv, names):
-    parser = argparse.ArgumentParser(prog="bench/on_gpu.sh", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/on_gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run; default 9")
     parser.add_argument("--wheel", type=Path, help="take the libraries of this wheel instead of building")
-    parser.add_argument("--packages", type=Path, help="folder of wheels, or of packages, that torch's environment lacks")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of wheels, or of packages, that torch's environment lacks"
+    )
     parser.add_argument("--steps", type=lambda text: text.split(","), default=names, help=f"some of {','.join(names)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
-                        help="cpu: a rehearsal, without the steps that need a GPU")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, without the steps that need a GPU"
+    )
     parser.add_argument("--commit", help="what to record where the checkout comes without its history")
     options = parser.parse_args(argv)
     if set(options.steps) - set(names):

@@ -14,6 +14,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 class Op:
     """`call(inputs, function)` gives the output, or several, of a function of this op. `leaves` names the inputs that
     get a gradient, `incoming` the gradients that come in, one for each output; without any, the first output is a loss."""
+
     call: collections.abc.Callable
     leaves: tuple = ()
     incoming: tuple = ()
@@ -28,7 +29,7 @@ class Op:
         return {**inputs, **leaves, "outputs": self.forward({**inputs, **leaves}, function)}
 
     def gradients(self, graph, **options):
-        outputs = graph["outputs"][:len(self.incoming) or 1]
+        outputs = graph["outputs"][: len(self.incoming) or 1]
         incoming = [graph[name].to(x.dtype) for name, x in zip(self.incoming, outputs)] or None
         return torch.autograd.grad(outputs, [graph[name] for name in self.leaves], incoming, **options)
 
@@ -44,8 +45,11 @@ class Op:
         """`function` in this pass. The backward pass alone runs over and over on a graph from outside the clock."""
         if pass_name != BACKWARD:
             return Implementation(lambda inputs: self.results(pass_name, inputs, function), **more)
-        return Implementation(lambda graph: self.gradients(graph, retain_graph=True),
-                              prepare=lambda inputs: _kept(self.graph, inputs, function), **more)
+        return Implementation(
+            lambda graph: self.gradients(graph, retain_graph=True),
+            prepare=lambda inputs: _kept(self.graph, inputs, function),
+            **more,
+        )
 
 
 def _kept(graph, inputs, function):

@@ -15,15 +15,20 @@ from .suite import FLOOR, OURS  # noqa: E402
 
 _MARKS = "osD^vP*Xh<>p"
 _WIDTH, _DPI = 9.0, 110  # about the width of a README
-_GROWTH = {"V": ("vocabulary V", "logprobs_and_entropy forward"), "N": ("rows N", "logprobs_and_entropy forward"),
-           "T": ("tokens T of each sequence", "gae forward")}
+_GROWTH = {
+    "V": ("vocabulary V", "logprobs_and_entropy forward"),
+    "N": ("rows N", "logprobs_and_entropy forward"),
+    "T": ("tokens T of each sequence", "gae forward"),
+}
 
 
 def all_of(rows, folder):
     """Draws what these rows allow into `folder`; returns the names of the files."""
     styles = _styles(rows)
-    drawn = [_save(name, draw(rows, styles), folder) for name, draw in (
-        ("speedup.png", speedups), ("floor.png", floor_shares), ("memory.png", memory))]
+    drawn = [
+        _save(name, draw(rows, styles), folder)
+        for name, draw in (("speedup.png", speedups), ("floor.png", floor_shares), ("memory.png", memory))
+    ]
     drawn += [_save(f"growth-{letter}.png", growth(rows, styles, letter), folder) for letter in _GROWTH]
     return [name for name in drawn if name]
 
@@ -41,8 +46,12 @@ def _styles(rows):
     names = sorted({row["implementation"] for row in rows if timed(row) and not is_ours(row) and not is_floor(row)})
     palette = pyplot.colormaps["tab10"]
     styles = {name: {"color": palette(i % 10), "marker": _MARKS[i % len(_MARKS)]} for i, name in enumerate(names)}
-    return {OURS: {"color": "black", "marker": "o"}, f"{OURS}, in place": {"color": "black", "marker": "s"},
-            FLOOR: {"color": "tab:red", "marker": "|"}, **styles}
+    return {
+        OURS: {"color": "black", "marker": "o"},
+        f"{OURS}, in place": {"color": "black", "marker": "s"},
+        FLOOR: {"color": "tab:red", "marker": "|"},
+        **styles,
+    }
 
 
 def _selected(rows):
@@ -81,23 +90,43 @@ def _legend(figure, axes):
 
 def speedups(rows, styles):
     """How many times faster ours is than each alternative; left of the line is a loss."""
-    cases = [(title, {row["implementation"]: row["p50_ms"] / rows_of.ours(group)["p50_ms"]
-                      for row in group if not is_ours(row) and not is_floor(row)}) for title, group in _selected(rows)]
+    cases = [
+        (
+            title,
+            {
+                row["implementation"]: row["p50_ms"] / rows_of.ours(group)["p50_ms"]
+                for row in group
+                if not is_ours(row) and not is_floor(row)
+            },
+        )
+        for title, group in _selected(rows)
+    ]
     return _dots(cases, styles, "time of the alternative / time of ppo_ext", mark=1.0, log=True)
 
 
 def floor_shares(rows, styles):
     """How near each implementation comes to a read or copy of the same bytes, for the ops on logits."""
-    cases = [(title, {row["implementation"]: 100 * row["share_of_floor"] for row in group
-                      if "share_of_floor" in row and not is_floor(row)})
-             for title, group in _selected(rows) if title.startswith(("logprobs", "full_kl", "loss_head"))]
+    cases = [
+        (
+            title,
+            {
+                row["implementation"]: 100 * row["share_of_floor"]
+                for row in group
+                if "share_of_floor" in row and not is_floor(row)
+            },
+        )
+        for title, group in _selected(rows)
+        if title.startswith(("logprobs", "full_kl", "loss_head"))
+    ]
     return _dots(cases, styles, "% of the memory floor (a read or copy of the same bytes in the same run)", mark=100.0)
 
 
 def memory(rows, styles):
     """Peak memory beyond the inputs, in buffers of the logits' size; a gradient of its own is one."""
-    cases = [(title, {row["implementation"]: row["peak_buffers"] for row in group if "peak_buffers" in row})
-             for title, group in _selected(rows)]
+    cases = [
+        (title, {row["implementation"]: row["peak_buffers"] for row in group if "peak_buffers" in row})
+        for title, group in _selected(rows)
+    ]
     return _dots(cases, styles, "peak memory beyond the inputs, in buffers of the logits' size", mark=1.0)
 
 
@@ -110,7 +139,9 @@ def growth(rows, styles, letter):
     for name, points in curves.items():
         label = f"{name} ({letter}^{exponents[name]:.2f})" if name in exponents else name
         style = {**styles[name], "marker": ""} if name == FLOOR else styles[name]
-        axes.plot(*zip(*points), label=label, markersize=5, linewidth=1.2, linestyle="--" if name == FLOOR else "-", **style)
+        axes.plot(
+            *zip(*points), label=label, markersize=5, linewidth=1.2, linestyle="--" if name == FLOOR else "-", **style
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     sizes = sorted({size for points in curves.values() for size, _ in points})

@@ -8,9 +8,28 @@ from . import fit
 from .suite import FLOOR, OURS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_BEFORE = {"kind": "speed", "shown": True, "device_type": "cpu", "mode": "eager", "version": ""}  # rows before these fields
-_ORDER = ("logprobs", "logprobs_and_entropy", "full_kl", "kl_rewards", "gae", "gae+masked_whiten", "masked_whiten",
-          "ppo_loss", "loss_head", "linear_logprobs", "step", "overhead", "sweep")
+_BEFORE = {
+    "kind": "speed",
+    "shown": True,
+    "device_type": "cpu",
+    "mode": "eager",
+    "version": "",
+}  # rows before these fields
+_ORDER = (
+    "logprobs",
+    "logprobs_and_entropy",
+    "full_kl",
+    "kl_rewards",
+    "gae",
+    "gae+masked_whiten",
+    "masked_whiten",
+    "ppo_loss",
+    "loss_head",
+    "linear_logprobs",
+    "step",
+    "overhead",
+    "sweep",
+)
 
 
 def folder_of(row):
@@ -51,8 +70,10 @@ def save(rows, results=RESULTS):
 
 def load(results=RESULTS):
     """Rows by machine folder, in a fixed order."""
-    return {folder.name: [row for path in sorted(folder.glob("*.jsonl"), key=_place) for row in _read(path)]
-            for folder in sorted(path for path in results.glob("*") if path.is_dir())}
+    return {
+        folder.name: [row for path in sorted(folder.glob("*.jsonl"), key=_place) for row in _read(path)]
+        for folder in sorted(path for path in results.glob("*") if path.is_dir())
+    }
 
 
 def _stem(row):

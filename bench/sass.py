@@ -49,8 +49,9 @@ def find_tool(name, folders=None):
     """The path of an executable, or ToolMissing."""
     found = shutil.which(name, path=os.pathsep.join(tool_folders() if folders is None else folders))
     if found is None:
-        raise ToolMissing(f"{name} must be installed, got none in pip's packages, CUDA_HOME or PATH; "
-                          f"pip install nvidia-cuda-{name}")
+        raise ToolMissing(
+            f"{name} must be installed, got none in pip's packages, CUDA_HOME or PATH; pip install nvidia-cuda-{name}"
+        )
     return found
 
 
@@ -111,6 +112,7 @@ class Instruction:
 @dataclasses.dataclass
 class Block:
     """Instructions that run one after the other, and the blocks that may follow."""
+
     instructions: list
     successors: list
 
@@ -168,7 +170,9 @@ def loops_of(blocks):
 
 def hot_loop(blocks):
     """(header, blocks) of the innermost loop with 16-byte loads; None if there is none."""
-    wide = {b for b, block in enumerate(blocks) if any((i.wide_access or "").startswith("LDG") for i in block.instructions)}
+    wide = {
+        b for b, block in enumerate(blocks) if any((i.wide_access or "").startswith("LDG") for i in block.instructions)
+    }
     loops = [(header, body) for header, body in loops_of(blocks).items() if body & wide]
     innermost = [loop for loop in loops if not any(other < loop[1] for _, other in loops)]
     return max(innermost, key=lambda loop: len(loop[1] & wide), default=None)
@@ -181,6 +185,7 @@ def wide_accesses(instructions, opcode=""):
 
 def hot_path(blocks, header, body):
     """The instructions of one iteration: most 16-byte accesses, then fewest instructions (see above)."""
+
     @functools.cache
     def best(block):
         here = blocks[block].instructions
@@ -197,6 +202,7 @@ def hot_path(blocks, header, body):
 @dataclasses.dataclass(frozen=True)
 class HotLoop:
     """One iteration of a kernel's hot loop."""
+
     loads: int
     stores: int
     instructions: int
@@ -246,5 +252,7 @@ def kernels_of(library, jobs=2):
         digits = re.search(r"\.sm_(\d+)", file.name)[1]
         arch = f"{digits[:-1]}.{digits[-1]}"
         for name, (instructions, labels) in parse(text).items():
-            kernels.append(Kernel(name, arch, usage[arch, name], spills_of(instructions), hot_loop_of(instructions, labels)))
+            kernels.append(
+                Kernel(name, arch, usage[arch, name], spills_of(instructions), hot_loop_of(instructions, labels))
+            )
     return kernels

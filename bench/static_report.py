@@ -28,19 +28,29 @@ _ARGUMENTS = {
     ("rewards", "kl_rewards_kernel"): ("threads", "dtype"),
 }
 # The hot kernels: (arrays read, arrays written) for each element in 16-byte accesses.
-_HOT = {("logprobs", "forward_kernel"): (1, 0), ("logprobs", "backward_kernel"): (1, 1),
-        ("full_kl", "forward_kernel"): (2, 0), ("full_kl", "backward_kernel"): (2, 1), ("gae", "gae_kernel"): (2, 2)}
+_HOT = {
+    ("logprobs", "forward_kernel"): (1, 0),
+    ("logprobs", "backward_kernel"): (1, 1),
+    ("full_kl", "forward_kernel"): (2, 0),
+    ("full_kl", "backward_kernel"): (2, 1),
+    ("gae", "gae_kernel"): (2, 2),
+}
 _DTYPES = {"BFloat16": ("bfloat16", 2), "Half": ("float16", 2), "float": ("float32", 4), "double": ("float64", 8)}
 # Instructions per element of prototype loops in bfloat16 on 9.0. They subtract the maximum and scale in one instruction,
 # where the kernels subtract exactly first, and leave the terms of the entropy unbounded, which -inf makes NaN.
-_PROTOTYPE = {"logprobs forward": 5.03, "logprobs forward and entropy": 6.03, "logprobs backward": 5.31,
-              "logprobs backward and entropy": 6.31}
+_PROTOTYPE = {
+    "logprobs forward": 5.03,
+    "logprobs forward and entropy": 6.03,
+    "logprobs backward": 5.31,
+    "logprobs backward and entropy": 6.31,
+}
 _THREADS_OF_SM = {"8.0": 2048, "8.6": 1536, "8.9": 1536, "9.0": 2048, "10.0": 2048, "12.0": 1536}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One kernel on one architecture; what concerns the hot loop is None where there is none."""
+
     op: str
     kernel: str  # as in the source, with its template's arguments
     arch: str
@@ -84,7 +94,7 @@ def identify(mangled, demangled):
 
 
 def name_of(op, kernel, arguments):
-    """"logprobs forward and entropy", "gae, a warp each"."""
+    """ "logprobs forward and entropy", "gae, a warp each"."""
     name = " ".join(dict.fromkeys([op, kernel.removesuffix("_kernel")]))
     name += " and entropy" * (arguments.get("entropy") == "true")
     return name + ", a warp each" * (arguments.get("threads") == "32")
@@ -110,15 +120,30 @@ def row_of(kernel, demangled):
     dtype, size = _DTYPES[arguments["dtype"]]
     hot = (op, name) in _HOT and arguments.get("aligned", "true") == "true" and dtype != "float64"
     usage = kernel.usage
-    row = Row(op, f"{name}<{text}>", kernel.arch, name_of(op, name, arguments), dtype, hot, usage.registers,
-              occupancy(usage.registers, threads_of(op), kernel.arch), usage.stack_bytes, usage.local_bytes,
-              usage.shared_bytes, kernel.spills)
+    row = Row(
+        op,
+        f"{name}<{text}>",
+        kernel.arch,
+        name_of(op, name, arguments),
+        dtype,
+        hot,
+        usage.registers,
+        occupancy(usage.registers, threads_of(op), kernel.arch),
+        usage.stack_bytes,
+        usage.local_bytes,
+        usage.shared_bytes,
+        kernel.spills,
+    )
     if not hot or kernel.loop is None:
         return row
     elements = kernel.loop.loads * 16 // size / _HOT[op, name][0]
-    return dataclasses.replace(row, loads=kernel.loop.loads, stores=kernel.loop.stores,
-                               instructions_per_element=round(kernel.loop.instructions / elements, 3),
-                               exponentials_per_element=round(kernel.loop.exponentials / elements, 3))
+    return dataclasses.replace(
+        row,
+        loads=kernel.loop.loads,
+        stores=kernel.loop.stores,
+        instructions_per_element=round(kernel.loop.instructions / elements, 3),
+        exponentials_per_element=round(kernel.loop.exponentials / elements, 3),
+    )
 
 
 def measure(library=LIBRARY):
@@ -166,36 +191,62 @@ def changes(report, kept):
         if row.key not in before:
             found.append(f"{row.title}: must be among the kept figures, got none; python -m bench.static_report --save")
         elif row.instructions_per_element > GROWTH * before[row.key]:
-            found.append(f"{row.title}: instructions per element must stay within {GROWTH:.2f} times "
-                         f"{before[row.key]:.2f}, got {row.instructions_per_element:.2f}")
+            found.append(
+                f"{row.title}: instructions per element must stay within {GROWTH:.2f} times "
+                f"{before[row.key]:.2f}, got {row.instructions_per_element:.2f}"
+            )
     return found
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
-_HEADER = ("kernel", "dtype", "registers", "occupancy", "shared, bytes", "stack, bytes", "spills", "16-byte loads / stores",
-           "instructions / element", "prototype", "limit", "exp2 / element")
+_HEADER = (
+    "kernel",
+    "dtype",
+    "registers",
+    "occupancy",
+    "shared, bytes",
+    "stack, bytes",
+    "spills",
+    "16-byte loads / stores",
+    "instructions / element",
+    "prototype",
+    "limit",
+    "exp2 / element",
+)
 
 
 def _cells(row):
     figure = row.instructions_per_element
     prototype = _PROTOTYPE.get(row.name) if (row.arch, row.dtype) == ("9.0", "bfloat16") else None
-    return (row.name, row.dtype, str(row.registers), "" if row.occupancy is None else f"{row.occupancy:.0%}",
-            str(row.shared_bytes), str(row.stack_bytes), str(row.spills), f"{row.loads} / {row.stores}", f"{figure:.2f}",
-            f"{prototype:.2f} ({figure / prototype - 1:+.0%})" if prototype else "", f"{GROWTH * figure:.2f}",
-            f"{row.exponentials_per_element:.2f}")
+    return (
+        row.name,
+        row.dtype,
+        str(row.registers),
+        "" if row.occupancy is None else f"{row.occupancy:.0%}",
+        str(row.shared_bytes),
+        str(row.stack_bytes),
+        str(row.spills),
+        f"{row.loads} / {row.stores}",
+        f"{figure:.2f}",
+        f"{prototype:.2f} ({figure / prototype - 1:+.0%})" if prototype else "",
+        f"{GROWTH * figure:.2f}",
+        f"{row.exponentials_per_element:.2f}",
+    )
 
 
 def markdown(report):
     """The hot kernels' tables, one for each architecture."""
     rows = report["kernels"]
     worst = {what: max(getattr(row, what) for row in rows) for what in ("spills", "stack_bytes", "local_bytes")}
-    parts = [f"Written by `python -m bench.static_report --save` from a build by nvcc {report['nvcc']} at commit "
-             f"{report['commit']}; how it is counted stands in `bench/sass.py`. {len(rows)} kernels on "
-             f"{len({row.arch for row in rows})} architectures; the most spills of any is {worst['spills']}, the largest "
-             f"stack frame {worst['stack_bytes']} bytes. Below are the hot ones: rows aligned to 16 bytes, the loop over "
-             "whole batches. An element is a column of the vocabulary, for gae a token. More than the limit fails the "
-             "tests. The prototypes subtract the maximum and scale in one instruction and let -inf make the entropy NaN."]
+    parts = [
+        f"Written by `python -m bench.static_report --save` from a build by nvcc {report['nvcc']} at commit "
+        f"{report['commit']}; how it is counted stands in `bench/sass.py`. {len(rows)} kernels on "
+        f"{len({row.arch for row in rows})} architectures; the most spills of any is {worst['spills']}, the largest "
+        f"stack frame {worst['stack_bytes']} bytes. Below are the hot ones: rows aligned to 16 bytes, the loop over "
+        "whole batches. An element is a column of the vocabulary, for gae a token. More than the limit fails the "
+        "tests. The prototypes subtract the maximum and scale in one instruction and let -inf make the entropy NaN."
+    ]
     for arch in sorted({row.arch for row in rows}, key=float):
         lines = [_cells(row) for row in rows if row.hot and row.arch == arch and row.loads]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (_HEADER, ["---"] * len(_HEADER), *lines))
@@ -207,7 +258,9 @@ def save(report, folder=EVIDENCE):
     """Writes static.json, one kernel a line, and static.md."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(dataclasses.asdict(row)) for row in report["kernels"])
-    head = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in report.items() if name != "kernels")
+    head = ",\n".join(
+        f" {json.dumps(name)}: {json.dumps(value)}" for name, value in report.items() if name != "kernels"
+    )
     (folder / "static.json").write_text(f'{{\n{head},\n "kernels": [\n{lines}\n ]\n}}\n')
     (folder / "static.md").write_text(markdown(report))
 
@@ -222,7 +275,9 @@ def main(argv=None):
     """Prints the tables and what is wrong; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.static_report", description=__doc__)
     parser.add_argument("--library", type=Path, default=LIBRARY, help="default: the built ppo_ext/_C_cuda.so")
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/evidence/static.json and static.md")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the figures in bench/evidence/static.json and static.md"
+    )
     options = parser.parse_args(argv)
     try:
         report = measure(options.library)

@@ -26,6 +26,7 @@ class Implementation:
     """`run(inputs)` returns the tensors to check. `prepare(inputs)`: what to do before, outside the clock; it returns
     the inputs of `run`. `destroys_logits`: it gets a private copy of the logits. `traffic`: the bytes of its own floor,
     where they differ from the case's. `partial`: it returns the first of the results only."""
+
     run: collections.abc.Callable
     destroys_logits: bool = False
     traffic: timing.Traffic | None = None
@@ -38,6 +39,7 @@ class Implementation:
 @dataclasses.dataclass(frozen=True)
 class Attempt:
     """What the check of an implementation gave: a call to time or None, its largest absolute error, and why not."""
+
     call: collections.abc.Callable | None
     error: float | None
     note: str
@@ -46,19 +48,20 @@ class Attempt:
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One op in one pass at one shape and dtype. `implementations` maps a name to one, or to why it cannot run."""
+
     op: str
     pass_name: str
     shape: tuple
     dtype: torch.dtype
-    make: collections.abc.Callable       # device -> inputs, a dict of tensors
+    make: collections.abc.Callable  # device -> inputs, a dict of tensors
     reference: collections.abc.Callable  # inputs -> the right tensors in float64
     implementations: dict
     traffic: timing.Traffic | None  # None where no floor says anything
     select: collections.abc.Callable = lambda inputs, outputs: outputs  # what of the outputs is defined, for the check
-    kind: str = "speed"               # speed, overhead, or sweep over what
-    buffer_bytes: int | None = None   # the unit of peak memory; None: it is not taken
-    capturable: bool = False          # whether a CUDA graph can hold it
-    featured: bool = False            # in the README though too slow for the selection
+    kind: str = "speed"  # speed, overhead, or sweep over what
+    buffer_bytes: int | None = None  # the unit of peak memory; None: it is not taken
+    capturable: bool = False  # whether a CUDA graph can hold it
+    featured: bool = False  # in the README though too slow for the selection
 
     @property
     def title(self):
@@ -71,11 +74,20 @@ class Case:
         torch.manual_seed(0)
         inputs = self.make(device)
         expected = self.select(inputs, self.reference(inputs))
-        attempts = {name: self.attempt(implementation, inputs, expected)
-                    for name, implementation in self.implementations.items()}
+        attempts = {
+            name: self.attempt(implementation, inputs, expected)
+            for name, implementation in self.implementations.items()
+        }
         del expected
-        common = {"kind": self.kind, "op": self.op, "pass": self.pass_name, "shape": list(self.shape),
-                  "dtype": dtype_name(self.dtype), "backend": backend(device), **machine.stamp(device)}
+        common = {
+            "kind": self.kind,
+            "op": self.op,
+            "pass": self.pass_name,
+            "shape": list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "backend": backend(device),
+            **machine.stamp(device),
+        }
         first, *others = self.settings(device)
         rows = [{**common, **row, "shown": True} for row in self._timed(attempts, device, first, seconds)]
         if self.buffer_bytes:
@@ -112,7 +124,7 @@ class Case:
         except Exception as error:  # a baseline that cannot run is a row that says why, whatever it raised
             return Attempt(None, None, first_line(error))
         if implementation.partial:
-            expected = expected[:len(outputs)]
+            expected = expected[: len(outputs)]
         relative, absolute = compare(outputs, expected)
         if not relative <= TOLERANCE[self.dtype]:
             return Attempt(None, absolute, f"WRONG: relative error {relative:.2g} against float64, not timed")
@@ -131,9 +143,14 @@ class Case:
         timings = timing.measure(calls, device, setting=setting, seconds=seconds)
         for name, traffic in {**traffics, **floors}.items():
             attempt = attempts.get(name)
-            yield {"implementation": name, "version": getattr(self.implementations.get(name), "version", ""),
-                   **dataclasses.asdict(setting), "error": attempt.error if attempt else None,
-                   "note": notes.get(name, ""), **_times(name, traffic, timings)}
+            yield {
+                "implementation": name,
+                "version": getattr(self.implementations.get(name), "version", ""),
+                **dataclasses.asdict(setting),
+                "error": attempt.error if attempt else None,
+                "note": notes.get(name, ""),
+                **_times(name, traffic, timings),
+            }
 
     def _add_memory(self, row, attempt, device):
         if attempt is None or attempt.call is None:
@@ -215,5 +232,9 @@ def _times(name, traffic, timings):
     times = dataclasses.asdict(timings[name])
     if traffic is None:
         return times
-    return {**times, "bytes": traffic.bytes, "gb_per_s": traffic.bytes / timings[name].p50_ms / 1e6,
-            "share_of_floor": timings[_floor_name(traffic)].p50_ms / timings[name].p50_ms}
+    return {
+        **times,
+        "bytes": traffic.bytes,
+        "gb_per_s": traffic.bytes / timings[name].p50_ms / 1e6,
+        "share_of_floor": timings[_floor_name(traffic)].p50_ms / timings[name].p50_ms,
+    }

@@ -45,16 +45,29 @@ def cells(group):
         spread = f"{time(row['p20_ms'])} - {time(row['p80_ms'])}" if timed(row) else ""
         share = "" if is_floor(row) else percent(row.get("share_of_floor"))
         peak = f"{number(row['peak_buffers'])} buffers" if "peak_buffers" in row else ""
-        lines.append((name, time(row.get("p50_ms")), spread, speedup(row, ours), share, _other_states(row, group), peak,
-                      number(row["error"]), row["note"]))
+        lines.append(
+            (
+                name,
+                time(row.get("p50_ms")),
+                spread,
+                speedup(row, ours),
+                share,
+                _other_states(row, group),
+                peak,
+                number(row["error"]),
+                row["note"],
+            )
+        )
     return lines
 
 
 def _other_states(row, group):
     """The times of the same implementation in the settings that the first column does not show."""
-    return "; ".join(f"{other['cache'] if other['mode'] == 'eager' else other['mode']} {time(other['p50_ms'])}"
-                     for other in group if not other["shown"] and timed(other)
-                     and other["implementation"] == row["implementation"])
+    return "; ".join(
+        f"{other['cache'] if other['mode'] == 'eager' else other['mode']} {time(other['p50_ms'])}"
+        for other in group
+        if not other["shown"] and timed(other) and other["implementation"] == row["implementation"]
+    )
 
 
 OVERHEAD_HEADER = ("op", "pass", "shape", "ours, us", "torch operator, us", "TRL, us", "goal, us")
@@ -66,8 +79,13 @@ def overhead_lines(rows):
         ours, target = rows_of.ours(group), TARGET_US.get(key[1:3])
         operator = next((row for row in group if row["implementation"] == OPERATOR), {})
         met = "" if target is None or not timed(ours) else "met" if 1e3 * ours["p50_ms"] <= target else "missed"
-        yield (key[1], key[2], "x".join(map(str, key[3])), *(number(1e3 * row["p50_ms"]) if timed(row) else ""
-               for row in (ours, operator, rows_of.trl(group))), f"{target:.0f}, {met}" if target else "")
+        yield (
+            key[1],
+            key[2],
+            "x".join(map(str, key[3])),
+            *(number(1e3 * row["p50_ms"]) if timed(row) else "" for row in (ours, operator, rows_of.trl(group))),
+            f"{target:.0f}, {met}" if target else "",
+        )
 
 
 def exponent_line(rows, letter):
@@ -95,6 +113,7 @@ def text(rows):
 
 def _columns(lines):
     widths = [max(len(line[i]) for line in lines if len(line) > 1) for i in range(max(map(len, lines)))]
-    return "\n".join(line[0] if len(line) == 1 else
-                     "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-                     for line in lines)
+    return "\n".join(
+        line[0] if len(line) == 1 else "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in lines
+    )

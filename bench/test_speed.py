@@ -31,8 +31,9 @@ def call_and_wait(call):
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("title, name", [(title, name) for title, case in CASES.items()
-                                         for name in case.implementations])
+@pytest.mark.parametrize(
+    "title, name", [(title, name) for title, case in CASES.items() for name in case.implementations]
+)
 def test_speed(benchmark, title, name):
     benchmark.group = title
     attempt = CASES[title].attempt(CASES[title].implementations[name], *prepared(title))

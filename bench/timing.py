@@ -15,14 +15,20 @@ import time
 import torch
 
 _SLOW_MS = 100.0  # a call of this length needs no second warm-up
-_SHORTEST_SAMPLE_MS = 5.0  # faster calls are repeated until one sample lasts this long, as they are in a running program
-_DISTURBED, _SHORT_SECONDS = 1.15, 3.0  # a spread that a quiet machine stays below; what is measured twice if it does not
+_SHORTEST_SAMPLE_MS = (
+    5.0  # faster calls are repeated until one sample lasts this long, as they are in a running program
+)
+_DISTURBED, _SHORT_SECONDS = (
+    1.15,
+    3.0,
+)  # a spread that a quiet machine stays below; what is measured twice if it does not
 _DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Milliseconds per call: median, 20th and 80th percentile over the rounds."""
+
     p20_ms: float
     p50_ms: float
     p80_ms: float
@@ -34,6 +40,7 @@ class Setting:
     """How a call is timed. `cache`: cold, after the last-level cache was overwritten, or warm, right after another call.
     `mode`: eager; graph, the replay of a CUDA graph, which leaves the host out; host, until the call returns, which on
     CUDA is when its kernels are queued."""
+
     cache: str = "warm"
     mode: str = "eager"
 
@@ -41,6 +48,7 @@ class Setting:
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """Bytes that an ideal implementation moves: `read` only, `copy` into fresh memory, `update` in place."""
+
     read: int = 0
     copy: int = 0
     update: int = 0
@@ -180,6 +188,7 @@ def summary(ms):
 
 def floor_call(traffic, device):
     """A function that moves `traffic` with torch's own sum, clone and in-place multiply: the floor of this machine."""
+
     def buffer(size):
         return torch.ones(max(1, size // 4), dtype=torch.float32, device=device) if size else None
 

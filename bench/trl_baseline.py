@@ -33,27 +33,44 @@ def functions():
     if not hasattr(PPOTrainer, "loss"):
         raise Unavailable(f"trl {trl.__version__} has no PPOTrainer.loss; pip install trl==0.11.4 rich")
     return types.SimpleNamespace(
-        PPOTrainer=PPOTrainer, PPOConfig=trl.PPOConfig, ValueHeadModel=trl.AutoModelForCausalLMWithValueHead,
-        logprobs_from_logits=core.logprobs_from_logits, entropy_from_logits=core.entropy_from_logits,
+        PPOTrainer=PPOTrainer,
+        PPOConfig=trl.PPOConfig,
+        ValueHeadModel=trl.AutoModelForCausalLMWithValueHead,
+        logprobs_from_logits=core.logprobs_from_logits,
+        entropy_from_logits=core.entropy_from_logits,
         masked_whiten=core.masked_whiten,
         kl_penalty=functools.partial(PPOTrainer._kl_penalty, _trainer(PPOTrainer, kl_penalty="full")),
         compute_rewards=functools.partial(PPOTrainer.compute_rewards, _trainer(PPOTrainer)),
         compute_advantages=functools.partial(PPOTrainer.compute_advantages, _trainer(PPOTrainer)),
         loss=functools.partial(PPOTrainer.loss, _trainer(PPOTrainer)),
-        loss_without_entropy=functools.partial(_without_entropy(PPOTrainer.loss), _trainer(PPOTrainer)))
+        loss_without_entropy=functools.partial(_without_entropy(PPOTrainer.loss), _trainer(PPOTrainer)),
+    )
 
 
 def _trainer(trainer_class, *, kl_penalty="kl"):
     """What the methods read of `self`; TRL's defaults."""
     trainer = types.SimpleNamespace(
-        config=types.SimpleNamespace(kl_penalty=kl_penalty, whiten_rewards=False, gamma=1.0, lam=0.95, cliprange=0.2,
-                                     cliprange_value=0.2, vf_coef=0.1, ratio_threshold=10.0),
-        kl_ctl=types.SimpleNamespace(value=KL_COEF))
+        config=types.SimpleNamespace(
+            kl_penalty=kl_penalty,
+            whiten_rewards=False,
+            gamma=1.0,
+            lam=0.95,
+            cliprange=0.2,
+            cliprange_value=0.2,
+            vf_coef=0.1,
+            ratio_threshold=10.0,
+        ),
+        kl_ctl=types.SimpleNamespace(value=KL_COEF),
+    )
     trainer._kl_penalty = functools.partial(trainer_class._kl_penalty, trainer)
     return trainer
 
 
 def _without_entropy(method):
     """TRL's loss with the entropy of the logits, which `logprobs_and_entropy` times, replaced by its argument."""
-    return types.FunctionType(method.__code__, {**method.__globals__, "entropy_from_logits": lambda logits: logits},
-                              method.__name__, method.__defaults__)
+    return types.FunctionType(
+        method.__code__,
+        {**method.__globals__, "entropy_from_logits": lambda logits: logits},
+        method.__name__,
+        method.__defaults__,
+    )

@@ -49,14 +49,22 @@ inline void require_shape(const char* op, const char* argument, const Tensor& x,
 
 inline std::string dtype_text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return "dtype number " + std::to_string(int(dtype));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype number " + std::to_string(int(dtype));
   }
 }
 
@@ -94,8 +102,8 @@ inline void require_no_overlap(const char* op, const char* argument, const Tenso
 }
 
 // A small per-token tensor: dense, on the device of `like`, of the given dtype, shaped as its first `dims` dimensions.
-inline void require_token_tensor(const char* op, const char* argument, const Tensor& x, const Tensor& like, int64_t dims,
-                                 ScalarType dtype) {
+inline void require_token_tensor(const char* op, const char* argument, const Tensor& x, const Tensor& like,
+                                 int64_t dims, ScalarType dtype) {
   require_same_device(op, argument, x, like);
   require_dtype(op, argument, x, dtype);
   require_shape(op, argument, x, like, dims);
@@ -109,7 +117,8 @@ inline ScalarType accumulate_dtype(ScalarType dtype) {
 // The rows of logits [..., V], with leading dimensions merged where memory allows.
 inline LogitRows logit_rows(const char* op, const char* argument, const Tensor& logits) {
   const int64_t rank = logits.dim();
-  if (rank < 1 || logits.size(rank - 1) < 1) reject(op, argument, "have the shape [..., V] with V >= 1", shape_text(logits));
+  if (rank < 1 || logits.size(rank - 1) < 1)
+    reject(op, argument, "have the shape [..., V] with V >= 1", shape_text(logits));
   LogitRows rows{};
   rows.V = logits.size(rank - 1);
   rows.stride_v = logits.stride(rank - 1);
@@ -123,7 +132,8 @@ inline LogitRows logit_rows(const char* op, const char* argument, const Tensor& 
       rows.sizes[last] *= size;
       rows.strides[last] = stride;
     } else {
-      if (rows.dims == LogitRows::kMaxDims) reject(op, argument, "have at most 8 leading dimensions that do not merge", rank - 1);
+      if (rows.dims == LogitRows::kMaxDims)
+        reject(op, argument, "have at most 8 leading dimensions that do not merge", rank - 1);
       rows.sizes[rows.dims] = size;
       rows.strides[rows.dims++] = stride;
     }
@@ -136,9 +146,7 @@ T* pointer(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-inline const bool* mask_pointer(const std::optional<Tensor>& mask) {
-  return mask ? pointer<bool>(*mask) : nullptr;
-}
+inline const bool* mask_pointer(const std::optional<Tensor>& mask) { return mask ? pointer<bool>(*mask) : nullptr; }
 
 // An uninitialised dense tensor on the device of `like`; a fifth of the time of torch::stable::new_empty.
 inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
@@ -168,21 +176,24 @@ inline Tensor new_token_tensor(const Tensor& like, int64_t dims, ScalarType dtyp
 
 inline void require_logits(const char* op, const Tensor& logits) {
   const ScalarType dtype = logits.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half && dtype != ScalarType::Double)
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half &&
+      dtype != ScalarType::Double)
     reject_dtype(op, "logits", dtype);
   logit_rows(op, "logits", logits);
 }
 
 // Beyond these the products with 1 / temperature would meet 0 * inf.
 inline void require_temperature(const char* op, double temperature) {
-  if (!(temperature >= 1e-30 && temperature <= 1e30)) reject(op, "temperature", "be between 1e-30 and 1e30", temperature);
+  if (!(temperature >= 1e-30 && temperature <= 1e30))
+    reject(op, "temperature", "be between 1e-30 and 1e30", temperature);
 }
 
 inline void require_finite(const char* op, const char* argument, double x) {
   if (!(x - x == 0)) reject(op, argument, "be a finite number", x);
 }
 
-inline void check_logprobs(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& mask, double temperature) {
+inline void check_logprobs(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& mask,
+                           double temperature) {
   require_logits("logprobs", logits);
   require_temperature("logprobs", temperature);
   const int64_t dims = logits.dim() - 1;
@@ -208,7 +219,8 @@ inline void check_row_stats(const char* op, const Tensor& logits, std::initializ
     require_token_tensor(op, name, stat, logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type()));
 }
 
-inline void check_full_kl(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask, double temperature) {
+inline void check_full_kl(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask,
+                          double temperature) {
   require_logits("full_kl", logits);
   require_temperature("full_kl", temperature);
   require_same_device("full_kl", "ref_logits", ref_logits, logits);
@@ -222,7 +234,8 @@ inline void require_float_or_double(const char* op, const char* argument, const 
     reject(op, argument, "be float32 or float64", dtype_text(x.scalar_type()));
 }
 
-inline void check_gae(const Tensor& values, const Tensor& rewards, const std::optional<Tensor>& mask, double gamma, double lam) {
+inline void check_gae(const Tensor& values, const Tensor& rewards, const std::optional<Tensor>& mask, double gamma,
+                      double lam) {
   require_finite("gae", "gamma", gamma);
   require_finite("gae", "lam", lam);
   require_float_or_double("gae", "values", values);
@@ -232,8 +245,8 @@ inline void check_gae(const Tensor& values, const Tensor& rewards, const std::op
   if (mask) require_token_tensor("gae", "mask", *mask, values, 2, ScalarType::Bool);
 }
 
-inline void check_kl_rewards(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask,
-                             double kl_coef, int64_t kl_penalty) {
+inline void check_kl_rewards(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs,
+                             const Tensor& mask, double kl_coef, int64_t kl_penalty) {
   require_finite("kl_rewards", "kl_coef", kl_coef);
   require_float_or_double("kl_rewards", "logprobs", logprobs);
   if (logprobs.dim() != 2) reject("kl_rewards", "logprobs", "have the shape [B, T]", shape_text(logprobs));
@@ -250,7 +263,8 @@ inline void check_weighted(const char* op, const Tensor& values, const Tensor& w
   require_token_tensor(op, "weights", weights, values, values.dim(), values.scalar_type());
 }
 
-inline void check_whiten_backward(const Tensor& grad, const Tensor& values, const Tensor& weights, const Tensor& moments) {
+inline void check_whiten_backward(const Tensor& grad, const Tensor& values, const Tensor& weights,
+                                  const Tensor& moments) {
   check_weighted("masked_whiten", values, weights);
   require_token_tensor("masked_whiten", "grad", grad, values, values.dim(), values.scalar_type());
   require_same_device("masked_whiten", "moments", moments, values);
@@ -288,7 +302,8 @@ inline void check_ppo_loss_backward(const Tensor& grad_loss, const Tensor& stats
     require_contiguous("ppo_loss", name, x);
   }
   if (grad_loss.numel() != 1) reject("ppo_loss", "grad_loss", "have 1 entry", grad_loss.numel());
-  if (stats.numel() != stat_count) reject("ppo_loss", "stats", "have " + std::to_string(stat_count) + " entries", stats.numel());
+  if (stats.numel() != stat_count)
+    reject("ppo_loss", "stats", "have " + std::to_string(stat_count) + " entries", stats.numel());
 }
 
 }  // namespace ppo_ext

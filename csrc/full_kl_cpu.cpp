@@ -25,7 +25,8 @@ KLState<double> row_state(const LogitRowPair<double>& row, double inv_temperatur
     state.max = logit(v) > state.max ? logit(v) : state.max;
     state.ref_max = ref_logit(v) > state.ref_max ? ref_logit(v) : state.ref_max;
   }
-  const double origin = state.max == -INFINITY ? 0.0 : state.max, ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
+  const double origin = state.max == -INFINITY ? 0.0 : state.max,
+               ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     double sum = 0, ref_sum = 0, weighted = 0;  // per block, so that rounding grows with the block and not with V
     for (int64_t v = begin; v < std::min(begin + kBlock, row.V); ++v) {
@@ -45,7 +46,8 @@ KLState<double> row_state(const LogitRowPair<double>& row, double inv_temperatur
 void fill_gradient(const LogitRowPair<double>& row, const KLRowGrad<double>& grad, double* out, int64_t out_stride) {
   for (int64_t v = 0; v < row.V; ++v) {
     const double log_p = token_logprob(row.logits[v * row.stride], grad.max, grad.log_sum, grad.inv_temperature);
-    const double log_q = token_logprob(row.ref_logits[v * row.ref_stride], grad.ref_max, grad.ref_log_sum, grad.inv_temperature);
+    const double log_q =
+        token_logprob(row.ref_logits[v * row.ref_stride], grad.ref_max, grad.ref_log_sum, grad.inv_temperature);
     const double p = std::exp(log_p);
     out[v * out_stride] = p == 0.0 ? 0.0 : kl_logit_grad(p, log_p, log_q, grad.kl, grad.grad_over_temperature);
   }
@@ -138,7 +140,8 @@ void run(const Arguments& in) {
                 logit_rows("full_kl", "ref_logits", in.ref_logits),
                 mask_pointer(in.mask),
                 A(1.0 / in.temperature),
-                {pointer<A>(in.kl), pointer<A>(in.max), pointer<A>(in.log_sum), pointer<A>(in.ref_max), pointer<A>(in.ref_log_sum)},
+                {pointer<A>(in.kl), pointer<A>(in.max), pointer<A>(in.log_sum), pointer<A>(in.ref_max),
+                 pointer<A>(in.ref_log_sum)},
                 nullptr,
                 nullptr,
                 {}};
@@ -157,16 +160,21 @@ void run(const Arguments& in) {
 
 void dispatch(const Arguments& in) {
   switch (in.logits.scalar_type()) {
-    case ScalarType::Float: return run<float, float>(in);
-    case ScalarType::BFloat16: return run<torch::headeronly::BFloat16, float>(in);
-    case ScalarType::Half: return run<torch::headeronly::Half, float>(in);
-    case ScalarType::Double: return run<double, double>(in);
-    default: reject_dtype("full_kl", "logits", in.logits.scalar_type());
+    case ScalarType::Float:
+      return run<float, float>(in);
+    case ScalarType::BFloat16:
+      return run<torch::headeronly::BFloat16, float>(in);
+    case ScalarType::Half:
+      return run<torch::headeronly::Half, float>(in);
+    case ScalarType::Double:
+      return run<double, double>(in);
+    default:
+      reject_dtype("full_kl", "logits", in.logits.scalar_type());
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                                                               double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Tensor ref_logits,
+                                                               std::optional<Tensor> mask, double temperature) {
   check_full_kl(logits, ref_logits, mask, temperature);
   const auto row = [&] { return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type())); };
   Tensor kl = row(), max = row(), log_sum = row(), ref_max = row(), ref_log_sum = row();
@@ -177,24 +185,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Te
 void run_backward(const Tensor& grad, const Arguments& in) {
   check_full_kl(in.logits, in.ref_logits, in.mask, in.temperature);
   check_row_stats("full_kl", in.logits,
-                  {{"grad_kl", *in.grad_kl}, {"kl", in.kl}, {"row_max", in.max}, {"log_sum", in.log_sum},
-                   {"ref_row_max", in.ref_max}, {"ref_log_sum", in.ref_log_sum}});
+                  {{"grad_kl", *in.grad_kl},
+                   {"kl", in.kl},
+                   {"row_max", in.max},
+                   {"log_sum", in.log_sum},
+                   {"ref_row_max", in.ref_max},
+                   {"ref_log_sum", in.ref_log_sum}});
   Arguments with_grad = in;
   with_grad.grad = &grad;
   dispatch(with_grad);
 }
 
-Tensor full_kl_backward_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl, Tensor max,
-                            Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+Tensor full_kl_backward_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
+                            Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
   Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
-  run_backward(grad, {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
+  run_backward(grad,
+               {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
   return grad;
 }
 
-void full_kl_backward_inplace_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                                  Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+void full_kl_backward_inplace_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask,
+                                  Tensor kl, Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
+                                  double temperature) {
   require_no_overlap("full_kl", "logits", logits);
-  run_backward(logits, {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
+  run_backward(logits,
+               {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ __device__ __forceinline__ A finite_origin(A max) {
 }
 
 template <class A, int kCount>
-__device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kCount], const A (&top)[2], A inv_temperature) {
+__device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kCount], const A (&top)[2],
+                                           A inv_temperature) {
   if (top[0] > state.max || top[1] > state.ref_max) {
     const A max = top[0] > state.max ? top[0] : state.max, ref_max = top[1] > state.ref_max ? top[1] : state.ref_max;
     state = kl_rescale(state, max, ref_max, inv_temperature);
@@ -76,15 +77,18 @@ __device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kC
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3) forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
+    forward_kernel(const Inputs<T, A> in, const RowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
   const A c = in.inv_temperature;
-  for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows; n += int64_t(gridDim.x) * kGroups) {
+  for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows;
+       n += int64_t(gridDim.x) * kGroups) {
     KLState<A> state = kl_empty<A>();
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!in.mask || in.mask[n]) {
       read_rows<kThreads, kAligned>(in.at(n), [&](const auto& x, const auto& top) { add_logits(state, x, top, c); });
-      state = reduce_group<kThreads>(state, [c](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, c); });
+      state =
+          reduce_group<kThreads>(state, [c](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       ref_log_sum = softmax_log_sum(state.ref_sum);
       kl = row_kl(state);
@@ -110,7 +114,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
       zero_tile<kBlock>(row, out.rows.stride_v, in.rows.V, tile);
       continue;
     }
-    const A log_sum = saved.log_sum[n], max = saved.max[n], ref_max = saved.ref_max[n], scale = in.inv_temperature * A(kLog2E);
+    const A log_sum = saved.log_sum[n], max = saved.max[n], ref_max = saved.ref_max[n],
+            scale = in.inv_temperature * A(kLog2E);
     // p (log p - log q - kl) in terms of y = log2 of p times the row's sum, and of the same of q.
     const A share = grad_kl[n] * in.inv_temperature * A(exp(-log_sum));
     const A at_zero = share * ((saved.ref_log_sum[n] - log_sum) - saved.kl[n]), slope = share * A(kLn2);
@@ -126,7 +131,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
 // ---- entry points ----
 
 template <class T, class A>
-Inputs<T, A> inputs_of(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask, double temperature) {
+Inputs<T, A> inputs_of(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask,
+                       double temperature) {
   return {pointer<T>(logits),
           pointer<T>(ref_logits),
           logit_rows("full_kl", "logits", logits),
@@ -144,8 +150,8 @@ struct StatTensors {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                                                                double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, Tensor ref_logits,
+                                                                std::optional<Tensor> mask, double temperature) {
   check_full_kl(logits, ref_logits, mask, temperature);
   const Launcher launch("full_kl", logits);
   const auto row = [&] { return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type())); };
@@ -159,18 +165,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cuda(Tensor logits, T
       launch(forward_kernel<kWarp, false, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, out);
     } else {
       const bool aligned = all_aligned(in.logits, in.rows) && all_aligned(in.ref_logits, in.ref_rows);
-      launch(aligned ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, in.rows.rows, kBlock, in, out);
+      launch(aligned ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, in.rows.rows, kBlock,
+             in, out);
     }
   });
   return {kl, max, log_sum, ref_max, ref_log_sum};
 }
 
-void run_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& grad_kl, const std::optional<Tensor>& mask,
-                  const StatTensors& saved, double temperature, const Tensor& grad) {
+void run_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& grad_kl,
+                  const std::optional<Tensor>& mask, const StatTensors& saved, double temperature, const Tensor& grad) {
   check_full_kl(logits, ref_logits, mask, temperature);
   check_row_stats("full_kl", logits,
-                  {{"grad_kl", grad_kl}, {"kl", saved.kl}, {"row_max", saved.max}, {"log_sum", saved.log_sum},
-                   {"ref_row_max", saved.ref_max}, {"ref_log_sum", saved.ref_log_sum}});
+                  {{"grad_kl", grad_kl},
+                   {"kl", saved.kl},
+                   {"row_max", saved.max},
+                   {"log_sum", saved.log_sum},
+                   {"ref_row_max", saved.ref_max},
+                   {"ref_log_sum", saved.ref_log_sum}});
   const Launcher launch("full_kl", logits);
   dispatch_logits("full_kl", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -184,15 +195,16 @@ void run_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& 
   });
 }
 
-Tensor full_kl_backward_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl, Tensor max,
-                             Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+Tensor full_kl_backward_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
+                             Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
   Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
   run_backward(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum}, temperature, grad);
   return grad;
 }
 
-void full_kl_backward_inplace_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                                   Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+void full_kl_backward_inplace_cuda(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask,
+                                   Tensor kl, Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
+                                   double temperature) {
   require_no_overlap("full_kl", "logits", logits);
   run_backward(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum}, temperature, logits);
 }

@@ -136,8 +136,8 @@ PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r, const
 template <class T>
 PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& given, T* out, int64_t out_stride) {
   T buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock];
-  const KLRowGrad<float> grad{clean(given.max),     clean(given.log_sum), clean(given.ref_max),
-                              clean(given.ref_log_sum), clean(given.kl),  clean(given.grad_over_temperature),
+  const KLRowGrad<float> grad{clean(given.max),         clean(given.log_sum), clean(given.ref_max),
+                              clean(given.ref_log_sum), clean(given.kl),      clean(given.grad_over_temperature),
                               given.inv_temperature};
   const Powers powers{float(kLog2E)};
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
@@ -148,10 +148,12 @@ PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& giv
     int i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
       const Pair pair = load_pair(x + i), ref_pair = load_pair(ref_x + i);
-      store_pair(y + i, {{gradient_of(pair.x[0], ref_pair.x[0], grad, powers), gradient_of(pair.x[1], ref_pair.x[1], grad, powers)}});
+      store_pair(y + i, {{gradient_of(pair.x[0], ref_pair.x[0], grad, powers),
+                          gradient_of(pair.x[1], ref_pair.x[1], grad, powers)}});
     }
     for (; i + kLanes <= n; i += kLanes) store(y + i, gradient_of(load(x + i), load(ref_x + i), grad, powers));
-    if (i < n) store_tail(y + i, gradient_of(load_tail(x + i, n - i), load_tail(ref_x + i, n - i), grad, powers), n - i);
+    if (i < n)
+      store_tail(y + i, gradient_of(load_tail(x + i, n - i), load_tail(ref_x + i, n - i), grad, powers), n - i);
     if (out_stride != 1)
       for (int j = 0; j < n; ++j) std::memcpy(out + (begin + j) * out_stride, y + j, sizeof(T));
   }
@@ -159,10 +161,12 @@ PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& giv
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(T)                                                                                               \
-  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature) { return row_state_of(row, inv_temperature); } \
-  void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride) {              \
-    fill_row(row, grad, out, out_stride);                                                                               \
+#define PPO_DEFINE_FOR(T)                                                                                    \
+  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature) {                             \
+    return row_state_of(row, inv_temperature);                                                               \
+  }                                                                                                          \
+  void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride) { \
+    fill_row(row, grad, out, out_stride);                                                                    \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)

@@ -20,14 +20,14 @@ struct KLRowGrad {
   A max, log_sum, ref_max, ref_log_sum, kl, grad_over_temperature, inv_temperature;
 };
 
-#define PPO_DECLARE_FOR(T)                                                                       \
-  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature);                    \
+#define PPO_DECLARE_FOR(T)                                                      \
+  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature); \
   void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride);
-#define PPO_DECLARE(level)                             \
-  namespace level {                                    \
-  PPO_DECLARE_FOR(float)                               \
-  PPO_DECLARE_FOR(torch::headeronly::BFloat16)         \
-  PPO_DECLARE_FOR(torch::headeronly::Half)             \
+#define PPO_DECLARE(level)                     \
+  namespace level {                            \
+  PPO_DECLARE_FOR(float)                       \
+  PPO_DECLARE_FOR(torch::headeronly::BFloat16) \
+  PPO_DECLARE_FOR(torch::headeronly::Half)     \
   }
 PPO_FOR_EACH_LEVEL(PPO_DECLARE)
 #undef PPO_DECLARE

@@ -67,9 +67,12 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
   constexpr int kGroups = kBlock / kThreads;
   constexpr int kTile = kThreads * kTokens;
   const int thread = thread_of_group<kThreads>();
-  const auto nearer = [](const NextValue<A>& earlier, const NextValue<A>& later) { return earlier.found != A(0) ? earlier : later; };
+  const auto nearer = [](const NextValue<A>& earlier, const NextValue<A>& later) {
+    return earlier.found != A(0) ? earlier : later;
+  };
   const auto compose = [](const GAEMap<A>& earlier, const GAEMap<A>& later) { return gae_compose(earlier, later); };
-  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B; b += int64_t(gridDim.x) * kGroups) {
+  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B;
+       b += int64_t(gridDim.x) * kGroups) {
     A next_value = 0, advantage = 0;  // of the first counted token right of the tile
     for (int64_t begin = (job.T - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
       const int64_t t0 = begin + thread * kTokens, i0 = b * job.T + t0;
@@ -115,17 +118,18 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
 
 // ---- entry points ----
 
-std::tuple<Tensor, Tensor> gae_cuda(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma, double lam) {
+std::tuple<Tensor, Tensor> gae_cuda(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma,
+                                    double lam) {
   check_gae(values, rewards, mask, gamma, lam);
   const Launcher launch("gae", values);
-  Tensor advantages = new_token_tensor(values, 2, values.scalar_type()), returns = new_token_tensor(values, 2, values.scalar_type());
+  Tensor advantages = new_token_tensor(values, 2, values.scalar_type()),
+         returns = new_token_tensor(values, 2, values.scalar_type());
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    Job<A> job{pointer<A>(values),  pointer<A>(rewards), mask_pointer(mask), pointer<A>(advantages),
-               pointer<A>(returns), values.size(0),      values.size(1),     A(gamma),
-               A(gamma * lam),      false};
-    job.packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) && is_aligned(job.advantages) &&
-                 is_aligned(job.returns);
+    Job<A> job{pointer<A>(values), pointer<A>(rewards), mask_pointer(mask), pointer<A>(advantages), pointer<A>(returns),
+               values.size(0),     values.size(1),      A(gamma),           A(gamma * lam),         false};
+    job.packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
+                 is_aligned(job.advantages) && is_aligned(job.returns);
     if (job.T <= kWarpPerSequence) {
       launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
     } else {

@@ -87,7 +87,8 @@ PPO_INLINE condition_of<A> mask_bits(const bool* mask, const int64_t (&rows)[kLa
     for (int k = 0; k < kSize; k += 8) {
       uint64_t flags = 0;
       std::memcpy(&flags, mask + rows[s] + k, kSize < 8 ? kSize : 8);
-      bits[s] |= (flags * 0x0102040810204080) >> 56 << k;  // the product moves each byte's flag into one of the top bits
+      bits[s] |=
+          (flags * 0x0102040810204080) >> 56 << k;  // the product moves each byte's flag into one of the top bits
     }
   }
   return bits;
@@ -134,7 +135,8 @@ PPO_INLINE void scan_side_by_side(const GAEJob<A>& job, int64_t first, int count
     int64_t rows[kSize];
     for (int s = 0; s < kSize; ++s) rows[s] = (first + (s < count ? s : count - 1)) * job.T + t - kSize;
     const condition_of<A> bits = job.mask ? mask_bits<A>(job.mask, rows) : condition_of<A>{};
-    !job.mask || all_count<A>(bits) ? scan_tile<false>(job, rows, bits, carry) : scan_tile<true>(job, rows, bits, carry);
+    !job.mask || all_count<A>(bits) ? scan_tile<false>(job, rows, bits, carry)
+                                    : scan_tile<true>(job, rows, bits, carry);
   }
   for (int s = 0; s < count; ++s) scan_tokens<A>(job, first + s, t, {carry.next_value[s], carry.advantage[s]});
 }
@@ -142,7 +144,8 @@ PPO_INLINE void scan_side_by_side(const GAEJob<A>& job, int64_t first, int count
 template <class A>
 PPO_INLINE void scan_sequences(const GAEJob<A>& job, int64_t first, int count) {
   constexpr int kSize = kLanesOf<A>;
-  for (; count > kSize / 4; first += kSize, count -= kSize) scan_side_by_side(job, first, count < kSize ? count : kSize);
+  for (; count > kSize / 4; first += kSize, count -= kSize)
+    scan_side_by_side(job, first, count < kSize ? count : kSize);
   for (int s = 0; s < count; ++s) scan_tokens(job, first + s, job.T, Carry<A>{});
 }
 

@@ -18,10 +18,10 @@ struct GAEJob {
 constexpr int kSequencesOfGroup = 16;
 
 // Runs over `count` <= kSequencesOfGroup sequences from `first` on.
-#define PPO_DECLARE(level)                                                    \
-  namespace level {                                                           \
-  void scan_group(const GAEJob<float>& job, int64_t first, int count);        \
-  void scan_group(const GAEJob<double>& job, int64_t first, int count);       \
+#define PPO_DECLARE(level)                                              \
+  namespace level {                                                     \
+  void scan_group(const GAEJob<float>& job, int64_t first, int count);  \
+  void scan_group(const GAEJob<double>& job, int64_t first, int count); \
   }
 PPO_FOR_EACH_LEVEL(PPO_DECLARE)
 #undef PPO_DECLARE

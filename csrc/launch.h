@@ -70,11 +70,16 @@ class Launcher {
 template <class F>
 void dispatch_logits(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float(0));
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(0));
-    case ScalarType::Half: return f(torch::headeronly::Half(0));
-    case ScalarType::Double: return f(double(0));
-    default: reject_dtype(op, "logits", dtype);
+    case ScalarType::Float:
+      return f(float(0));
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16(0));
+    case ScalarType::Half:
+      return f(torch::headeronly::Half(0));
+    case ScalarType::Double:
+      return f(double(0));
+    default:
+      reject_dtype(op, "logits", dtype);
   }
 }
 

@@ -13,9 +13,9 @@
 
 // function(arguments...) of the level in use.
 #if defined(__x86_64__) && !defined(PPO_EXT_ONE_LEVEL)
-#define PPO_AT_LEVEL(function, ...)                                    \
-  (cpu_level() == Level::v4   ? v4::function(__VA_ARGS__)              \
-   : cpu_level() == Level::v3 ? v3::function(__VA_ARGS__)              \
+#define PPO_AT_LEVEL(function, ...)                       \
+  (cpu_level() == Level::v4   ? v4::function(__VA_ARGS__) \
+   : cpu_level() == Level::v3 ? v3::function(__VA_ARGS__) \
                               : base::function(__VA_ARGS__))
 #else
 #define PPO_AT_LEVEL(function, ...) base::function(__VA_ARGS__)
@@ -31,8 +31,9 @@ inline Level best_level() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   };
   const auto has_v4 = [] {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
   };
   if (has_v3()) return has_v4() ? Level::v4 : Level::v3;
 #endif

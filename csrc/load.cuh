@@ -42,18 +42,20 @@ template <class T>
 constexpr int kPack = 16 / int(sizeof(T));  // elements in a pack
 
 #if defined(__CUDA_ARCH__)
-#define PPO_LOAD_PACK(instruction, p)                                                                                 \
-  Pack x;                                                                                                              \
-  asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                                                  \
-               : "=r"(x.words[0]), "=r"(x.words[1]), "=r"(x.words[2]), "=r"(x.words[3])                                \
-               : "l"(p));                                                                                              \
+#define PPO_LOAD_PACK(instruction, p)                                                   \
+  Pack x;                                                                               \
+  asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                                   \
+               : "=r"(x.words[0]), "=r"(x.words[1]), "=r"(x.words[2]), "=r"(x.words[3]) \
+               : "l"(p));                                                               \
   return x
 #else
 #define PPO_LOAD_PACK(instruction, p) return *p
 #endif
 
 // A pack that is read once: it passes the first-level cache by.
-__device__ __forceinline__ Pack load_pack(const Pack* p) { PPO_LOAD_PACK("ld.global.L1::no_allocate.L2::256B.v4.u32", p); }
+__device__ __forceinline__ Pack load_pack(const Pack* p) {
+  PPO_LOAD_PACK("ld.global.L1::no_allocate.L2::256B.v4.u32", p);
+}
 
 // A pack that the neighbouring thread reads as well.
 __device__ __forceinline__ Pack load_common_pack(const Pack* p) { PPO_LOAD_PACK("ld.global.v4.u32", p); }
@@ -214,11 +216,13 @@ struct PackedRow {
     if (kAligned || (stride == 1 && beyond == 0)) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k)
-        if (kWhole || first + k * step < end) batch[k] = load_pack(reinterpret_cast<const Pack*>(packs) + first + k * step);
+        if (kWhole || first + k * step < end)
+          batch[k] = load_pack(reinterpret_cast<const Pack*>(packs) + first + k * step);
     } else if (stride != 1) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k)
-        if (kWhole || first + k * step < end) batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
+        if (kWhole || first + k * step < end)
+          batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
     } else {
       // Each pack lies in two aligned ones; the row's first and last may reach out of it and are gathered instead.
       const Pack* const across = reinterpret_cast<const Pack*>(reinterpret_cast<uintptr_t>(packs) - beyond) + first;
@@ -236,7 +240,8 @@ struct PackedRow {
         for (int j = 0; j < 2; ++j) {
           const int i = first + (k + j) * step;
           if (!kWhole && i >= end) continue;
-          batch[k + j] = i == 0 || i >= last ? gather_pack(packs + int64_t(i) * kPack<T>, 1) : shift_packs(batch[k + j], next[j], beyond);
+          batch[k + j] = i == 0 || i >= last ? gather_pack(packs + int64_t(i) * kPack<T>, 1)
+                                             : shift_packs(batch[k + j], next[j], beyond);
         }
       }
     }
@@ -250,7 +255,9 @@ struct Rows {
   int64_t stride[kInputs];
   int64_t V;
 
-  __device__ __forceinline__ accumulate_t<T> at(int input, int64_t v) const { return accumulate_t<T>(row[input][v * stride[input]]); }
+  __device__ __forceinline__ accumulate_t<T> at(int input, int64_t v) const {
+    return accumulate_t<T>(row[input][v * stride[input]]);
+  }
 
   __device__ __forceinline__ PackedRow<T> packed(int input, int64_t begin) const {
     return {row[input] + begin * stride[input], stride[input], int((V - begin) / kPack<T>) - 1};

@@ -38,8 +38,8 @@ SoftmaxState<double> row_state(const LogitRow<double>& row, double inv_temperatu
   return state;
 }
 
-void fill_gradient(const LogitRow<double>& row, const LogitGrad<double>& grad, double max, double log_sum, double inv_temperature,
-                   double* out, int64_t out_stride) {
+void fill_gradient(const LogitRow<double>& row, const LogitGrad<double>& grad, double max, double log_sum,
+                   double inv_temperature, double* out, int64_t out_stride) {
   for (int64_t v = 0; v < row.V; ++v) {
     const double log_p = token_logprob(row.logits[v * row.stride], max, log_sum, inv_temperature);
     out[v * out_stride] = std::exp(log_p) * (grad.alpha - grad.beta * softmax_bounded(log_p));
@@ -55,10 +55,11 @@ SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bo
 
 // p (alpha - beta log p) in terms of the distance to the largest logit.
 template <class T>
-void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum, float inv_temperature, T* out,
-                   int64_t out_stride) {
+void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum,
+                   float inv_temperature, T* out, int64_t out_stride) {
   const double share = std::exp(-double(log_sum)), at_zero = share * (grad.alpha + double(grad.beta) * log_sum);
-  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * inv_temperature)};
+  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero),
+                         float(share * grad.beta * inv_temperature)};
   PPO_AT_LEVEL(fill_gradient, row, from_max, out, out_stride);
 }
 
@@ -90,7 +91,8 @@ void forward_rows(const Forward<T, A>& job, int64_t begin, int64_t end) {
       const LogitRow<T> row = job.row(n);
       state = row_state(row, job.inv_temperature, job.out.entropy);
       log_sum = softmax_log_sum(state.sum);
-      logprob = token_logprob(double(row.logits[job.labels[n] * row.stride]), state.max, log_sum, double(job.inv_temperature));
+      logprob = token_logprob(double(row.logits[job.labels[n] * row.stride]), state.max, log_sum,
+                              double(job.inv_temperature));
       entropy = row_entropy(state.sum, log_sum, state.weighted);
     }
     job.out.logprobs[n] = A(logprob);
@@ -126,10 +128,12 @@ void backward_rows(const Backward<T, A>& job, int64_t begin, int64_t end) {
       continue;
     }
     const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = job.grad_entropy ? job.grad_entropy[n] : A(0);
-    const A entropy = job.grad_entropy ? job.saved.entropy[n] : A(0), max = job.saved.max[n], log_sum = job.saved.log_sum[n];
+    const A entropy = job.grad_entropy ? job.saved.entropy[n] : A(0), max = job.saved.max[n],
+            log_sum = job.saved.log_sum[n];
     // Read before the row is overwritten, as the gradient may go there.
     const A logprob = token_logprob(A(row.logits[job.labels[n] * row.stride]), max, log_sum, job.inv_temperature);
-    fill_gradient(row, logit_grad_of_row(g, h, entropy, job.inv_temperature), max, log_sum, job.inv_temperature, out, stride);
+    fill_gradient(row, logit_grad_of_row(g, h, entropy, job.inv_temperature), max, log_sum, job.inv_temperature, out,
+                  stride);
     out[job.labels[n] * stride] = T(token_logit_grad(logprob, g, h, entropy, job.inv_temperature));
   }
 }
@@ -170,14 +174,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cpu(Tensor logits, Tensor la
          entropy = with_entropy ? new_token_tensor(labels, labels.dim(), dtype) : new_tensor(labels, {0}, dtype);
   const auto stats = [&](auto zero) {
     using A = decltype(zero);
-    return RowStats<A>{pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max), pointer<A>(log_sum)};
+    return RowStats<A>{pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
+                       pointer<A>(log_sum)};
   };
   switch (logits.scalar_type()) {
-    case ScalarType::Float: forward<float, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
-    case ScalarType::BFloat16: forward<BFloat16, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
-    case ScalarType::Half: forward<Half, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f)); break;
-    case ScalarType::Double: forward<double, double>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0)); break;
-    default: reject_dtype("logprobs", "logits", logits.scalar_type());
+    case ScalarType::Float:
+      forward<float, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f));
+      break;
+    case ScalarType::BFloat16:
+      forward<BFloat16, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f));
+      break;
+    case ScalarType::Half:
+      forward<Half, float>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0f));
+      break;
+    case ScalarType::Double:
+      forward<double, double>(logits, rows, labels, mask_pointer(mask), temperature, stats(0.0));
+      break;
+    default:
+      reject_dtype("logprobs", "logits", logits.scalar_type());
   }
   return {logprobs, entropy, max, log_sum};
 }
@@ -191,10 +205,17 @@ struct BackwardInput {
 };
 
 template <class T, class A>
-void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, const LogitRows& grad_rows, const BackwardInput& in) {
+void backward(const Tensor& logits, const LogitRows& rows, const Tensor& grad, const LogitRows& grad_rows,
+              const BackwardInput& in) {
   const Backward<T, A> job{
-      pointer<T>(logits), rows, pointer<T>(grad), grad_rows, pointer<int64_t>(in.labels), mask_pointer(in.mask),
-      in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr, in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
+      pointer<T>(logits),
+      rows,
+      pointer<T>(grad),
+      grad_rows,
+      pointer<int64_t>(in.labels),
+      mask_pointer(in.mask),
+      in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr,
+      in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
       {nullptr, in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max), pointer<A>(in.log_sum)},
       A(1.0 / in.temperature)};
   const RowPages pages(grad, logits, rows.rows);
@@ -207,15 +228,21 @@ void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput&
   check_logprobs(logits, in.labels, in.mask, in.temperature);
   check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
   if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
-  if (in.grad_entropy) check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
+  if (in.grad_entropy)
+    check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
   const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
   check_labels(in.labels, mask_pointer(in.mask), rows.V);
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return backward<float, float>(logits, rows, grad, grad_rows, in);
-    case ScalarType::BFloat16: return backward<BFloat16, float>(logits, rows, grad, grad_rows, in);
-    case ScalarType::Half: return backward<Half, float>(logits, rows, grad, grad_rows, in);
-    case ScalarType::Double: return backward<double, double>(logits, rows, grad, grad_rows, in);
-    default: reject_dtype("logprobs", "logits", logits.scalar_type());
+    case ScalarType::Float:
+      return backward<float, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::BFloat16:
+      return backward<BFloat16, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::Half:
+      return backward<Half, float>(logits, rows, grad, grad_rows, in);
+    case ScalarType::Double:
+      return backward<double, double>(logits, rows, grad, grad_rows, in);
+    default:
+      reject_dtype("logprobs", "logits", logits.scalar_type());
   }
 }
 
@@ -227,9 +254,9 @@ Tensor logprobs_backward_cpu(Tensor logits, std::optional<Tensor> grad_logprobs,
   return grad;
 }
 
-void logprobs_backward_inplace_cpu(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
-                                   Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
-                                   double temperature) {
+void logprobs_backward_inplace_cpu(Tensor logits, std::optional<Tensor> grad_logprobs,
+                                   std::optional<Tensor> grad_entropy, Tensor labels, std::optional<Tensor> mask,
+                                   Tensor entropy, Tensor max, Tensor log_sum, double temperature) {
   require_no_overlap("logprobs", "logits", logits);
   run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
 }

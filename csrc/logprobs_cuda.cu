@@ -49,7 +49,8 @@ struct Backward {
 template <bool kEntropy, class A, int kCount>
 __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A top, A inv_temperature) {
   if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
-  const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
+  const A origin =
+      state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
   const A scale = inv_temperature * A(kLog2E);
   A sum = 0, weighted = 0;
 #pragma unroll
@@ -74,11 +75,13 @@ __device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t l
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3)) forward_kernel(const Forward<T, A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3))
+    forward_kernel(const Forward<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
   const A c = job.inv_temperature;
-  for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < job.rows.rows; n += int64_t(gridDim.x) * kGroups) {
+  for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < job.rows.rows;
+       n += int64_t(gridDim.x) * kGroups) {
     SoftmaxState<A> state = softmax_empty<A>();
     A logprob = 0, entropy = 0, log_sum = 0;
     if (!job.mask || job.mask[n]) {
@@ -92,10 +95,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
           note_label(job.label_note, n, label, job.rows.V);
         }
       }
-      read_rows<kThreads, kAligned>(Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V}, [&](const auto& x, const auto& top) {
-        add_logits<kEntropy>(state, x[0], top[0], c);
-      });
-      state = reduce_group<kThreads>(state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
+      read_rows<kThreads, kAligned>(
+          Rows<T, 1>{{row}, {job.rows.stride_v}, job.rows.V},
+          [&](const auto& x, const auto& top) { add_logits<kEntropy>(state, x[0], top[0], c); });
+      state = reduce_group<kThreads>(
+          state, [c](const SoftmaxState<A>& a, const SoftmaxState<A>& b) { return softmax_merge(a, b, c); });
       log_sum = softmax_log_sum(state.sum);
       logprob = token_logprob(picked, state.max, log_sum, c);
       if (kEntropy) entropy = picked == picked ? row_entropy(state.sum, log_sum, state.weighted) : picked;
@@ -111,7 +115,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
 }
 
 template <bool kAligned, bool kEntropy, class T, class A>
-__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3)) backward_kernel(const Backward<T, A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3))
+    backward_kernel(const Backward<T, A> job) {
   const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
     const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
@@ -132,7 +137,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
       const A e = exp2_of(y);
       return kEntropy ? e * (at_zero - slope * larger(y, A(-1e4))) : e * at_zero;
     };
-    const auto grad_of_label = [=](A x) { return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c); };
+    const auto grad_of_label = [=](A x) {
+      return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c);
+    };
     const Rows<T, 1> logits{{job.logits + job.rows.offset(n)}, {job.rows.stride_v}, job.rows.V};
     write_tile<kBlock, kAligned>(logits, out, stride, tile, grad_of, label, grad_of_label);
   }
@@ -142,7 +149,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
 
 template <int kThreads, bool kAligned, class T, class A>
 void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
-  const auto kernel = job.entropy ? forward_kernel<kThreads, kAligned, true, T, A> : forward_kernel<kThreads, kAligned, false, T, A>;
+  const auto kernel =
+      job.entropy ? forward_kernel<kThreads, kAligned, true, T, A> : forward_kernel<kThreads, kAligned, false, T, A>;
   launch(kernel, divide_up(job.rows.rows, kBlock / kThreads), kBlock, job);
 }
 
@@ -176,12 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor l
   const Launcher launch("logprobs", logits);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
   const auto row = [&] { return new_token_tensor(labels, labels.dim(), dtype); };
-  Tensor logprobs = row(), entropy = with_entropy ? row() : new_tensor(labels, {0}, dtype), max = row(), log_sum = row();
+  Tensor logprobs = row(), entropy = with_entropy ? row() : new_tensor(labels, {0}, dtype), max = row(),
+         log_sum = row();
   dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask), A(1.0 / temperature),
-                                         pointer<A>(logprobs), with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
+    launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask),
+                                         A(1.0 / temperature), pointer<A>(logprobs),
+                                         with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
                                          pointer<A>(log_sum), label_note ? pointer<int64_t>(*label_note) : nullptr});
   });
   return {logprobs, entropy, max, log_sum};
@@ -199,18 +209,20 @@ void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput&
   check_logprobs(logits, in.labels, in.mask, in.temperature);
   check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
   if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
-  if (in.grad_entropy) check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
+  if (in.grad_entropy)
+    check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
   const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
   const Launcher launch("logprobs", logits);
   dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    launch_backward(launch, Backward<T, A>{pointer<T>(logits), rows, pointer<T>(grad), grad_rows, divide_up(rows.V, kTile<T>),
-                                           pointer<int64_t>(in.labels), mask_pointer(in.mask),
-                                           in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr,
-                                           in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
-                                           in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max),
-                                           pointer<A>(in.log_sum), A(1.0 / in.temperature)});
+    launch_backward(launch,
+                    Backward<T, A>{pointer<T>(logits), rows, pointer<T>(grad), grad_rows, divide_up(rows.V, kTile<T>),
+                                   pointer<int64_t>(in.labels), mask_pointer(in.mask),
+                                   in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr,
+                                   in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
+                                   in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max),
+                                   pointer<A>(in.log_sum), A(1.0 / in.temperature)});
   });
 }
 
@@ -222,9 +234,9 @@ Tensor logprobs_backward_cuda(Tensor logits, std::optional<Tensor> grad_logprobs
   return grad;
 }
 
-void logprobs_backward_inplace_cuda(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
-                                    Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
-                                    double temperature) {
+void logprobs_backward_inplace_cuda(Tensor logits, std::optional<Tensor> grad_logprobs,
+                                    std::optional<Tensor> grad_entropy, Tensor labels, std::optional<Tensor> mask,
+                                    Tensor entropy, Tensor max, Tensor log_sum, double temperature) {
   require_no_overlap("logprobs", "logits", logits);
   run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
 }

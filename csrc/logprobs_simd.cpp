@@ -39,13 +39,15 @@ PPO_INLINE Sums sum_terms(const T* x, int n, float origin, const Powers& powers)
     f32v sum[2] = {}, weighted[2] = {};
     for (const int end = i + kGroup * kLanes < pairs_end ? i + kGroup * kLanes : pairs_end; i < end; i += 2 * kLanes) {
       const Pair pair = load_pair(x + i);
-      for (int half = 0; half < 2; ++half) add_terms<kEntropy, kBounds>(pair.x[half], origin, powers, sum[half], weighted[half]);
+      for (int half = 0; half < 2; ++half)
+        add_terms<kEntropy, kBounds>(pair.x[half], origin, powers, sum[half], weighted[half]);
     }
     add(sum[0] + sum[1], weighted[0] + weighted[1]);
   }
   for (; i < n; i += kLanes) {
     f32v sum{}, weighted{};
-    add_terms<kEntropy, true>(i + kLanes <= n ? load(x + i) : load_logits_tail(x + i, n - i), origin, powers, sum, weighted);
+    add_terms<kEntropy, true>(i + kLanes <= n ? load(x + i) : load_logits_tail(x + i, n - i), origin, powers, sum,
+                              weighted);
     add(sum, weighted);
   }
   return sums;
@@ -128,12 +130,12 @@ PPO_INLINE void fill_row(const LogitRow<T>& row, const RowGrad& given, T* out, i
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(T)                                                                               \
-  SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy) {    \
+#define PPO_DEFINE_FOR(T)                                                                                       \
+  SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy) {            \
     return with_entropy ? row_state_of<true>(row, inv_temperature) : row_state_of<false>(row, inv_temperature); \
-  }                                                                                                     \
-  void fill_gradient(const LogitRow<T>& row, const RowGrad& grad, T* out, int64_t out_stride) {         \
-    fill_row(row, grad, out, out_stride);                                                               \
+  }                                                                                                             \
+  void fill_gradient(const LogitRow<T>& row, const RowGrad& grad, T* out, int64_t out_stride) {                 \
+    fill_row(row, grad, out, out_stride);                                                                       \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)

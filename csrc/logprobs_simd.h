@@ -21,14 +21,14 @@ struct RowGrad {
 };
 
 // SoftmaxState's max is some number near the largest logit.
-#define PPO_DECLARE_FOR(T)                                                                             \
-  SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy);    \
+#define PPO_DECLARE_FOR(T)                                                                          \
+  SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy); \
   void fill_gradient(const LogitRow<T>& row, const RowGrad& grad, T* out, int64_t out_stride);
-#define PPO_DECLARE(level)                             \
-  namespace level {                                    \
-  PPO_DECLARE_FOR(float)                               \
-  PPO_DECLARE_FOR(torch::headeronly::BFloat16)         \
-  PPO_DECLARE_FOR(torch::headeronly::Half)             \
+#define PPO_DECLARE(level)                     \
+  namespace level {                            \
+  PPO_DECLARE_FOR(float)                       \
+  PPO_DECLARE_FOR(torch::headeronly::BFloat16) \
+  PPO_DECLARE_FOR(torch::headeronly::Half)     \
   }
 PPO_FOR_EACH_LEVEL(PPO_DECLARE)
 #undef PPO_DECLARE

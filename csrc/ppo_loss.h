@@ -11,8 +11,22 @@ namespace ppo_ext {
 
 // The order of STAT_NAMES in ppo_ext/ppo_loss.py.
 enum PPOStat {
-  kLossPolicy, kLossValue, kLossTotal, kApproxKL, kPolicyKL, kClipFrac, kAdvantagesMean, kRatioMean, kSkipped,
-  kReturnsMean, kReturnsVar, kVPred, kValError, kValClipFrac, kValMean, kValVar,
+  kLossPolicy,
+  kLossValue,
+  kLossTotal,
+  kApproxKL,
+  kPolicyKL,
+  kClipFrac,
+  kAdvantagesMean,
+  kRatioMean,
+  kSkipped,
+  kReturnsMean,
+  kReturnsVar,
+  kVPred,
+  kValError,
+  kValClipFrac,
+  kValMean,
+  kValVar,
   kGradScale,  // what the saved per-token gradients still have to be multiplied by: 1 / count, or 0
   kPPOStats
 };
@@ -89,9 +103,18 @@ struct PPOSums {
 };
 
 PPO_HD PPOSums ppo_merge(const PPOSums& a, const PPOSums& b) {
-  return {a.pg + b.pg, a.vf + b.vf, a.approxkl + b.approxkl, a.policykl + b.policykl, a.clipfrac + b.clipfrac,
-          a.advantage + b.advantage, a.ratio + b.ratio, a.vpred + b.vpred, a.error + b.error, a.vf_clipfrac + b.vf_clipfrac,
-          moments_merge(a.returns, b.returns), moments_merge(a.values, b.values)};
+  return {a.pg + b.pg,
+          a.vf + b.vf,
+          a.approxkl + b.approxkl,
+          a.policykl + b.policykl,
+          a.clipfrac + b.clipfrac,
+          a.advantage + b.advantage,
+          a.ratio + b.ratio,
+          a.vpred + b.vpred,
+          a.error + b.error,
+          a.vf_clipfrac + b.vf_clipfrac,
+          moments_merge(a.returns, b.returns),
+          moments_merge(a.values, b.values)};
 }
 
 template <class A>

@@ -31,10 +31,11 @@ PPOSums sum_all(const PPOJob<A>& job, int64_t tokens) {
 
 // ---- entry points ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                                        Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
-                                                                        double cliprange, double cliprange_value,
-                                                                        double vf_coef, double ratio_threshold) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor logprobs, Tensor old_logprobs,
+                                                                        Tensor advantages, Tensor vpreds, Tensor values,
+                                                                        Tensor returns, Tensor mask, double cliprange,
+                                                                        double cliprange_value, double vf_coef,
+                                                                        double ratio_threshold) {
   check_ppo_coefficients(cliprange, cliprange_value, vf_coef);
   check_ppo_loss(logprobs, {&old_logprobs, &advantages, &vpreds, &values, &returns}, mask);
   const ScalarType dtype = logprobs.scalar_type();
@@ -43,9 +44,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor l
   Tensor ratio = like(), counted_advantages = like(), grad_logprobs = like(), grad_vpreds = like();
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const PPOJob<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages),    pointer<A>(vpreds),
-                     pointer<A>(values),   pointer<A>(returns),      pointer<bool>(mask),       pointer<A>(ratio),
-                     pointer<A>(counted_advantages), pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), A(cliprange), A(cliprange_value), A(vf_coef)};
+    const PPOJob<A> job{pointer<A>(logprobs),
+                        pointer<A>(old_logprobs),
+                        pointer<A>(advantages),
+                        pointer<A>(vpreds),
+                        pointer<A>(values),
+                        pointer<A>(returns),
+                        pointer<bool>(mask),
+                        pointer<A>(ratio),
+                        pointer<A>(counted_advantages),
+                        pointer<A>(grad_logprobs),
+                        pointer<A>(grad_vpreds),
+                        A(cliprange),
+                        A(cliprange_value),
+                        A(vf_coef)};
     ppo_write_stats(sum_all(job, logprobs.numel()), vf_coef, ratio_threshold, pointer<A>(stats), pointer<A>(loss));
   };
   dtype == ScalarType::Double ? run(0.0) : run(0.0f);
@@ -53,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(Tensor l
 }
 
 template <class A>
-void scale_gradients(const Tensor& grad_loss, const Tensor& stats, const Tensor& grad_logprobs, const Tensor& grad_vpreds,
-                     const Tensor& out_logprobs, const Tensor& out_vpreds) {
+void scale_gradients(const Tensor& grad_loss, const Tensor& stats, const Tensor& grad_logprobs,
+                     const Tensor& grad_vpreds, const Tensor& out_logprobs, const Tensor& out_vpreds) {
   const A grad_scale = pointer<A>(stats)[kGradScale], scale = *pointer<A>(grad_loss) * grad_scale;
   const A *a = pointer<A>(grad_logprobs), *b = pointer<A>(grad_vpreds);
   A *x = pointer<A>(out_logprobs), *y = pointer<A>(out_vpreds);
@@ -66,7 +78,8 @@ void scale_gradients(const Tensor& grad_loss, const Tensor& stats, const Tensor&
   });
 }
 
-std::tuple<Tensor, Tensor> ppo_loss_backward_cpu(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds) {
+std::tuple<Tensor, Tensor> ppo_loss_backward_cpu(Tensor grad_loss, Tensor stats, Tensor grad_logprobs,
+                                                 Tensor grad_vpreds) {
   check_ppo_loss_backward(grad_loss, stats, grad_logprobs, grad_vpreds, kPPOStats);
   Tensor out_logprobs = new_token_tensor(grad_logprobs, grad_logprobs.dim(), grad_logprobs.scalar_type());
   Tensor out_vpreds = new_token_tensor(grad_vpreds, grad_vpreds.dim(), grad_vpreds.scalar_type());

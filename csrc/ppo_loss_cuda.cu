@@ -32,8 +32,9 @@ struct Job {
 template <class A>
 __device__ __forceinline__ PPOSums sums_of_token(const PPOToken<A>& x, const PPOTerms<A>& terms) {
   const double d = double(x.logprob) - double(x.old_logprob), error = double(x.vpred) - double(x.ret);
-  return {terms.pg, terms.vf, 0.5 * d * d, -d, terms.pg_clipped, x.advantage, terms.ratio, x.vpred, error * error, terms.vf_clipped,
-          {1.0, x.ret, 0.0}, {1.0, x.value, 0.0}};
+  return {terms.pg,         terms.vf,         0.5 * d * d,       -d,
+          terms.pg_clipped, x.advantage,      terms.ratio,       x.vpred,
+          error * error,    terms.vf_clipped, {1.0, x.ret, 0.0}, {1.0, x.value, 0.0}};
 }
 
 // Fills the per-token results of one token and gives its terms of the sums.
@@ -43,7 +44,8 @@ __device__ __forceinline__ PPOSums fill_token(const Job<A>& job, int64_t i) {
     job.ratio[i] = job.counted_advantages[i] = job.grad_logprobs[i] = job.grad_vpreds[i] = A(0);
     return {};
   }
-  const PPOToken<A> x{job.logprobs[i], job.old_logprobs[i], job.advantages[i], job.vpreds[i], job.values[i], job.returns[i]};
+  const PPOToken<A> x{job.logprobs[i], job.old_logprobs[i], job.advantages[i],
+                      job.vpreds[i],   job.values[i],       job.returns[i]};
   const PPOTerms<A> terms = ppo_terms(x, token_ratio(x.logprob, x.old_logprob), job.cliprange, job.cliprange_value);
   job.ratio[i] = terms.ratio;
   job.counted_advantages[i] = x.advantage;
@@ -79,8 +81,9 @@ __global__ void __launch_bounds__(kBlock) finish_kernel(const Job<A> job, const 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) backward_kernel(const A* grad_loss, const A* stats, const A* grad_logprobs, const A* grad_vpreds,
-                                                          int64_t tokens, A* out_logprobs, A* out_vpreds) {
+__global__ void __launch_bounds__(kBlock)
+    backward_kernel(const A* grad_loss, const A* stats, const A* grad_logprobs, const A* grad_vpreds, int64_t tokens,
+                    A* out_logprobs, A* out_vpreds) {
   const A grad_scale = stats[kGradScale], scale = *grad_loss * grad_scale;
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < tokens; i += int64_t(gridDim.x) * kBlock) {
     out_logprobs[i] = scaled_gradient(grad_logprobs[i], scale, grad_scale);
@@ -101,10 +104,11 @@ void launch_forward(const Launcher& launch, const Job<A>& job, const Tensor& scr
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                                 Tensor vpreds, Tensor values, Tensor returns, Tensor mask,
-                                                                 double cliprange, double cliprange_value, double vf_coef,
-                                                                 double ratio_threshold) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor logprobs, Tensor old_logprobs,
+                                                                         Tensor advantages, Tensor vpreds,
+                                                                         Tensor values, Tensor returns, Tensor mask,
+                                                                         double cliprange, double cliprange_value,
+                                                                         double vf_coef, double ratio_threshold) {
   check_ppo_coefficients(cliprange, cliprange_value, vf_coef);
   check_ppo_loss(logprobs, {&old_logprobs, &advantages, &vpreds, &values, &returns}, mask);
   const Launcher launch("ppo_loss", logprobs);
@@ -113,19 +117,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(Tensor 
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOStats}, dtype);
   const auto like = [&] { return new_token_tensor(logprobs, logprobs.dim(), dtype); };
   Tensor ratio = like(), counted_advantages = like(), grad_logprobs = like(), grad_vpreds = like();
-  const Tensor scratch = new_tensor(logprobs, {parts > 1 ? parts * int64_t(sizeof(PPOSums) / sizeof(double)) : 0}, ScalarType::Double);
+  const Tensor scratch =
+      new_tensor(logprobs, {parts > 1 ? parts * int64_t(sizeof(PPOSums) / sizeof(double)) : 0}, ScalarType::Double);
   dispatch_floats(dtype, [&](auto zero) {
     using A = decltype(zero);
-    const Job<A> job{pointer<A>(logprobs), pointer<A>(old_logprobs), pointer<A>(advantages), pointer<A>(vpreds), pointer<A>(values),
-                     pointer<A>(returns),  pointer<bool>(mask),      pointer<A>(ratio),      pointer<A>(counted_advantages),
-                     pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), n, A(cliprange), A(cliprange_value), vf_coef, ratio_threshold, pointer<A>(stats),
+    const Job<A> job{pointer<A>(logprobs),
+                     pointer<A>(old_logprobs),
+                     pointer<A>(advantages),
+                     pointer<A>(vpreds),
+                     pointer<A>(values),
+                     pointer<A>(returns),
+                     pointer<bool>(mask),
+                     pointer<A>(ratio),
+                     pointer<A>(counted_advantages),
+                     pointer<A>(grad_logprobs),
+                     pointer<A>(grad_vpreds),
+                     n,
+                     A(cliprange),
+                     A(cliprange_value),
+                     vf_coef,
+                     ratio_threshold,
+                     pointer<A>(stats),
                      pointer<A>(loss)};
     launch_forward(launch, job, scratch, parts);
   });
   return {loss, stats, ratio, counted_advantages, grad_logprobs, grad_vpreds};
 }
 
-std::tuple<Tensor, Tensor> ppo_loss_backward_cuda(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds) {
+std::tuple<Tensor, Tensor> ppo_loss_backward_cuda(Tensor grad_loss, Tensor stats, Tensor grad_logprobs,
+                                                  Tensor grad_vpreds) {
   check_ppo_loss_backward(grad_loss, stats, grad_logprobs, grad_vpreds, kPPOStats);
   const Launcher launch("ppo_loss", grad_logprobs);
   const auto like = [&](const Tensor& x) { return new_token_tensor(x, x.dim(), x.scalar_type()); };
@@ -133,8 +153,8 @@ std::tuple<Tensor, Tensor> ppo_loss_backward_cuda(Tensor grad_loss, Tensor stats
   const int64_t n = grad_logprobs.numel();
   dispatch_floats(grad_logprobs.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    launch(backward_kernel<A>, divide_up(n, kBlock), kBlock, pointer<A>(grad_loss), pointer<A>(stats), pointer<A>(grad_logprobs),
-           pointer<A>(grad_vpreds), n, pointer<A>(out_logprobs), pointer<A>(out_vpreds));
+    launch(backward_kernel<A>, divide_up(n, kBlock), kBlock, pointer<A>(grad_loss), pointer<A>(stats),
+           pointer<A>(grad_logprobs), pointer<A>(grad_vpreds), n, pointer<A>(out_logprobs), pointer<A>(out_vpreds));
   });
   return {out_logprobs, out_vpreds};
 }

@@ -38,18 +38,20 @@ void fill_sequence(const Job<A>& job, int64_t b) {
 }
 
 template <class A>
-void launch(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask, double kl_coef,
-            int64_t kl_penalty, const Tensor& rewards, const Tensor& non_score_rewards, const Tensor& kls) {
-  const Job<A> job{pointer<A>(scores),  pointer<A>(logprobs),          pointer<A>(ref_logprobs), pointer<bool>(mask),
-                   pointer<A>(rewards), pointer<A>(non_score_rewards), pointer<A>(kls),          logprobs.size(1),
-                   A(kl_coef),          kl_penalty};
+void launch(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask,
+            double kl_coef, int64_t kl_penalty, const Tensor& rewards, const Tensor& non_score_rewards,
+            const Tensor& kls) {
+  const Job<A> job{pointer<A>(scores),  pointer<A>(logprobs), pointer<A>(ref_logprobs),
+                   pointer<bool>(mask), pointer<A>(rewards),  pointer<A>(non_score_rewards),
+                   pointer<A>(kls),     logprobs.size(1),     A(kl_coef),
+                   kl_penalty};
   parallel_rows(logprobs.size(0), job.T, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) fill_sequence(job, b);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_rewards_cpu(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, double kl_coef,
-                                                  int64_t kl_penalty) {
+std::tuple<Tensor, Tensor, Tensor> kl_rewards_cpu(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
+                                                  double kl_coef, int64_t kl_penalty) {
   check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
   const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
   Tensor rewards = token(), non_score_rewards = token(), kls = token();

@@ -31,7 +31,8 @@ template <int kThreads, class A>
 __global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const int thread = thread_of_group<kThreads>();
-  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B; b += int64_t(gridDim.x) * kGroups) {
+  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B;
+       b += int64_t(gridDim.x) * kGroups) {
     const int64_t row = b * job.T;
     int64_t last = -1;
     for (int64_t t = thread; t < job.T; t += kThreads)
@@ -51,17 +52,25 @@ __global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job)
 
 // ---- entry points ----
 
-std::tuple<Tensor, Tensor, Tensor> kl_rewards_cuda(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, double kl_coef,
-                                                   int64_t kl_penalty) {
+std::tuple<Tensor, Tensor, Tensor> kl_rewards_cuda(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
+                                                   double kl_coef, int64_t kl_penalty) {
   check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
   const Launcher launch("kl_rewards", logprobs);
   const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
   Tensor rewards = token(), non_score_rewards = token(), kls = token();
   dispatch_floats(logprobs.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    const Job<A> job{pointer<A>(scores),  pointer<A>(logprobs),          pointer<A>(ref_logprobs), pointer<bool>(mask),
-                     pointer<A>(rewards), pointer<A>(non_score_rewards), pointer<A>(kls),          logprobs.size(0),
-                     logprobs.size(1),    A(kl_coef),                    kl_penalty};
+    const Job<A> job{pointer<A>(scores),
+                     pointer<A>(logprobs),
+                     pointer<A>(ref_logprobs),
+                     pointer<bool>(mask),
+                     pointer<A>(rewards),
+                     pointer<A>(non_score_rewards),
+                     pointer<A>(kls),
+                     logprobs.size(0),
+                     logprobs.size(1),
+                     A(kl_coef),
+                     kl_penalty};
     if (job.T <= kWarpPerSequence) {
       launch(kl_rewards_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
     } else {

@@ -388,10 +388,12 @@ constexpr int kSteps = 32;
 // the steps' own exponents: entry k is 2^(k/32 - floor((k - 46) / 32)) c.
 constexpr float kRestOffset = 46.0f / kSteps;
 constexpr f32v kStepPowers[] = {
-    {0x1.edc582p-1f, 0x1.f8956ap-1f, 0x1.01d0fap+0f, 0x1.077634p+0f, 0x1.0d3b16p+0f, 0x1.13204ep+0f, 0x1.192692p+0f, 0x1.1f4e9cp+0f,
-     0x1.259928p+0f, 0x1.2c06fap+0f, 0x1.3298d4p+0f, 0x1.394f82p+0f, 0x1.402bd2p+0f, 0x1.472e9ap+0f, 0x1.4e58acp-1f, 0x1.55aae8p-1f},
-    {0x1.5d2630p-1f, 0x1.64cb66p-1f, 0x1.6c9b78p-1f, 0x1.749756p-1f, 0x1.7cbff6p-1f, 0x1.851652p-1f, 0x1.8d9b6ap-1f, 0x1.965044p-1f,
-     0x1.9f35eep-1f, 0x1.a84d76p-1f, 0x1.b197f6p-1f, 0x1.bb168cp-1f, 0x1.c4ca5ap-1f, 0x1.ceb48cp-1f, 0x1.d8d652p-1f, 0x1.e330e4p-1f}};
+    {0x1.edc582p-1f, 0x1.f8956ap-1f, 0x1.01d0fap+0f, 0x1.077634p+0f, 0x1.0d3b16p+0f, 0x1.13204ep+0f, 0x1.192692p+0f,
+     0x1.1f4e9cp+0f, 0x1.259928p+0f, 0x1.2c06fap+0f, 0x1.3298d4p+0f, 0x1.394f82p+0f, 0x1.402bd2p+0f, 0x1.472e9ap+0f,
+     0x1.4e58acp-1f, 0x1.55aae8p-1f},
+    {0x1.5d2630p-1f, 0x1.64cb66p-1f, 0x1.6c9b78p-1f, 0x1.749756p-1f, 0x1.7cbff6p-1f, 0x1.851652p-1f, 0x1.8d9b6ap-1f,
+     0x1.965044p-1f, 0x1.9f35eep-1f, 0x1.a84d76p-1f, 0x1.b197f6p-1f, 0x1.bb168cp-1f, 0x1.c4ca5ap-1f, 0x1.ceb48cp-1f,
+     0x1.d8d652p-1f, 0x1.e330e4p-1f}};
 PPO_INLINE f32v exp2_rest(f32v q) { return q * q + 2.08126116f; }
 #elif defined(__AVX2__)
 constexpr int kSteps = 8;
@@ -435,7 +437,8 @@ class Powers {
   PPO_INLINE f32v within_exponents(f32v d) const { return d; }
 
   static PPO_INLINE f32v whole(f32v shifted, f32v steps) {
-    const __m512 power = _mm512_maskz_permutex2var_ps(kAllLanes, (__m512)kStepPowers[0], (__m512i)shifted, (__m512)kStepPowers[1]);
+    const __m512 power =
+        _mm512_maskz_permutex2var_ps(kAllLanes, (__m512)kStepPowers[0], (__m512i)shifted, (__m512)kStepPowers[1]);
     return (f32v)_mm512_maskz_scalef_ps(kAllLanes, power, (__m512)steps);  // by 2^floor(steps)
   }
 #else

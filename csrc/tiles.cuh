@@ -53,8 +53,8 @@ __device__ __forceinline__ void store_columns(T* out, int64_t stride, int64_t co
 // may be input 0 itself: each thread reads all that it is about to overwrite first, and nobody else reads it. kAligned
 // spares a kernel whose rows, inputs and out, are all_aligned the other ways to read and write.
 template <int kThreads, bool kAligned, class T, int kInputs, class F, class G>
-__device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, int64_t out_stride, int64_t tile, const F& f,
-                                           int64_t special, const G& g) {
+__device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, int64_t out_stride, int64_t tile,
+                                           const F& f, int64_t special, const G& g) {
   using A = accumulate_t<T>;
   const Tile t = tile_of<kAligned>(out, out_stride, in.V, tile);
   const bool has_special = t.owner<kThreads, kPack<T>>(special, in.V) == int(threadIdx.x);
@@ -63,7 +63,8 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
   const auto write_batch = [&](int first, auto whole) {  // whole: all packs of the batch are there
     Pack batch[kInputs][kPacks];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) in.packed(i, t.head).template load<kAligned>(first, kThreads, t.end, Pack{}, batch[i]);
+    for (int i = 0; i < kInputs; ++i)
+      in.packed(i, t.head).template load<kAligned>(first, kThreads, t.end, Pack{}, batch[i]);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (!whole && first + k * kThreads >= t.end) break;
@@ -81,7 +82,7 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
   };
   for (int first = t.first + int(threadIdx.x); first < t.end; first += kPacks * kThreads) {
     const bool whole = first + (kPacks - 1) * kThreads < t.end;
-    kAligned && whole ? write_batch(first, std::true_type{}) : write_batch(first, std::false_type{});
+    kAligned&& whole ? write_batch(first, std::true_type{}) : write_batch(first, std::false_type{});
   }
   if (int(threadIdx.x) < t.edges) {
     const int64_t v = t.edge(int(threadIdx.x), in.V);

@@ -23,7 +23,8 @@ PPO_HD Moments<A> moments_merge(Moments<A> a, Moments<A> b) {
   if (a.weight == A(0)) return b;
   const A weight = a.weight + b.weight;
   const A gap = b.mean - a.mean;
-  if (!(gap - gap == A(0))) return {weight, a.mean + b.mean, A(NAN)};  // inf stays inf, and is at no distance from itself
+  if (!(gap - gap == A(0)))
+    return {weight, a.mean + b.mean, A(NAN)};  // inf stays inf, and is at no distance from itself
   const A part = b.weight / weight;
   return {weight, a.mean + gap * part, a.m2 + b.m2 + gap * gap * a.weight * part};
 }

@@ -45,7 +45,8 @@ std::vector<Moments<double>> moments_of_rows(const WeightedEntries<A>& in, int64
   for_each_chunk(rows, columns, [&](int64_t part, int64_t first, int64_t count) {
     parts[part] = PPO_AT_LEVEL(moments_of, some_of(in, first, count));
   });
-  for (int64_t part = 0; part < rows * chunks; ++part) result[part / chunks] = moments_merge(result[part / chunks], parts[part]);
+  for (int64_t part = 0; part < rows * chunks; ++part)
+    result[part / chunks] = moments_merge(result[part / chunks], parts[part]);
   return result;
 }
 
@@ -76,8 +77,8 @@ void whiten(const Tensor& values, const Tensor& weights, bool shift_mean, const 
 }
 
 template <class A>
-void whiten_backward(const Tensor& grad, const Tensor& values, const Tensor& weights, const Tensor& moments, bool shift_mean,
-                     const Tensor& out) {
+void whiten_backward(const Tensor& grad, const Tensor& values, const Tensor& weights, const Tensor& moments,
+                     bool shift_mean, const Tensor& out) {
   const A *saved = pointer<A>(moments), *g = pointer<A>(grad);
   const Moments<double> m{saved[0], saved[1], double(saved[2]) * saved[0]};
   const WeightedEntries<A> in = entries_of<A>(values, weights);
@@ -107,7 +108,8 @@ std::tuple<Tensor, Tensor> masked_whiten_cpu(Tensor values, Tensor weights, bool
   check_weighted("masked_whiten", values, weights);
   Tensor whitened = new_token_tensor(values, values.dim(), values.scalar_type());
   Tensor moments = new_tensor(values, {3}, values.scalar_type());
-  (values.scalar_type() == ScalarType::Double ? whiten<double> : whiten<float>)(values, weights, shift_mean, whitened, moments);
+  (values.scalar_type() == ScalarType::Double ? whiten<double> : whiten<float>)(values, weights, shift_mean, whitened,
+                                                                                moments);
   return {whitened, moments};
 }
 

@@ -35,13 +35,13 @@ inline int parts_of(int64_t columns) {
 // ---- device helpers ----
 
 __device__ __forceinline__ Moments<double> merge_block(const Moments<double>& m) {
-  return reduce_group<kBlock>(m, [](const Moments<double>& a, const Moments<double>& b) { return moments_merge(a, b); });
+  return reduce_group<kBlock>(m,
+                              [](const Moments<double>& a, const Moments<double>& b) { return moments_merge(a, b); });
 }
 
 __device__ __forceinline__ GradSums merge_block(const GradSums& s) {
-  return reduce_group<kBlock>(s, [](const GradSums& a, const GradSums& b) {
-    return GradSums{a.grad + b.grad, a.centred + b.centred};
-  });
+  return reduce_group<kBlock>(
+      s, [](const GradSums& a, const GradSums& b) { return GradSums{a.grad + b.grad, a.centred + b.centred}; });
 }
 
 // The merge of `count` parts, whole in thread 0.
@@ -61,7 +61,8 @@ __device__ __forceinline__ void write_moments(const Moments<double>& m, A* out) 
 
 // Block i sums part i % parts of row i / parts; a row of one part is finished at once.
 template <class A>
-__global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, int64_t rows, Moments<double>* parts, A* moments) {
+__global__ void __launch_bounds__(kBlock)
+    moments_kernel(const Entries<A> in, int64_t rows, Moments<double>* parts, A* moments) {
   for (int64_t i = blockIdx.x; i < rows * in.parts; i += gridDim.x) {
     const int64_t row = i / in.parts * in.columns;
     Moments<double> m{};
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(kBlock) moments_kernel(const Entries<A> in, in
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) finish_moments_kernel(const Moments<double>* parts, int count, int64_t rows, A* moments) {
+__global__ void __launch_bounds__(kBlock)
+    finish_moments_kernel(const Moments<double>* parts, int count, int64_t rows, A* moments) {
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const Moments<double> m = merge_parts(parts + r * count, count);
     if (threadIdx.x == 0) write_moments(m, moments + 3 * r);
@@ -84,8 +86,8 @@ __global__ void __launch_bounds__(kBlock) finish_moments_kernel(const Moments<do
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) whiten_kernel(const Entries<A> in, const Moments<double>* parts, bool shift_mean,
-                                                        A* whitened, A* moments) {
+__global__ void __launch_bounds__(kBlock)
+    whiten_kernel(const Entries<A> in, const Moments<double>* parts, bool shift_mean, A* whitened, A* moments) {
   const Moments<double> m = share_first<kBlock>(merge_parts(parts, in.parts));
   if (blockIdx.x == 0 && threadIdx.x == 0) write_moments(m, moments);
   const double scale = whiten_scale(m.weight, biased_var(m));
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kBlock) whiten_kernel(const Entries<A> in, con
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments, GradSums* parts) {
+__global__ void __launch_bounds__(kBlock)
+    grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments, GradSums* parts) {
   const double mean = moments[1];
   GradSums sums{};
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
@@ -152,7 +155,8 @@ Tensor masked_moments_cuda(Tensor values, Tensor weights) {
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     Moments<double>* const partial = parts > 1 ? part_pointer<Moments<double>>(scratch) : nullptr;
-    launch(moments_kernel<A>, rows * parts, kBlock, entries_of<A>(values, weights, values.size(1)), rows, partial, pointer<A>(out));
+    launch(moments_kernel<A>, rows * parts, kBlock, entries_of<A>(values, weights, values.size(1)), rows, partial,
+           pointer<A>(out));
     if (partial) launch(finish_moments_kernel<A>, rows, kBlock, partial, int(parts), rows, pointer<A>(out));
   });
   return out;
@@ -171,8 +175,8 @@ std::tuple<Tensor, Tensor> masked_whiten_cuda(Tensor values, Tensor weights, boo
     Moments<double>* const partial = part_pointer<Moments<double>>(scratch);
     launch(moments_kernel<A>, parts, kBlock, in, int64_t(1), partial, nullptr);
     // One block even for no entries: the moments are still to be written.
-    launch(whiten_kernel<A>, std::max<int64_t>(1, writing_blocks(n)), kBlock, in, partial, shift_mean, pointer<A>(whitened),
-           pointer<A>(moments));
+    launch(whiten_kernel<A>, std::max<int64_t>(1, writing_blocks(n)), kBlock, in, partial, shift_mean,
+           pointer<A>(whitened), pointer<A>(moments));
   });
   return {whitened, moments};
 }

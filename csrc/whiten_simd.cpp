@@ -1,8 +1,8 @@
 // whiten_simd.cpp: the entries of whiten_cpu.cpp, a vector of them at a time, in fp64.
 // Sums      lane by lane, in an order that depends on the number of entries only
 
-#include "simd.h"
 #include "whiten_simd.h"
+#include "simd.h"
 
 namespace ppo_ext {
 namespace {
@@ -30,7 +30,8 @@ template <class A>
 PPO_INLINE Moments<double> entry_moments(const WeightedEntries<A>& in) {
   using V = vector_of<A>;
   LaneMoments<A> moments{};
-  moments.origin = first_finite(in.values, 0, in.count, [&](int64_t i) PPO_INLINE_LAMBDA { return in.weights[i] != A(0); });
+  moments.origin =
+      first_finite(in.values, 0, in.count, [&](int64_t i) PPO_INLINE_LAMBDA { return in.weights[i] != A(0); });
   for_each_vector<A>(in.count, [&](int64_t i, int n) PPO_INLINE_LAMBDA {
     const V w = load_some(in.weights + i, n), x = load_some(in.values + i, n);
     moments.add(w == Number<V>::of(0) ? Number<V>::of(0) : x, w);
@@ -64,7 +65,8 @@ PPO_INLINE GradSums entry_grad_sums(const WeightedEntries<A>& in, const A* grad,
   LaneSum sum, centred;
   for_each_vector<A>(in.count, [&](int64_t i, int n) PPO_INLINE_LAMBDA {
     const V zero = Number<V>::of(0), w = load_some(in.weights + i, n);
-    const Wide<A> g = widen(w == zero ? zero : load_some(grad + i, n)), x = widen(w == zero ? zero : load_some(in.values + i, n));
+    const Wide<A> g = widen(w == zero ? zero : load_some(grad + i, n)),
+                  x = widen(w == zero ? zero : load_some(in.values + i, n));
     for (int k = 0; k < Wide<A>::kParts; ++k) {
       sum.lanes += g.part[k];
       centred.lanes += g.part[k] * (x.part[k] - mean);
@@ -85,16 +87,16 @@ PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* gra
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(A)                                                                                       \
-  Moments<double> moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                        \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) {         \
-    fill_whitened_entries(in, m, shift_mean, out);                                                              \
-  }                                                                                                             \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                             \
-    return entry_grad_sums(in, grad, mean);                                                                     \
-  }                                                                                                             \
-  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {              \
-    fill_gradient_entries(in, grad, all, out);                                                                  \
+#define PPO_DEFINE_FOR(A)                                                                               \
+  Moments<double> moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) { \
+    fill_whitened_entries(in, m, shift_mean, out);                                                      \
+  }                                                                                                     \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                     \
+    return entry_grad_sums(in, grad, mean);                                                             \
+  }                                                                                                     \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {      \
+    fill_gradient_entries(in, grad, all, out);                                                          \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)

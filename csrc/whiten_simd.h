@@ -17,12 +17,15 @@ struct GradSums {
   double grad, centred;
 };
 
-#define PPO_DECLARE_FOR(A)                                                                                     \
-  Moments<double> moments_of(const WeightedEntries<A>& in);                                                    \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out);         \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);                             \
+#define PPO_DECLARE_FOR(A)                                                                             \
+  Moments<double> moments_of(const WeightedEntries<A>& in);                                            \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out); \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);                     \
   void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out);
-#define PPO_DECLARE(level) namespace level { PPO_DECLARE_FOR(float) PPO_DECLARE_FOR(double) }
+#define PPO_DECLARE(level)                       \
+  namespace level {                              \
+  PPO_DECLARE_FOR(float) PPO_DECLARE_FOR(double) \
+  }
 PPO_FOR_EACH_LEVEL(PPO_DECLARE)
 #undef PPO_DECLARE
 #undef PPO_DECLARE_FOR

@@ -30,8 +30,19 @@ _LAZY = {
     "SFTTrainer": "sft",
 }
 
-__all__ = ["check_labels", "full_kl", "gae", "kl_rewards", "logprobs", "logprobs_and_entropy", "masked_mean", "masked_var",
-           "masked_whiten", "ppo_loss", *_LAZY]
+__all__ = [
+    "check_labels",
+    "full_kl",
+    "gae",
+    "kl_rewards",
+    "logprobs",
+    "logprobs_and_entropy",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "ppo_loss",
+    *_LAZY,
+]
 
 
 def __getattr__(name):

@@ -8,8 +8,11 @@ import sys
 def main(argv=None):
     """Runs one command of the package and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ppo_ext", description="PPO for language models.")
-    parser.add_argument("command", choices=("info", "demo"),
-                        help="info: what is installed and whether it works; demo: SFT, reward model and PPO on a small task")
+    parser.add_argument(
+        "command",
+        choices=("info", "demo"),
+        help="info: what is installed and whether it works; demo: SFT, reward model and PPO on a small task",
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; `<command> --help` lists them")
     options = parser.parse_args(argv)
     return importlib.import_module(f"ppo_ext.{options.command}").main(options.arguments)

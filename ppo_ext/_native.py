@@ -53,15 +53,18 @@ def available(device_type):
     if device_type not in _WARNED:
         _WARNED.add(device_type)
         reason = _ERRORS.get(device_type, f"there are no compiled ops for {device_type}")
-        warnings.warn(f"ppo_ext: {reason}; its slow reference implementation runs on {device_type}. "
-                      f"To change that: {_REBUILD}; `python -m ppo_ext info` tells more.", stacklevel=3)
+        warnings.warn(
+            f"ppo_ext: {reason}; its slow reference implementation runs on {device_type}. "
+            f"To change that: {_REBUILD}; `python -m ppo_ext info` tells more.",
+            stacklevel=3,
+        )
     return False
 
 
 def define(schema):
     """Defines the operator `ppo_ext::<schema>` and returns its default overload and its qualified name."""
-    name = "ppo_ext::" + schema[:schema.index("(")]
-    torch.library.define(name, schema[schema.index("("):], tags=(torch.Tag.pt2_compliant_tag,))
+    name = "ppo_ext::" + schema[: schema.index("(")]
+    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
     return getattr(torch.ops.ppo_ext, name.split("::")[1]).default, name
 
 
@@ -70,12 +73,14 @@ def register_fake(name):
 
     Where some are on `meta` and others are not, torch runs the fake; what that returns on the CPU nobody has written.
     """
+
     def register(fake):
         def checked(*arguments):
             devices = {str(x.device) for x in arguments if isinstance(x, torch.Tensor)}
             if len(devices) > 1:
-                raise ValueError(f"{name.split('::')[1]}: the tensors must be on one device, "
-                                 f"got {' and '.join(sorted(devices))}")
+                raise ValueError(
+                    f"{name.split('::')[1]}: the tensors must be on one device, got {' and '.join(sorted(devices))}"
+                )
             return fake(*arguments)
 
         torch.library.register_fake(name)(checked)

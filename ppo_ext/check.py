@@ -125,8 +125,10 @@ def overwritable(x, read=None):
     if read is None or (read.data_ptr() == x.data_ptr() and read.stride() == x.stride()):
         return True
     read_reach = sum((size - 1) * stride for stride, size in zip(read.stride(), read.shape))
-    return not (x.data_ptr() <= read.data_ptr() + read_reach * read.element_size()
-                and read.data_ptr() <= x.data_ptr() + reach * x.element_size())
+    return not (
+        x.data_ptr() <= read.data_ptr() + read_reach * read.element_size()
+        and read.data_ptr() <= x.data_ptr() + reach * x.element_size()
+    )
 
 
 def accumulate(x):

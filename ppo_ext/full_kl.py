@@ -7,12 +7,16 @@ from . import _native, check, reference
 
 _forward, _forward_name = _native.define(
     "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature)"
-    " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)")
-_GRADIENT_ARGUMENTS = ("Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
-                       " Tensor ref_row_max, Tensor ref_log_sum, float temperature")
+    " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)"
+)
+_GRADIENT_ARGUMENTS = (
+    "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
+    " Tensor ref_row_max, Tensor ref_log_sum, float temperature"
+)
 _backward, _backward_name = _native.define(f"_full_kl_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
-    f"_full_kl_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+    f"_full_kl_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()"
+)
 
 
 @_native.register_fake(_forward_name)

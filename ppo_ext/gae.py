@@ -2,8 +2,9 @@
 
 from . import _native, check, reference
 
-_gae, _gae_name = _native.define("_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam)"
-                                 " -> (Tensor advantages, Tensor returns)")
+_gae, _gae_name = _native.define(
+    "_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam) -> (Tensor advantages, Tensor returns)"
+)
 
 
 @_native.register_fake(_gae_name)

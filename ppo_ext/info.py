@@ -17,9 +17,21 @@ import ppo_ext
 from . import _native, selftest
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
-_VARIABLES = ("PPO_EXT_", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS",
-              "OMP_NUM_THREADS", "NVCC_APPEND_FLAGS")
-_LEVELS = ("x86-64" if platform.machine() == "x86_64" else platform.machine(), "x86-64-v3", "x86-64-v4")  # csrc/levels.h
+_VARIABLES = (
+    "PPO_EXT_",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "TORCH_CUDA_ARCH_LIST",
+    "MAX_JOBS",
+    "OMP_NUM_THREADS",
+    "NVCC_APPEND_FLAGS",
+)
+_LEVELS = (
+    "x86-64" if platform.machine() == "x86_64" else platform.machine(),
+    "x86-64-v3",
+    "x86-64-v4",
+)  # csrc/levels.h
 
 
 def main(argv=None):
@@ -47,8 +59,13 @@ def collect():
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
     }
     report["cuda"] = _cuda(report["build"])
-    report["selftest"] = selftest.run([device for device, state in report["libraries"].items() if state == "loaded"
-                                       and (device == "cpu" or torch.cuda.is_available())])
+    report["selftest"] = selftest.run(
+        [
+            device
+            for device, state in report["libraries"].items()
+            if state == "loaded" and (device == "cpu" or torch.cuda.is_available())
+        ]
+    )
     report["problem"], report["fix"] = diagnose(report)
     return report
 
@@ -93,16 +110,19 @@ def _cuda(build):
     facts["driver"] = f"{driver // 1000}.{driver % 1000 // 10}"
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
-        facts["devices"].append({
-            "name": torch.cuda.get_device_name(index),
-            "capability": "{}.{}".format(*capability),
-            "covered_by": coverage(capability, build.get("sass", []), build.get("ptx", [])),
-        })
+        facts["devices"].append(
+            {
+                "name": torch.cuda.get_device_name(index),
+                "capability": "{}.{}".format(*capability),
+                "covered_by": coverage(capability, build.get("sass", []), build.get("ptx", [])),
+            }
+        )
     return facts
 
 
 def coverage(capability, sass, ptx):
     """How a GPU of this (major, minor) capability is served: "SASS x.y", "PTX x.y" (compiled on first use) or None."""
+
     def parse(arch):
         return tuple(map(int, arch.rstrip("af").split(".")))
 
@@ -137,7 +157,8 @@ def diagnose(report):
     driver, nvcc = report["cuda"]["driver"], build.get("nvcc")
     if driver and nvcc and int(driver.split(".")[0]) < int(nvcc.split(".")[0]):
         return f"kernels built by nvcc {nvcc} need a newer driver than this one for CUDA {driver}", _reinstall(
-            f"CUDA_HOME=/usr/local/cuda-{driver} PPO_EXT_CUDA=1 ")
+            f"CUDA_HOME=/usr/local/cuda-{driver} PPO_EXT_CUDA=1 "
+        )
     if bare:
         archs = " ".join(sorted({*bare, *build.get("sass", [])}))
         return f"no kernels for a GPU of capability {bare[0]}", _reinstall(f'TORCH_CUDA_ARCH_LIST="{archs}" ')
@@ -172,25 +193,34 @@ def _install_source():
 def render(report):
     """The report as lines to read."""
     build, cuda = report["build"], report["cuda"]
-    lines = [f"ppo_ext {report['ppo_ext']} ({build.get('git') or 'no git commit recorded'}) in {report['folder']}",
-             f"python {report['python']}, {report['platform']}",
-             "packages     " + ", ".join(f"{name} {version or '-'}" for name, version in report["packages"].items()),
-             ""]
+    lines = [
+        f"ppo_ext {report['ppo_ext']} ({build.get('git') or 'no git commit recorded'}) in {report['folder']}",
+        f"python {report['python']}, {report['platform']}",
+        "packages     " + ", ".join(f"{name} {version or '-'}" for name, version in report["packages"].items()),
+        "",
+    ]
     for device, state in report["libraries"].items():
         note = build.get(device, "built")
         lines.append(f"_C_{device}.so".ljust(13) + state + ("" if note == "built" else f" ({note})"))
     lines += _render_build(build)
     cpu = report["cpu"]
-    lines += [f"cpu          {'kernels for ' + cpu['level'] if cpu['level'] else 'reference'}, {cpu['threads']} threads",
-              f"cuda         torch {cuda['torch_cuda'] or 'without CUDA'}, driver {cuda['driver'] or '-'}"]
+    lines += [
+        f"cpu          {'kernels for ' + cpu['level'] if cpu['level'] else 'reference'}, {cpu['threads']} threads",
+        f"cuda         torch {cuda['torch_cuda'] or 'without CUDA'}, driver {cuda['driver'] or '-'}",
+    ]
     for device in cuda["devices"]:
-        lines.append(f"gpu          {device['name']}, capability {device['capability']}, "
-                     f"{device['covered_by'] or 'no kernels for it'}")
+        lines.append(
+            f"gpu          {device['name']}, capability {device['capability']}, "
+            f"{device['covered_by'] or 'no kernels for it'}"
+        )
     lines.append("environment  " + (", ".join(f"{k}={v}" for k, v in report["environment"].items()) or "-"))
     lines += ["", "op".ljust(32) + "cpu         cuda"]
     for name, native in report["ops"].items():
-        lines.append(name.ljust(32) + ("native" if native["cpu"] else "reference").ljust(12)
-                     + ("native" if native["cuda"] else "reference"))
+        lines.append(
+            name.ljust(32)
+            + ("native" if native["cpu"] else "reference").ljust(12)
+            + ("native" if native["cuda"] else "reference")
+        )
     for device, result in report["selftest"].items():
         lines += ["", f"self-test on {device}, largest error against the reference (passes up to {result['limit']:g})"]
         lines += [f"  {name.ljust(30)}{error:.1e}" for name, error in result["errors"].items()]
@@ -204,8 +234,10 @@ def render(report):
 def _render_build(build):
     if not build:
         return ["build        no _build_info.json: the compiled part was never built here"]
-    lines = [f"build        {build.get('date')}, torch {build.get('torch')}, stable ABI {build.get('torch_target')}, "
-             f"{build.get('cxx')}" + (", debug" if build.get("debug") else "")]
+    lines = [
+        f"build        {build.get('date')}, torch {build.get('torch')}, stable ABI {build.get('torch_target')}, "
+        f"{build.get('cxx')}" + (", debug" if build.get("debug") else "")
+    ]
     if build.get("nvcc"):
         lines.append(f"             nvcc {build['nvcc']}, SASS {' '.join(build['sass'])}, PTX {' '.join(build['ptx'])}")
     return lines

@@ -35,5 +35,7 @@ def check_labels(device=None):
         count, row, label, vocabulary = noted.tolist()
         if count:
             noted.zero_()
-            raise ValueError(f"logprobs: labels must be ids in [0, {vocabulary}), got {label} in row {row} of an earlier "
-                             f"call on {noted.device}; {count} in all since the last check")
+            raise ValueError(
+                f"logprobs: labels must be ids in [0, {vocabulary}), got {label} in row {row} of an earlier "
+                f"call on {noted.device}; {count} in all since the last check"
+            )

@@ -8,19 +8,28 @@ from .labels import note
 
 _forward, _forward_name = _native.define(
     "_logprobs(Tensor logits, Tensor labels, Tensor? mask, float temperature, bool with_entropy,"
-    " Tensor(a!)? label_note) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)")
-_GRADIENT_ARGUMENTS = ("Tensor? grad_logprobs, Tensor? grad_entropy, Tensor labels, Tensor? mask, Tensor entropy,"
-                       " Tensor row_max, Tensor log_sum, float temperature")
+    " Tensor(a!)? label_note) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+)
+_GRADIENT_ARGUMENTS = (
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor labels, Tensor? mask, Tensor entropy,"
+    " Tensor row_max, Tensor log_sum, float temperature"
+)
 _backward, _backward_name = _native.define(f"_logprobs_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
-    f"_logprobs_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+    f"_logprobs_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()"
+)
 
 
 @_native.register_fake(_forward_name)
 def _(logits, labels, mask, temperature, with_entropy, label_note):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(labels.shape, dtype=dtype)
-    return row, torch.empty_like(row) if with_entropy else row.new_empty(0), torch.empty_like(row), torch.empty_like(row)
+    return (
+        row,
+        torch.empty_like(row) if with_entropy else row.new_empty(0),
+        torch.empty_like(row),
+        torch.empty_like(row),
+    )
 
 
 @_native.register_fake(_backward_name)
@@ -50,9 +59,16 @@ class _Logprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         logits, labels, mask, entropy, row_max, log_sum = ctx.saved_tensors
-        arguments = (None if grad_logprobs is None else grad_logprobs.contiguous(),
-                     None if grad_entropy is None else grad_entropy.contiguous(),
-                     labels, mask, entropy, row_max, log_sum, ctx.temperature)
+        arguments = (
+            None if grad_logprobs is None else grad_logprobs.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            labels,
+            mask,
+            entropy,
+            row_max,
+            log_sum,
+            ctx.temperature,
+        )
         if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits):
             return _backward(logits, *arguments), *(None,) * 6
         _backward_inplace(logits, *arguments)
@@ -72,7 +88,9 @@ def _prepare(op, logits, labels, temperature, mask):
     temperature = check.temperature(op, temperature)
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
-    usual = labels.dtype == torch.int64 and labels.is_contiguous()  # a look takes less than a conversion that does nothing
+    usual = (
+        labels.dtype == torch.int64 and labels.is_contiguous()
+    )  # a look takes less than a conversion that does nothing
     return labels if usual else labels.to(torch.int64).contiguous(), temperature, mask
 
 

@@ -5,19 +5,35 @@ import torch
 from . import _native, check, reference
 
 # The order of PPOStat in csrc/ppo_loss.h.
-STAT_NAMES = ("loss/policy", "loss/value", "loss/total", "policy/approxkl", "policy/policykl", "policy/clipfrac",
-              "policy/advantages_mean", "policy/ratio_mean", "policy/skipped", "returns/mean", "returns/var",
-              "val/vpred", "val/error", "val/clipfrac", "val/mean", "val/var")
+STAT_NAMES = (
+    "loss/policy",
+    "loss/value",
+    "loss/total",
+    "policy/approxkl",
+    "policy/policykl",
+    "policy/clipfrac",
+    "policy/advantages_mean",
+    "policy/ratio_mean",
+    "policy/skipped",
+    "returns/mean",
+    "returns/var",
+    "val/vpred",
+    "val/error",
+    "val/clipfrac",
+    "val/mean",
+    "val/var",
+)
 _INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
 _STATS = len(STAT_NAMES) + 1  # the last one is the factor that the saved gradients still lack
 
 _forward, _forward_name = _native.define(
     "_ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor vpreds, Tensor values, Tensor returns,"
     " Tensor mask, float cliprange, float cliprange_value, float vf_coef, float ratio_threshold)"
-    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs, Tensor grad_vpreds)")
+    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs, Tensor grad_vpreds)"
+)
 _backward, _backward_name = _native.define(
-    "_ppo_loss_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds)"
-    " -> (Tensor, Tensor)")
+    "_ppo_loss_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds) -> (Tensor, Tensor)"
+)
 
 
 @_native.register_fake(_forward_name)
@@ -41,9 +57,13 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if grad_loss.requires_grad:  # cheaper than once_differentiable; nothing else here could need a second derivative
-            raise RuntimeError("ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
-                               "ppo_loss is differentiable once")
+        if (
+            grad_loss.requires_grad
+        ):  # cheaper than once_differentiable; nothing else here could need a second derivative
+            raise RuntimeError(
+                "ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
+                "ppo_loss is differentiable once"
+            )
         return *_backward(grad_loss, *ctx.saved), None
 
 
@@ -81,8 +101,20 @@ def _run_unprepared(tensors, mask, coefficients):
         return None
 
 
-def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
-             cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf")):
+def ppo_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    vpreds,
+    values,
+    returns,
+    mask,
+    *,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    ratio_threshold=float("inf"),
+):
     """PPO's loss on a minibatch, and TRL's statistics of it.
 
         ratio = exp(logprobs - old_logprobs)
@@ -137,8 +169,14 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
         tensors, mask = _prepare(tensors, mask)
         logprobs, _, _, vpreds, _, _ = tensors
         if not _native.available(logprobs.device.type):
-            return reference.ppo_loss(*tensors, mask, cliprange=cliprange, cliprange_value=cliprange_value,
-                                      vf_coef=vf_coef, ratio_threshold=ratio_threshold)
+            return reference.ppo_loss(
+                *tensors,
+                mask,
+                cliprange=cliprange,
+                cliprange_value=cliprange_value,
+                vf_coef=vf_coef,
+                ratio_threshold=ratio_threshold,
+            )
         outputs = _run(tensors, mask, coefficients)
     loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = outputs
     if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():

@@ -128,12 +128,25 @@ def masked_whiten(values, mask, shift_mean=True):
     return torch.where(weights != 0, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *,
-             cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf")):
+def ppo_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    vpreds,
+    values,
+    returns,
+    mask,
+    *,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    ratio_threshold=float("inf"),
+):
     counts = mask != 0
     inputs = (logprobs, old_logprobs, advantages, vpreds, values, returns)
     logprobs, old_logprobs, advantages, vpreds, values, returns = (
-        torch.where(counts, _accumulate(x), 0.0) for x in inputs)
+        torch.where(counts, _accumulate(x), 0.0) for x in inputs
+    )
     old_logprobs, advantages, values, returns = (x.detach() for x in (old_logprobs, advantages, values, returns))
 
     vpreds_clipped = torch.max(torch.min(vpreds, values + cliprange_value), values - cliprange_value)
@@ -153,17 +166,23 @@ def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, 
     pg_loss, vf_loss = torch.where(skipped, 0.0, pg_loss), torch.where(skipped, 0.0, vf_loss)
     loss = pg_loss + vf_coef * vf_loss
     stats = {
-        "loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": loss,
+        "loss/policy": pg_loss,
+        "loss/value": vf_loss,
+        "loss/total": loss,
         "policy/approxkl": 0.5 * masked_mean((logprobs - old_logprobs) ** 2, counts),
         "policy/policykl": masked_mean(old_logprobs - logprobs, counts),
         "policy/clipfrac": masked_mean((pg_losses2 > pg_losses1).to(ratio.dtype), counts),
         "policy/advantages_mean": masked_mean(advantages, counts),
-        "policy/ratio_mean": ratio_mean, "policy/skipped": skipped.to(ratio.dtype),
-        "returns/mean": masked_mean(returns, counts), "returns/var": masked_var(returns, counts),
+        "policy/ratio_mean": ratio_mean,
+        "policy/skipped": skipped.to(ratio.dtype),
+        "returns/mean": masked_mean(returns, counts),
+        "returns/var": masked_var(returns, counts),
         "val/vpred": masked_mean(vpreds, counts),
         "val/error": masked_mean((vpreds - returns) ** 2, counts),
         "val/clipfrac": masked_mean((vf_losses2 > vf_losses1).to(ratio.dtype), counts),
-        "val/mean": masked_mean(values, counts), "val/var": masked_var(values, counts),
-        "policy/advantages": advantages, "policy/ratio": torch.where(counts, ratio, 0.0),
+        "val/mean": masked_mean(values, counts),
+        "val/var": masked_var(values, counts),
+        "policy/advantages": advantages,
+        "policy/ratio": torch.where(counts, ratio, 0.0),
     }
     return loss, {name: value.detach() for name, value in stats.items()}

@@ -6,7 +6,8 @@ _PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3}  # KLPenalty in csrc/rewar
 
 _kl_rewards, _kl_rewards_name = _native.define(
     "_kl_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, int kl_penalty)"
-    " -> (Tensor rewards, Tensor non_score_rewards, Tensor kls)")
+    " -> (Tensor rewards, Tensor non_score_rewards, Tensor kls)"
+)
 
 
 @_native.register_fake(_kl_rewards_name)
@@ -50,8 +51,12 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
     if kl_penalty not in _PENALTIES:
         check.fail("kl_rewards", "kl_penalty", "be one of 'kl', 'abs', 'mse', 'full'", repr(kl_penalty))
     if (kls is None) == (kl_penalty == "full"):
-        check.fail("kl_rewards", "kls", "be given for kl_penalty 'full' and for no other",
-                   f"{'none' if kls is None else 'one'} with {kl_penalty!r}")
+        check.fail(
+            "kl_rewards",
+            "kls",
+            "be given for kl_penalty 'full' and for no other",
+            f"{'none' if kls is None else 'one'} with {kl_penalty!r}",
+        )
     like = "logprobs"  # whose shape and device the others have
     if kl_penalty == "full":
         logprobs, ref_logprobs, like = kls, kls, "kls"
@@ -67,7 +72,15 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
     mask = check.mask("kl_rewards", mask, logprobs.shape, logprobs.device, like).contiguous()
     scores, logprobs, ref_logprobs = check.same_dtype(scores.detach(), logprobs.detach(), ref_logprobs.detach())
     if not _native.available(logprobs.device.type):
-        return reference.kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_penalty=kl_penalty,
-                                    kls=None if kls is None else logprobs)
-    return _kl_rewards(scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), mask, kl_coef,
-                       _PENALTIES[kl_penalty])
+        return reference.kl_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            kl_coef=kl_coef,
+            kl_penalty=kl_penalty,
+            kls=None if kls is None else logprobs,
+        )
+    return _kl_rewards(
+        scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), mask, kl_coef, _PENALTIES[kl_penalty]
+    )

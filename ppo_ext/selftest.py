@@ -34,11 +34,17 @@ def _inputs(device):
         return torch.randn(*shape, generator=generator).to(device)
 
     return {
-        "logits": normal(B, T, V), "ref_logits": normal(B, T, V),
+        "logits": normal(B, T, V),
+        "ref_logits": normal(B, T, V),
         "labels": torch.randint(V, (B, T), generator=generator).to(device),
         "mask": (torch.arange(T) < torch.tensor([[9], [7], [1], [0]])).to(device),
-        "scores": normal(B), "logprobs": -normal(B, T).abs(), "ref_logprobs": -normal(B, T).abs(),
-        "values": normal(B, T), "rewards": normal(B, T), "advantages": normal(B, T), "vpreds": normal(B, T),
+        "scores": normal(B),
+        "logprobs": -normal(B, T).abs(),
+        "ref_logprobs": -normal(B, T).abs(),
+        "values": normal(B, T),
+        "rewards": normal(B, T),
+        "advantages": normal(B, T),
+        "vpreds": normal(B, T),
         "returns": normal(B, T),
     }
 
@@ -62,15 +68,20 @@ def _with_grad(f, *inputs):
 
 
 def _ppo_loss(ops, x):
-    return _with_grad(lambda logprobs, vpreds: ops.ppo_loss(logprobs, x["ref_logprobs"], x["advantages"], vpreds,
-                                                            x["values"], x["returns"], x["mask"])[0],
-                      x["logprobs"], x["vpreds"])
+    return _with_grad(
+        lambda logprobs, vpreds: ops.ppo_loss(
+            logprobs, x["ref_logprobs"], x["advantages"], vpreds, x["values"], x["returns"], x["mask"]
+        )[0],
+        x["logprobs"],
+        x["vpreds"],
+    )
 
 
 _CASES = {
     "logprobs": lambda ops, x: _with_grad(lambda z: ops.logprobs(z, x["labels"], mask=x["mask"]), x["logits"]),
     "logprobs_and_entropy": lambda ops, x: _with_grad(
-        lambda z: ops.logprobs_and_entropy(z, x["labels"], temperature=0.7), x["logits"]),
+        lambda z: ops.logprobs_and_entropy(z, x["labels"], temperature=0.7), x["logits"]
+    ),
     "full_kl": lambda ops, x: _with_grad(lambda z: ops.full_kl(z, x["ref_logits"], mask=x["mask"]), x["logits"]),
     "kl_rewards": lambda ops, x: ops.kl_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_coef=0.2),
     "gae": lambda ops, x: ops.gae(x["values"], x["rewards"], x["mask"], gamma=0.99),

@@ -9,9 +9,11 @@ from . import _native, check, reference
 
 _moments, _moments_name = _native.define("_masked_moments(Tensor values, Tensor weights) -> Tensor")
 _whiten, _whiten_name = _native.define(
-    "_masked_whiten(Tensor values, Tensor weights, bool shift_mean) -> (Tensor whitened, Tensor moments)")
+    "_masked_whiten(Tensor values, Tensor weights, bool shift_mean) -> (Tensor whitened, Tensor moments)"
+)
 _whiten_backward, _whiten_backward_name = _native.define(
-    "_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) -> Tensor")
+    "_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) -> Tensor"
+)
 
 
 @_native.register_fake(_moments_name)
@@ -96,8 +98,11 @@ def _rows(values, mask, axes):
     rows = torch.Size(shape).numel()
     order = kept + axes
     columns = values.numel() // rows if rows else 0
-    return (values.permute(order).reshape(rows, columns).contiguous(),
-            mask.permute(order).reshape(rows, columns).to(values.dtype).contiguous(), shape)
+    return (
+        values.permute(order).reshape(rows, columns).contiguous(),
+        mask.permute(order).reshape(rows, columns).to(values.dtype).contiguous(),
+        shape,
+    )
 
 
 def masked_mean(values, mask, axis=None):

@@ -19,9 +19,14 @@ def logits_inputs(shape, dtype, device="cpu"):
     peak = torch.where(torch.arange(labels.numel(), device=device).reshape(rows) % 2 == 0, 12.0, 0.0)
     logits.scatter_add_(-1, labels[..., None], peak[..., None])
     ref_logits = (logits + 0.3 * torch.randn_like(logits)).to(dtype)
-    return {"logits": logits.to(dtype), "ref_logits": ref_logits, "labels": labels,
-            "mask": torch.rand(rows, device=device) > 0.3,
-            "grad_logprobs": torch.randn(rows, device=device), "grad_entropy": torch.randn(rows, device=device)}
+    return {
+        "logits": logits.to(dtype),
+        "ref_logits": ref_logits,
+        "labels": labels,
+        "mask": torch.rand(rows, device=device) > 0.3,
+        "grad_logprobs": torch.randn(rows, device=device),
+        "grad_entropy": torch.randn(rows, device=device),
+    }
 
 
 def block_mask(shape, device="cpu"):
@@ -35,11 +40,20 @@ def block_mask(shape, device="cpu"):
 
 def token_inputs(shape, device="cpu", dtype=torch.float32):
     """What PPO holds per token, [B, T], and one score a sequence."""
+
     def normal(scale=1.0):
         return (scale * torch.randn(shape, device=device)).to(dtype)
 
     logprobs, values = -normal().abs() - 1.0, normal()
-    return {"mask": block_mask(shape, device), "scores": normal()[:, 0] if shape[1] else normal().sum(1),
-            "logprobs": logprobs, "ref_logprobs": logprobs + normal(0.3), "old_logprobs": logprobs + normal(0.2),
-            "values": values, "vpreds": values + normal(0.3), "returns": values + normal(0.5), "rewards": normal(0.1),
-            "advantages": normal()}
+    return {
+        "mask": block_mask(shape, device),
+        "scores": normal()[:, 0] if shape[1] else normal().sum(1),
+        "logprobs": logprobs,
+        "ref_logprobs": logprobs + normal(0.3),
+        "old_logprobs": logprobs + normal(0.2),
+        "values": values,
+        "vpreds": values + normal(0.3),
+        "returns": values + normal(0.5),
+        "rewards": normal(0.1),
+        "advantages": normal(),
+    }

@@ -51,8 +51,10 @@ def assert_within_torch_error(name, ours, torchs, exact, units=1, scale=0.0):
     unit = units * precision.eps * max(exact.abs().max().item(), scale, precision.smallest_normal) + 1e-30
     error, torch_error = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
     worst = error.flatten().argmax().item()
-    where = (f"worst at entry {worst}: ours {ours.flatten()[worst].item()!r}, torch {torchs.flatten()[worst].item()!r}, "
-             f"exact {exact.flatten()[worst].item()!r}")
+    where = (
+        f"worst at entry {worst}: ours {ours.flatten()[worst].item()!r}, torch {torchs.flatten()[worst].item()!r}, "
+        f"exact {exact.flatten()[worst].item()!r}"
+    )
     rms, torch_rms = error.square().mean().sqrt().item(), torch_error.square().mean().sqrt().item()
     assert rms <= torch_rms + unit, f"{name}: mean error {rms:.3g}, torch's {torch_rms:.3g}; {where}"
     times = 2 if name.startswith("grad") else 1

@@ -14,6 +14,7 @@ from ppo_ext import reference
 @dataclasses.dataclass(frozen=True)
 class Op:
     """`make(device)` gives inputs, a dict of tensors; `run(inputs)` all results and gradients, without a host sync."""
+
     make: Callable
     run: Callable
 
@@ -183,8 +184,11 @@ def check_against_reference(run, inputs):
 def check_rows_beyond(rows, vocabulary, element, device):
     """Of logits [1, rows, vocabulary], the rows around a flat index are what they are alone, forward and backward."""
     mask = torch.ones(1, rows, dtype=torch.bool, device=device)
-    inputs = {"logits": torch.empty((1, rows, vocabulary), dtype=torch.bfloat16, device=device).normal_(), "mask": mask,
-              "labels": torch.randint(vocabulary, (1, rows), device=device)}
+    inputs = {
+        "logits": torch.empty((1, rows, vocabulary), dtype=torch.bfloat16, device=device).normal_(),
+        "mask": mask,
+        "labels": torch.randint(vocabulary, (1, rows), device=device),
+    }
     inputs |= {name: torch.randn(1, rows, device=device) for name in ("grad_logprobs", "grad_entropy")}
     around = element // vocabulary
     mask[0, around - 2] = False

@@ -15,22 +15,51 @@ ROLES = {
     "logprobs": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG},
     "logprobs_and_entropy": {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG},
     "full_kl": {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
-    "kl_rewards": {"scores": SCORES, "logprobs": TOKENS, "ref_logprobs": TOKENS, "mask": MASK, "kl_coef": FINITE,
-                   "kl_penalty": PENALTY, "kls": TOKENS},
+    "kl_rewards": {
+        "scores": SCORES,
+        "logprobs": TOKENS,
+        "ref_logprobs": TOKENS,
+        "mask": MASK,
+        "kl_coef": FINITE,
+        "kl_penalty": PENALTY,
+        "kls": TOKENS,
+    },
     "gae": {"values": TOKENS, "rewards": TOKENS, "mask": MASK, "gamma": FINITE, "lam": FINITE},
     "masked_mean": {"values": TOKENS, "mask": WEIGHTS, "axis": AXIS},
     "masked_var": {"values": TOKENS, "mask": WEIGHTS, "unbiased": FLAG},
     "masked_whiten": {"values": TOKENS, "mask": WEIGHTS, "shift_mean": FLAG},
-    "ppo_loss": {"logprobs": TOKENS, "old_logprobs": TOKENS, "advantages": TOKENS, "vpreds": TOKENS, "values": TOKENS,
-                 "returns": TOKENS, "mask": MASK, "cliprange": NOT_NEGATIVE, "cliprange_value": NOT_NEGATIVE,
-                 "vf_coef": FINITE, "ratio_threshold": THRESHOLD},
+    "ppo_loss": {
+        "logprobs": TOKENS,
+        "old_logprobs": TOKENS,
+        "advantages": TOKENS,
+        "vpreds": TOKENS,
+        "values": TOKENS,
+        "returns": TOKENS,
+        "mask": MASK,
+        "cliprange": NOT_NEGATIVE,
+        "cliprange_value": NOT_NEGATIVE,
+        "vf_coef": FINITE,
+        "ratio_threshold": THRESHOLD,
+    },
 }
 OPS = tuple(ROLES)
-_OUTPUTS = {"logprobs_and_entropy": ("logprobs", "entropy"), "kl_rewards": ("rewards", "non_score_rewards", "kls"),
-            "gae": ("advantages", "returns"), "ppo_loss": ("loss", "stats")}
-DIFFERENTIABLE = {"logprobs": ("logits",), "logprobs_and_entropy": ("logits",), "full_kl": ("logits",), "gae": (),
-                   "kl_rewards": (), "masked_mean": ("values",), "masked_var": ("values",),
-                   "masked_whiten": ("values",), "ppo_loss": ("logprobs", "vpreds")}
+_OUTPUTS = {
+    "logprobs_and_entropy": ("logprobs", "entropy"),
+    "kl_rewards": ("rewards", "non_score_rewards", "kls"),
+    "gae": ("advantages", "returns"),
+    "ppo_loss": ("loss", "stats"),
+}
+DIFFERENTIABLE = {
+    "logprobs": ("logits",),
+    "logprobs_and_entropy": ("logits",),
+    "full_kl": ("logits",),
+    "gae": (),
+    "kl_rewards": (),
+    "masked_mean": ("values",),
+    "masked_var": ("values",),
+    "masked_whiten": ("values",),
+    "ppo_loss": ("logprobs", "vpreds"),
+}
 
 
 def valid_arguments(op, shape=(2, 3), vocabulary=7, device="cpu", dtype=torch.float32):
@@ -50,8 +79,11 @@ def run(op, arguments, grads=None, module=ppo_ext):
     # Not the leaves themselves: with inplace_backward the gradient goes where the input was.
     outputs = getattr(module, op)(**arguments | {name: leaf.view_as(leaf) for name, leaf in leaves.items()})
     outputs = dict(zip(_OUTPUTS.get(op, (op,)), outputs if isinstance(outputs, tuple) else (outputs,)))
-    incoming = {name: (grads or {}).get(name, torch.linspace(0.5, 2.0, x.numel(), device=x.device).view(x.shape))
-                for name, x in outputs.items() if name != "stats"}
+    incoming = {
+        name: (grads or {}).get(name, torch.linspace(0.5, 2.0, x.numel(), device=x.device).view(x.shape))
+        for name, x in outputs.items()
+        if name != "stats"
+    }
     outputs |= outputs.pop("stats", {})
     results = {name: x.detach() for name, x in outputs.items()}
     if leaves:

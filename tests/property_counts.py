@@ -30,23 +30,37 @@ class Recorder:
         if item is None or report.when != "call":
             return
         key = item.originalname, item.callspec.params["op"], item.callspec.params["device"]
-        self.rows.append(dict(zip(("property", "op", "device"), key)) | {
-            "examples": item.module.EXAMPLES[key], "failures": int(report.failed), "seconds": round(report.duration, 1)})
+        self.rows.append(
+            dict(zip(("property", "op", "device"), key))
+            | {
+                "examples": item.module.EXAMPLES[key],
+                "failures": int(report.failed),
+                "seconds": round(report.duration, 1),
+            }
+        )
 
 
 def render(counts):
     """One line a property."""
     stamp, rows = counts["stamp"], counts["rows"]
-    lines = [f"{sum(row['examples'] for row in rows):,} examples, {sum(row['failures'] for row in rows)} failures; "
-             f"{stamp['date']}, commit {stamp['commit']}, torch {stamp['torch']}, {stamp['device']}. Written by "
-             "`python -m tests.property_counts --save`; the rows by op are in properties.json.", "",
-             "| property | ops | examples of each op | failures | seconds |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        f"{sum(row['examples'] for row in rows):,} examples, {sum(row['failures'] for row in rows)} failures; "
+        f"{stamp['date']}, commit {stamp['commit']}, torch {stamp['torch']}, {stamp['device']}. Written by "
+        "`python -m tests.property_counts --save`; the rows by op are in properties.json.",
+        "",
+        "| property | ops | examples of each op | failures | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in dict.fromkeys(row["property"] for row in rows):
         of_property = [row for row in rows if row["property"] == name]
         examples = sorted({row["examples"] for row in of_property})
-        cells = (name.removeprefix("test_").replace("_", " "), ", ".join(dict.fromkeys(row["op"] for row in of_property)),
-                 " to ".join(f"{count:,}" for count in dict.fromkeys((examples[0], examples[-1]))),
-                 str(sum(row["failures"] for row in of_property)), f"{sum(row['seconds'] for row in of_property):.0f}")
+        cells = (
+            name.removeprefix("test_").replace("_", " "),
+            ", ".join(dict.fromkeys(row["op"] for row in of_property)),
+            " to ".join(f"{count:,}" for count in dict.fromkeys((examples[0], examples[-1]))),
+            str(sum(row["failures"] for row in of_property)),
+            f"{sum(row['seconds'] for row in of_property):.0f}",
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -31,15 +31,25 @@ class Case:
 def cases(kinds=KINDS, dtypes=FLOATS):
     """Batches of 0 to 5 sequences, or of one more than the 16 that the CPU's gae takes side by side; one in three has
     few tokens and a vocabulary around the kernels' block of 2048 or of several of them."""
+
     def of(sequences, tokens, vocabulary):
         return st.builds(
-            Case, sequences=st.sampled_from(sequences), tokens=tokens, vocabulary=vocabulary,
-            dtype=st.sampled_from(dtypes), layout=st.sampled_from(LAYOUTS), mask=st.sampled_from(MASKS),
-            density=st.sampled_from((0.0, 0.3, 0.7, 1.0)), seed=st.integers(0, 2**32 - 1),
-            kinds=st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True).map(tuple))
+            Case,
+            sequences=st.sampled_from(sequences),
+            tokens=tokens,
+            vocabulary=vocabulary,
+            dtype=st.sampled_from(dtypes),
+            layout=st.sampled_from(LAYOUTS),
+            mask=st.sampled_from(MASKS),
+            density=st.sampled_from((0.0, 0.3, 0.7, 1.0)),
+            seed=st.integers(0, 2**32 - 1),
+            kinds=st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True).map(tuple),
+        )
 
-    return st.one_of(*(of((0, 1, 2, 3, 4, 5, 17), st.integers(0, 33), st.integers(1, 600)) for _ in range(2)),
-                     of((1, 2, 3), st.integers(1, 2), st.sampled_from((2047, 2048, 2049, 4500, 6200))))
+    return st.one_of(
+        *(of((0, 1, 2, 3, 4, 5, 17), st.integers(0, 33), st.integers(1, 600)) for _ in range(2)),
+        of((1, 2, 3), st.integers(1, 2), st.sampled_from((2047, 2048, 2049, 4500, 6200))),
+    )
 
 
 def numbers(shape, case, generator, step=None):
@@ -77,7 +87,7 @@ def laid_out(x, layout):
         view = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), filler)[..., 1::2]
     else:
         n = x.shape[tokens]
-        view = x.new_full((*x.shape[:tokens], 3 * n, *x.shape[tokens + 1:]), filler).narrow(tokens, n, n)
+        view = x.new_full((*x.shape[:tokens], 3 * n, *x.shape[tokens + 1 :]), filler).narrow(tokens, n, n)
     return view.copy_(x)
 
 
@@ -89,16 +99,22 @@ def options(op, generator):
     """Numbers and flags of a call."""
     if "temperature" in ROLES[op]:
         return {"temperature": _pick(generator, 0.25, 1.0, 1.7)}
-    return {"gae": {"gamma": _pick(generator, 0.0, 0.97, 1.0), "lam": _pick(generator, 0.0, 0.9, 1.0)},
-            "kl_rewards": {"kl_coef": _pick(generator, 0.2, -1.0),
-                           "kl_penalty": _pick(generator, "kl", "abs", "mse", "full")},
-            "masked_mean": {"axis": _pick(generator, None, 0, 1, (1, 0))},
-            "masked_var": {"unbiased": _pick(generator, True, False)},
-            "masked_whiten": {"shift_mean": _pick(generator, True, False)},
-            "ppo_loss": {"cliprange": _pick(generator, 0.1, 0.2, 0.5), "cliprange_value": _pick(generator, 0.0, 0.2),
-                         "vf_coef": _pick(generator, 0.1, -1.0),
-                         "ratio_threshold": _pick(generator, 10.0, float("inf"))},
-            }[op]
+    return {
+        "gae": {"gamma": _pick(generator, 0.0, 0.97, 1.0), "lam": _pick(generator, 0.0, 0.9, 1.0)},
+        "kl_rewards": {
+            "kl_coef": _pick(generator, 0.2, -1.0),
+            "kl_penalty": _pick(generator, "kl", "abs", "mse", "full"),
+        },
+        "masked_mean": {"axis": _pick(generator, None, 0, 1, (1, 0))},
+        "masked_var": {"unbiased": _pick(generator, True, False)},
+        "masked_whiten": {"shift_mean": _pick(generator, True, False)},
+        "ppo_loss": {
+            "cliprange": _pick(generator, 0.1, 0.2, 0.5),
+            "cliprange_value": _pick(generator, 0.0, 0.2),
+            "vf_coef": _pick(generator, 0.1, -1.0),
+            "ratio_threshold": _pick(generator, 10.0, float("inf")),
+        },
+    }[op]
 
 
 def arguments(op, case, device="cpu", draw=numbers):
@@ -127,5 +143,6 @@ def arguments(op, case, device="cpu", draw=numbers):
         made["kls"] = draw(shape, case, generator)
     per_token = ("logprobs", "entropy", "full_kl", "masked_whiten")
     grads = {name: torch.randn(shape, generator=generator).to(device) for name in per_token}
-    return {name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x
-            for name, x in made.items()}, grads
+    return {
+        name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x for name, x in made.items()
+    }, grads

@@ -20,8 +20,12 @@ import ppo_ext  # noqa: E402
 
 VOCABULARIES = (1, 7, 33, 1000, 1025, 1032, 2049, 4104)  # below and above a warp's and a batch's, odd and aligned
 LAYOUTS = ("dense", "vocabulary first", "every second column", "offset by one")
-RUNS = {"logprobs": logprobs, "logprobs_and_entropy": logprobs_and_entropy, "full_kl": full_kl,
-        "full_kl in place": in_place(full_kl)}
+RUNS = {
+    "logprobs": logprobs,
+    "logprobs_and_entropy": logprobs_and_entropy,
+    "full_kl": full_kl,
+    "full_kl in place": in_place(full_kl),
+}
 # a gradient in half precision is rounded once; all else is float32 in another order of summation
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-9}
 

@@ -27,7 +27,9 @@ def measured():
 
 
 def test_no_error_has_grown(measured, kept):
-    assert info.cpu_level() in kept[0]["errors"], f"nothing is kept for {info.cpu_level()}: python -m bench.accuracy --save"
+    assert info.cpu_level() in kept[0]["errors"], (
+        f"nothing is kept for {info.cpu_level()}: python -m bench.accuracy --save"
+    )
     assert len(measured) > 300
     assert list(accuracy_pages.growth(measured, kept, info.cpu_level())) == []
 

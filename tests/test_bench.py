@@ -49,11 +49,19 @@ def _stops(inputs):
 
 def _case(implementations, **more):
     runs = {name: suite.Implementation(run) if callable(run) else run for name, run in implementations.items()}
-    return suite.Case(**{
-        "op": "double", "pass_name": "forward", "shape": (256, 64), "dtype": torch.float32,
-        "make": lambda device: {"x": torch.randn(256, 64)},
-        "reference": lambda inputs: _double(suite.in_float64(inputs)), "implementations": runs,
-        "traffic": timing.Traffic(copy=256 * 64 * 4), **more})
+    return suite.Case(
+        **{
+            "op": "double",
+            "pass_name": "forward",
+            "shape": (256, 64),
+            "dtype": torch.float32,
+            "make": lambda device: {"x": torch.randn(256, 64)},
+            "reference": lambda inputs: _double(suite.in_float64(inputs)),
+            "implementations": runs,
+            "traffic": timing.Traffic(copy=256 * 64 * 4),
+            **more,
+        }
+    )
 
 
 def _rows(**implementations):
@@ -110,8 +118,12 @@ def test_a_destroyed_input_is_private():
         return [inputs["logits"] * 2]
 
     logits = torch.ones(4, 4)
-    case = _case({"x": suite.Implementation(destroys, destroys_logits=True)}, traffic=timing.Traffic(read=64),
-                 make=lambda device: {"logits": logits}, reference=lambda inputs: [2 * inputs["logits"].double()])
+    case = _case(
+        {"x": suite.Implementation(destroys, destroys_logits=True)},
+        traffic=timing.Traffic(read=64),
+        make=lambda device: {"logits": logits},
+        reference=lambda inputs: [2 * inputs["logits"].double()],
+    )
     case.rows(CPU, seconds=0.0)
     assert seen and logits.data_ptr() not in seen
 
@@ -130,20 +142,25 @@ def _inputs():
     return {"x": torch.tensor([2.0, 3.0]), "grad_square": torch.ones(2), "grad_cube": torch.tensor([1.0, 0.0])}
 
 
-@pytest.mark.parametrize("pass_name, expected", [
-    ("forward", [[4.0, 9.0], [8.0, 27.0]]), ("backward", [[4.0 + 12.0, 6.0]]),
-    ("forward+backward", [[4.0 + 12.0, 6.0], [4.0, 9.0], [8.0, 27.0]])])
+@pytest.mark.parametrize(
+    "pass_name, expected",
+    [
+        ("forward", [[4.0, 9.0], [8.0, 27.0]]),
+        ("backward", [[4.0 + 12.0, 6.0]]),
+        ("forward+backward", [[4.0 + 12.0, 6.0], [4.0, 9.0], [8.0, 27.0]]),
+    ],
+)
 def test_what_a_pass_computes(pass_name, expected):
-    implementation = OP.implementation(pass_name, lambda x: (x ** 2, x ** 3))
+    implementation = OP.implementation(pass_name, lambda x: (x**2, x**3))
     prepared = implementation.prepare(_inputs())
     for _ in range(2):  # as often as the clock likes
         assert [x.tolist() for x in implementation.run(prepared)] == expected
-    assert [x.tolist() for x in OP.results(pass_name, _inputs(), lambda x: (x ** 2, x ** 3))] == expected
+    assert [x.tolist() for x in OP.results(pass_name, _inputs(), lambda x: (x**2, x**3))] == expected
 
 
 def test_the_backward_pass_alone_computes_nothing_forward():
     calls = []
-    implementation = OP.implementation("backward", lambda x: calls.append(1) or (x ** 2, x ** 3))
+    implementation = OP.implementation("backward", lambda x: calls.append(1) or (x**2, x**3))
     prepared = implementation.prepare(_inputs())
     implementation.run(prepared)
     assert calls == [1]
@@ -151,7 +168,7 @@ def test_the_backward_pass_alone_computes_nothing_forward():
 
 def test_without_incoming_gradients_the_first_output_is_the_loss():
     op = passes.Op(_square_and_cube, ("x",))
-    gradient, loss, statistic = op.results("forward+backward", _inputs(), lambda x: ((x ** 2).sum(), x.mean()))
+    gradient, loss, statistic = op.results("forward+backward", _inputs(), lambda x: ((x**2).sum(), x.mean()))
     assert (gradient.tolist(), loss.item(), statistic.item()) == ([4.0, 6.0], 13.0, 2.5)
 
 
@@ -176,12 +193,15 @@ def test_a_cold_call_follows_a_flush_and_a_warm_one_another_call(monkeypatch):
         assert order[2:] == expected  # the first two calls are the warm-up
 
 
-@pytest.mark.parametrize("first, second, short, expected, windows", [
-    ([1, 1, 1, 1, 1], [5, 5, 5, 5, 5], True, 1, 1),   # quiet: once
-    ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], True, 2, 2),   # disturbed: the second, which is quieter
-    ([1, 1, 3, 3, 3], [1, 1, 7, 9, 9], True, 3, 2),   # still the first, if the second is worse
-    ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], False, 9, 1),  # too long to be done again
-])
+@pytest.mark.parametrize(
+    "first, second, short, expected, windows",
+    [
+        ([1, 1, 1, 1, 1], [5, 5, 5, 5, 5], True, 1, 1),  # quiet: once
+        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], True, 2, 2),  # disturbed: the second, which is quieter
+        ([1, 1, 3, 3, 3], [1, 1, 7, 9, 9], True, 3, 2),  # still the first, if the second is worse
+        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], False, 9, 1),  # too long to be done again
+    ],
+)
 def test_what_is_short_and_disturbed_is_timed_once_more(monkeypatch, first, second, short, expected, windows):
     samples = iter(first + second)
     monkeypatch.setattr(timing, "_sampler", lambda *_: lambda name: next(samples))
@@ -195,11 +215,18 @@ def test_a_flush_writes_more_than_the_last_cache_holds(monkeypatch):
     assert timing.flusher(CPU)().nbytes == 2000
 
 
-@pytest.mark.parametrize("kind, target, nbytes, capturable, expected", [
-    ("speed", CPU, 999, True, [("warm", "eager"), ("cold", "eager")]), ("speed", CPU, 1001, True, [("warm", "eager")]),
-    ("sweep V", CPU, 1, True, [("warm", "eager")]), ("overhead", CPU, 1, False, [("warm", "host")]),
-    ("speed", CUDA, 1, True, [("cold", "eager"), ("cold", "graph")]), ("speed", CUDA, 1, False, [("cold", "eager")]),
-    ("overhead", CUDA, 1, False, [("warm", "host")])])
+@pytest.mark.parametrize(
+    "kind, target, nbytes, capturable, expected",
+    [
+        ("speed", CPU, 999, True, [("warm", "eager"), ("cold", "eager")]),
+        ("speed", CPU, 1001, True, [("warm", "eager")]),
+        ("sweep V", CPU, 1, True, [("warm", "eager")]),
+        ("overhead", CPU, 1, False, [("warm", "host")]),
+        ("speed", CUDA, 1, True, [("cold", "eager"), ("cold", "graph")]),
+        ("speed", CUDA, 1, False, [("cold", "eager")]),
+        ("overhead", CUDA, 1, False, [("warm", "host")]),
+    ],
+)
 def test_in_which_settings_a_case_is_timed(monkeypatch, kind, target, nbytes, capturable, expected):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     case = _case({}, kind=kind, traffic=timing.Traffic(read=nbytes), capturable=capturable)
@@ -235,11 +262,16 @@ def no_cuda(monkeypatch):
     was called, in order."""
     monkeypatch.setattr(Event, "log", [])
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = {"Event": Event, "CUDAGraph": Graph, "Stream": lambda device: stream,
-                 "current_stream": lambda device: stream, "graph_pool_handle": lambda: "pool",
-                 "synchronize": lambda device: Event.log.append("synchronize"),
-                 "stream": lambda stream: contextlib.nullcontext(),
-                 "graph": lambda graph, pool: contextlib.nullcontext(Event.log.append(f"capture in {pool}"))}
+    stand_ins = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "graph_pool_handle": lambda: "pool",
+        "synchronize": lambda device: Event.log.append("synchronize"),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph, pool: contextlib.nullcontext(Event.log.append(f"capture in {pool}")),
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(timing, "flusher", lambda device: lambda: Event.log.append("flush"))
@@ -251,11 +283,13 @@ def no_cuda(monkeypatch):
 
 def test_on_cuda_the_host_waits_for_the_flush_but_a_graph_does_not(no_cuda):
     call = lambda: no_cuda.append("call")  # noqa: E731
-    for mode, sample in (("eager", ["flush", "synchronize", "record", "call", "record"]),
-                         ("graph", ["flush", "record", "call", "record"])):
+    for mode, sample in (
+        ("eager", ["flush", "synchronize", "record", "call", "record"]),
+        ("graph", ["flush", "record", "call", "record"]),
+    ):
         no_cuda.clear()
         timings = timing.measure({"a": call}, CUDA, setting=timing.Setting("cold", mode), seconds=0.0)
-        assert no_cuda[-len(sample):] == sample and timings["a"].p50_ms == 1.0
+        assert no_cuda[-len(sample) :] == sample and timings["a"].p50_ms == 1.0
 
 
 def test_on_cuda_host_time_ends_when_the_call_returns(no_cuda):
@@ -271,11 +305,19 @@ def test_on_cuda_a_case_has_eager_rows_and_rows_of_graphs(no_cuda):
         return _double(inputs)
 
     measured = _case({"right": _double, "synchronizes": synchronizes, "absent": "not installed"}, capturable=True).rows(
-        CUDA, seconds=0.0)
+        CUDA, seconds=0.0
+    )
     table = {(row["implementation"], row["mode"]): row for row in measured}
     assert {key for key, row in table.items() if row.get("p50_ms")} == {
-        ("right", "eager"), ("synchronizes", "eager"), (suite.FLOOR, "eager"), ("right", "graph"), (suite.FLOOR, "graph")}
-    assert table["synchronizes", "graph"]["note"].startswith("no CUDA graph holds it: RuntimeError: operation not permitted")
+        ("right", "eager"),
+        ("synchronizes", "eager"),
+        (suite.FLOOR, "eager"),
+        ("right", "graph"),
+        (suite.FLOOR, "graph"),
+    }
+    assert table["synchronizes", "graph"]["note"].startswith(
+        "no CUDA graph holds it: RuntimeError: operation not permitted"
+    )
     assert [row["shown"] for row in measured] == [row["mode"] == "eager" for row in measured]
     assert ("absent", "graph") not in table and "replay" in no_cuda
 
@@ -322,7 +364,9 @@ def test_peak_memory_is_in_buffers_and_of_the_right_ones_alone(monkeypatch):
 
 
 def test_a_stopped_run_leaves_what_it_has_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_gae, "suite", lambda device, full: [_case({suite.OURS: _double}), _case({"late": _stops})])
+    monkeypatch.setattr(
+        bench_gae, "suite", lambda device, full: [_case({suite.OURS: _double}), _case({"late": _stops})]
+    )
     with pytest.raises(KeyboardInterrupt):
         command.main(["--only", "gae", "--device", "cpu", "--seconds", "0", "--save", str(tmp_path)])
     [saved] = rows.load(tmp_path).values()

@@ -7,11 +7,36 @@ from bench.bench_overhead import OPERATOR
 
 
 def _row(implementation, ms, **more):
-    return {"kind": "speed", "op": "gae", "pass": "forward", "shape": [2, 3], "dtype": "float32", "shown": True,
-            "implementation": implementation, "version": "", "backend": "native", "cache": "warm", "mode": "eager",
-            "device": "Some CPU", "device_type": "cpu", "torch": "2.13", "threads": 2, "commit": "abc", "date": "2026",
-            "selected": True, "bytes": 100, "error": 1e-7, "note": "", "p20_ms": ms, "p50_ms": ms, "p80_ms": ms,
-            "rounds": 5, "gb_per_s": 1.0, "share_of_floor": 1.0 / ms, **more}
+    return {
+        "kind": "speed",
+        "op": "gae",
+        "pass": "forward",
+        "shape": [2, 3],
+        "dtype": "float32",
+        "shown": True,
+        "implementation": implementation,
+        "version": "",
+        "backend": "native",
+        "cache": "warm",
+        "mode": "eager",
+        "device": "Some CPU",
+        "device_type": "cpu",
+        "torch": "2.13",
+        "threads": 2,
+        "commit": "abc",
+        "date": "2026",
+        "selected": True,
+        "bytes": 100,
+        "error": 1e-7,
+        "note": "",
+        "p20_ms": ms,
+        "p50_ms": ms,
+        "p80_ms": ms,
+        "rounds": 5,
+        "gb_per_s": 1.0,
+        "share_of_floor": 1.0 / ms,
+        **more,
+    }
 
 
 def _reason(implementation, note, **more):
@@ -20,15 +45,25 @@ def _reason(implementation, note, **more):
 
 
 def _some_rows():
-    return [_row(suite.OURS, 4.0), _row("TRL 0.11.4", 2.0, version="0.11.4"), _row("fast", 1.6), _row(suite.FLOOR, 1.0),
-            _reason("QuACK", "runs on a GPU only"), _reason("bad", "WRONG: relative error 2 against float64, not timed"),
-            _row(suite.OURS, 8.0, cache="cold", shown=False)]
+    return [
+        _row(suite.OURS, 4.0),
+        _row("TRL 0.11.4", 2.0, version="0.11.4"),
+        _row("fast", 1.6),
+        _row(suite.FLOOR, 1.0),
+        _reason("QuACK", "runs on a GPU only"),
+        _reason("bad", "WRONG: relative error 2 against float64, not timed"),
+        _row(suite.OURS, 8.0, cache="cold", shown=False),
+    ]
 
 
 def _sweep(letter, implementation, points):
     position = 0 if letter == "N" else 1
-    return [_row(implementation, ms, kind=f"sweep {letter}", selected=False,
-                 shape=[size, 7] if position == 0 else [7, size]) for size, ms in points]
+    return [
+        _row(
+            implementation, ms, kind=f"sweep {letter}", selected=False, shape=[size, 7] if position == 0 else [7, size]
+        )
+        for size, ms in points
+    ]
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -61,7 +96,7 @@ def test_one_folder_for_each_device_and_number_of_threads():
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_the_exponent_of_a_power_law_is_found(power):
     sizes = [1, 10, 100, 1000, 10000]
-    assert fit.exponent(sizes, [3.0 * size ** power for size in sizes]) == pytest.approx(power)
+    assert fit.exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power)
 
 
 def test_the_constant_cost_of_a_call_is_left_out_of_the_exponent():
@@ -80,7 +115,10 @@ def test_a_sweep_says_how_the_cost_grows(letter):
     sweep = _sweep(letter, suite.OURS, [(8, 1.0), (80, 10.0), (800, 100.0)])
     sweep += _sweep(letter, "TRL 0.11.4", [(800, 6400.0), (8, 0.64), (80, 64.0)])
     assert rows.curves(sweep, letter)["TRL 0.11.4"] == [(8, 0.64), (80, 64.0), (800, 6400.0)]
-    assert table.exponent_line(sweep, letter) == f"Cost grows with {letter} to the power of: ppo_ext 1.00; TRL 0.11.4 2.00."
+    assert (
+        table.exponent_line(sweep, letter)
+        == f"Cost grows with {letter} to the power of: ppo_ext 1.00; TRL 0.11.4 2.00."
+    )
     assert table.exponent_line(_some_rows(), letter) == ""
 
 
@@ -95,8 +133,10 @@ def test_a_sweep_on_cuda_shows_what_the_device_takes():
 
 def test_the_printed_table_has_every_kind_of_row():
     text = table.text(_some_rows())
-    ours, trl, wrong = (next(line for line in text.splitlines() if line.strip().startswith(name))
-                        for name in ("ppo_ext", "TRL 0.11.4", "bad"))
+    ours, trl, wrong = (
+        next(line for line in text.splitlines() if line.strip().startswith(name))
+        for name in ("ppo_ext", "TRL 0.11.4", "bad")
+    )
     assert ours.split()[1:] == ["4", "ms", "4", "ms", "-", "4", "ms", "25", "%", "cold", "8", "ms", "1.0e-07"]
     assert "0.5x" in trl and "50 %" in trl and "WRONG" in wrong
     assert "not timed: QuACK (gae): runs on a GPU only" in text and "versions: TRL 0.11.4 0.11.4" in text
@@ -104,10 +144,20 @@ def test_the_printed_table_has_every_kind_of_row():
 
 def test_what_a_call_costs_stands_beside_its_goal():
     of = {"kind": "overhead", "op": "ppo_loss", "shape": [8, 128]}
-    lines = list(table.overhead_lines([_row(suite.OURS, 0.0261, **of), _row(OPERATOR, 0.011, **of),
-                                       _row("TRL 0.11.4", 0.3, **of), _row(suite.OURS, 0.02, **{**of, "op": "gae"})]))
-    assert lines == [("ppo_loss", "forward", "8x128", "26.1", "11", "300", "25, missed"),
-                     ("gae", "forward", "8x128", "20", "", "", "")]
+    lines = list(
+        table.overhead_lines(
+            [
+                _row(suite.OURS, 0.0261, **of),
+                _row(OPERATOR, 0.011, **of),
+                _row("TRL 0.11.4", 0.3, **of),
+                _row(suite.OURS, 0.02, **{**of, "op": "gae"}),
+            ]
+        )
+    )
+    assert lines == [
+        ("ppo_loss", "forward", "8x128", "26.1", "11", "300", "25, missed"),
+        ("gae", "forward", "8x128", "20", "", "", ""),
+    ]
 
 
 @pytest.mark.parametrize("ms, text", [(1234.5, "1234 ms"), (1.2345, "1.23 ms"), (0.0421, "42.1 us"), (None, "")])
@@ -143,7 +193,9 @@ def test_rendering_is_deterministic_and_shows_losses(tmp_path):
     assert pages[0] == pages[1]
     assert {name for name in pages[0] if name.endswith(".png")} == {"speedup.png", "memory.png", "growth-T.png"}
     page = (tmp_path / "first/some-cpu-2-threads/README.md").read_text()
-    assert "![growth-T.png](growth-T.png)" in page and "| QuACK | gae | runs on a GPU only |" in page and "WRONG" in page
+    assert (
+        "![growth-T.png](growth-T.png)" in page and "| QuACK | gae | runs on a GPU only |" in page and "WRONG" in page
+    )
 
 
 def test_the_share_of_the_floor_has_a_plot_of_its_own(tmp_path):
@@ -157,8 +209,15 @@ def test_a_gpu_stands_apart_with_its_device_time(tmp_path):
     pytest.importorskip("matplotlib")
     of = {"device": "NVIDIA H100", "device_type": "cuda", "cache": "cold"}
     graph = {**of, "mode": "graph", "shown": False}
-    rows.save([_row(suite.OURS, 0.5, **of), _row(suite.FLOOR, 0.1, **of), _row(suite.OURS, 0.2, **graph),
-               _row(suite.FLOOR, 0.1, **graph)], tmp_path)
+    rows.save(
+        [
+            _row(suite.OURS, 0.5, **of),
+            _row(suite.FLOOR, 0.1, **of),
+            _row(suite.OURS, 0.2, **graph),
+            _row(suite.FLOOR, 0.1, **graph),
+        ],
+        tmp_path,
+    )
     gpu = _readme_after(tmp_path, tmp_path / "README.md").partition("**GPU**")[2]
     assert "| ours | device | of the floor |" in gpu and "| 0.5 ms | 0.2 ms | 500 % |" in gpu
     assert "**CPU**: No CPU has been measured yet" in _readme_after(tmp_path, tmp_path / "README.md")

@@ -42,8 +42,19 @@ def tiny_shapes(monkeypatch):
         monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
 
 
-MODULES = (bench_logprobs, bench_full_kl, bench_gae, bench_rewards, bench_whiten, bench_ppo_loss, bench_loss_head,
-           bench_linear_logprobs, bench_overhead, bench_sweeps, bench_step)
+MODULES = (
+    bench_logprobs,
+    bench_full_kl,
+    bench_gae,
+    bench_rewards,
+    bench_whiten,
+    bench_ppo_loss,
+    bench_loss_head,
+    bench_linear_logprobs,
+    bench_overhead,
+    bench_sweeps,
+    bench_step,
+)
 of_every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split("_", 1)[1])
 
 
@@ -73,6 +84,7 @@ def test_a_flipped_sign_of_ours_is_refused(module, tiny_shapes):
         inputs, ours = case.make(CPU), case.implementations[suite.OURS]
         expected = case.select(inputs, case.reference(inputs))
         for i in (i for i, right in enumerate(expected) if right.any()):
+
             def flipped(inputs, i=i, run=ours.run):
                 return [-x if k == i else x for k, x in enumerate(run(inputs))]
 
@@ -113,16 +125,23 @@ def _found(monkeypatch, load, pass_name="forward", **more):
     return implementations("double", OP, pass_name, CPU, **more)
 
 
-@pytest.mark.parametrize("load, reason", [
-    (_missing, "needs no_such_module, which is not installed; pip install somebody brings it"),
-    (_unavailable, "it needs a Tuesday"), (_broken, "cannot be imported, OSError: undefined symbol"),
-    (lambda device: {}, "runs on a GPU only, as far as double goes")])
+@pytest.mark.parametrize(
+    "load, reason",
+    [
+        (_missing, "needs no_such_module, which is not installed; pip install somebody brings it"),
+        (_unavailable, "it needs a Tuesday"),
+        (_broken, "cannot be imported, OSError: undefined symbol"),
+        (lambda device: {}, "runs on a GPU only, as far as double goes"),
+    ],
+)
 def test_a_peer_that_cannot_run_is_a_row_that_says_why(monkeypatch, load, reason):
     assert _found(monkeypatch, load) == {"somebody": reason}
 
 
 def test_an_offer_becomes_an_implementation(monkeypatch):
-    implementation = _found(monkeypatch, lambda device: {"double": {"somebody, twice": Offer(_double)}})["somebody, twice"]
+    implementation = _found(monkeypatch, lambda device: {"double": {"somebody, twice": Offer(_double)}})[
+        "somebody, twice"
+    ]
     assert implementation.version == "1.2" and implementation.run({"x": torch.ones(2)})[0].tolist() == [2.0, 2.0]
 
 
@@ -133,8 +152,12 @@ def test_a_pass_that_cannot_be_timed_says_why(monkeypatch):
 
 
 def test_some_offers_are_for_low_precision_or_worth_their_compilation_only(monkeypatch):
-    load = lambda device: {"double": {"low": Offer(_double, low_precision=True),  # noqa: E731
-                                      "compiled": Offer(_double, compiled=True)}}
+    load = lambda device: {
+        "double": {
+            "low": Offer(_double, low_precision=True),  # noqa: E731
+            "compiled": Offer(_double, compiled=True),
+        }
+    }
     assert set(_found(monkeypatch, load, dtype=torch.float32)) == {"compiled"}
     assert set(_found(monkeypatch, load, dtype=torch.bfloat16)) == {"low", "compiled"}
     assert set(_found(monkeypatch, load, dtype=torch.bfloat16, with_compiled=False)) == {"low"}
@@ -169,7 +192,9 @@ def test_without_trl_the_rows_say_so(monkeypatch):
 def wheel_folder(tmp_path, monkeypatch):
     """Two releases of one package as wheels, and what they would do to sys.modules undone."""
     monkeypatch.setattr(wheels, "FOLDER", tmp_path)
-    monkeypatch.setattr(wheels, "WHEELS", {"old": "dummy-package==1.0", "new": "dummy-package==2.0", "absent": "nobody==3"})
+    monkeypatch.setattr(
+        wheels, "WHEELS", {"old": "dummy-package==1.0", "new": "dummy-package==2.0", "absent": "nobody==3"}
+    )
     for release in ("1.0", "2.0"):
         with zipfile.ZipFile(tmp_path / f"dummy_package-{release}-py3-none-any.whl", "w") as archive:
             archive.writestr("dummy/__init__.py", "raise ImportError('needs everything')")
@@ -202,8 +227,11 @@ def test_a_wheel_that_is_not_here_names_the_command(wheel_folder):
 
 def test_a_download_that_fails_is_no_error(wheel_folder, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(wheels.subprocess, "run", lambda command: asked.append(command[-1]) or wheels.types.SimpleNamespace(
-        returncode=1))
+    monkeypatch.setattr(
+        wheels.subprocess,
+        "run",
+        lambda command: asked.append(command[-1]) or wheels.types.SimpleNamespace(returncode=1),
+    )
     assert wheels.download() == asked == ["nobody==3"]  # what is here already is not fetched again
 
 
@@ -226,7 +254,9 @@ def _plus_one(x):
 
 
 def test_an_excerpt_runs_the_statements_between_two():
-    cut = excerpt.excerpt(Trainer.train, "double = 2", "total += ", inputs=("batch", "total"), outputs=("total", "triple"))
+    cut = excerpt.excerpt(
+        Trainer.train, "double = 2", "total += ", inputs=("batch", "total"), outputs=("total", "triple")
+    )
     assert cut(10, 100) == (151, 30)
 
 

@@ -19,9 +19,12 @@ TESTS = build.HERE.parent
 SELECTION = "not ids_outside_the_vocabulary and not equals_trl"
 OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
 HOSTILE_TESTS = [f"test_{name}.py" for name in ("hostile_values", "hostile_operators", "properties")]
-RUNS = {"ops, seed 0": (0, OP_TESTS), "ops, seed 1": (1, OP_TESTS),
-        "hostile inputs, random inputs": (3, HOSTILE_TESTS),
-        "bounds and sizes": (2, ["test_large.py", "cuda_on_host/only_on_host.py"])}
+RUNS = {
+    "ops, seed 0": (0, OP_TESTS),
+    "ops, seed 1": (1, OP_TESTS),
+    "hostile inputs, random inputs": (3, HOSTILE_TESTS),
+    "bounds and sizes": (2, ["test_large.py", "cuda_on_host/only_on_host.py"]),
+}
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -53,14 +56,35 @@ def package(tmp_path_factory):
 
 
 def run(package, *arguments, seed):
-    return subprocess.run([sys.executable, *arguments], env=build.environment(package, seed), cwd=package,
-                          capture_output=True, text=True, timeout=1800)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=build.environment(package, seed),
+        cwd=package,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
 
 
 def run_tests(package, names, seed, selection=SELECTION):
     files = [str(TESTS / name) for name in names]
-    return run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--rootdir", str(TESTS),
-               "-c", os.devnull, "-k", selection, *files, seed=seed)
+    return run(
+        package,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "--rootdir",
+        str(TESTS),
+        "-c",
+        os.devnull,
+        "-k",
+        selection,
+        *files,
+        seed=seed,
+    )
 
 
 @pytest.fixture(scope="module")

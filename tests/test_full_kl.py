@@ -43,7 +43,8 @@ def test_gradcheck_float64(device):
     inputs = logits_inputs((2, 3, 9), torch.float64, device)
     logits = inputs["logits"].requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: ppo_ext.full_kl(x, inputs["ref_logits"], mask=inputs["mask"], temperature=1.3), logits)
+        lambda x: ppo_ext.full_kl(x, inputs["ref_logits"], mask=inputs["mask"], temperature=1.3), logits
+    )
 
 
 def test_opcheck(device):
@@ -83,8 +84,11 @@ def test_views_give_the_same_bits(device, dtype, V):
     def shifted(x):
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
-    for views in ((wide[..., 1::2], ref_logits.transpose(0, 1).contiguous().transpose(0, 1)),
-                  (shifted(logits), ref_logits), (logits, shifted(ref_logits))):
+    for views in (
+        (wide[..., 1::2], ref_logits.transpose(0, 1).contiguous().transpose(0, 1)),
+        (shifted(logits), ref_logits),
+        (logits, shifted(ref_logits)),
+    ):
         for part, a, b in zip(("full_kl", "grad"), run(inputs, *views), expected):
             assert_same_bits(part, a, b)
 
@@ -185,16 +189,31 @@ def test_rejects_bad_arguments(device):
     inputs = logits_inputs((2, 3, 7), torch.float32, device)
     logits, ref_logits = inputs["logits"], inputs["ref_logits"]
     cases = [
-        (TypeError, r"full_kl: logits must be float32, bfloat16, float16 or float64, got torch.int64",
-         (logits.long(), ref_logits)),
-        (TypeError, r"full_kl: ref_logits must have the dtype torch.float32 of logits, got torch.bfloat16",
-         (logits, ref_logits.bfloat16())),
-        (ValueError, r"full_kl: ref_logits must have the shape \[2, 3, 7\] of logits, got \[2, 3, 6\]",
-         (logits, ref_logits[..., :6])),
-        (ValueError, r"full_kl: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
-         (logits[..., :0], ref_logits)),
-        (ValueError, r"full_kl: ref_logits must be on the device .* of logits, got meta",
-         (logits, ref_logits.to("meta"))),
+        (
+            TypeError,
+            r"full_kl: logits must be float32, bfloat16, float16 or float64, got torch.int64",
+            (logits.long(), ref_logits),
+        ),
+        (
+            TypeError,
+            r"full_kl: ref_logits must have the dtype torch.float32 of logits, got torch.bfloat16",
+            (logits, ref_logits.bfloat16()),
+        ),
+        (
+            ValueError,
+            r"full_kl: ref_logits must have the shape \[2, 3, 7\] of logits, got \[2, 3, 6\]",
+            (logits, ref_logits[..., :6]),
+        ),
+        (
+            ValueError,
+            r"full_kl: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
+            (logits[..., :0], ref_logits),
+        ),
+        (
+            ValueError,
+            r"full_kl: ref_logits must be on the device .* of logits, got meta",
+            (logits, ref_logits.to("meta")),
+        ),
     ]
     for kind, text, arguments in cases:
         with pytest.raises(kind, match=text):

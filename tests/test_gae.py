@@ -51,7 +51,9 @@ def test_holes_are_as_if_deleted(device):
         assert (a[:, ~kept] == 0).all()
 
 
-@pytest.mark.parametrize("T, hole", [(500, (100, 300)), (3500, (900, 2100))])  # tiles of a warp: 128 tokens, a block: 1024
+@pytest.mark.parametrize(
+    "T, hole", [(500, (100, 300)), (3500, (900, 2100))]
+)  # tiles of a warp: 128 tokens, a block: 1024
 def test_a_hole_longer_than_a_tile(device, T, hole):
     inputs = token_inputs((3, T), device)
     inputs["mask"] = torch.ones(3, T, dtype=torch.int64, device=device)
@@ -75,8 +77,10 @@ def test_masked_tokens_do_not_matter(device):
 
 def test_without_a_mask_all_tokens_count(device):
     inputs = token_inputs((3, 50), device)
-    for a, b in zip(ppo_ext.gae(inputs["values"], inputs["rewards"]),
-                    ppo_ext.gae(inputs["values"], inputs["rewards"], torch.ones(3, 50, device=device))):
+    for a, b in zip(
+        ppo_ext.gae(inputs["values"], inputs["rewards"]),
+        ppo_ext.gae(inputs["values"], inputs["rewards"], torch.ones(3, 50, device=device)),
+    ):
         assert_same_bits("mask", a, b)
 
 

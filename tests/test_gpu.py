@@ -88,7 +88,9 @@ def test_rows_are_what_they_are_alone(device):
 @on_gpu
 def test_large_input_of_more_than_2_to_the_31_elements():
     if torch.cuda.mem_get_info(GPU)[0] < LARGE_BYTES:
-        pytest.skip(f"needs {LARGE_BYTES >> 30} GiB of GPU memory, {torch.cuda.mem_get_info(GPU)[0] >> 30} GiB are free")
+        pytest.skip(
+            f"needs {LARGE_BYTES >> 30} GiB of GPU memory, {torch.cuda.mem_get_info(GPU)[0] >> 30} GiB are free"
+        )
     rows = 16384
     assert rows * QWEN > 2**31
     check_rows_beyond(rows, QWEN, 2**31, GPU)

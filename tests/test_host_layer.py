@@ -120,7 +120,9 @@ def test_vector_accesses_are_counted(layer):
 
 # ---- what is an error -----------------------------------------------------------------------------------------------
 
-UNORDERED = "a (load|store) of 4 bytes of {} memory must be separated by a barrier from the (load|store) of {}, got none"
+UNORDERED = (
+    "a (load|store) of 4 bytes of {} memory must be separated by a barrier from the (load|store) of {}, got none"
+)
 IN_SHARED = UNORDERED.format("shared", r"thread \d+")
 SAME_CALL = "all lanes of a mask must make the same call, got "
 WRONG = {  # name: options, what the error says
@@ -132,32 +134,46 @@ WRONG = {  # name: options, what the error says
     "reads_the_block_before": ({"blocks": 4, "threads": 1}, UNORDERED.format("global", "another block")),
     "barrier_for_some": (
         {"n": 5},
-        r"every thread must reach the __syncthreads at wrong.cu:\d+, got 63 of 64 there, while thread 5 has ended"),
+        r"every thread must reach the __syncthreads at wrong.cu:\d+, got 63 of 64 there, while thread 5 has ended",
+    ),
     "two_barriers_at_once": (
-        {"n": 5}, r"every thread must reach the same __syncthreads, got wrong.cu:\d+ and wrong.cu:\d+"),
+        {"n": 5},
+        r"every thread must reach the same __syncthreads, got wrong.cu:\d+ and wrong.cu:\d+",
+    ),
     "mask_without_the_caller": (
-        {}, r"the mask must name lane (1[6-9]|2\d|3[01]), which calls, got __shfl_down_sync \(wrong.cu:\d+\) with mask "
-            "0x0000ffff"),
+        {},
+        r"the mask must name lane (1[6-9]|2\d|3[01]), which calls, got __shfl_down_sync \(wrong.cu:\d+\) with mask "
+        "0x0000ffff",
+    ),
     "shuffle_for_some": (
-        {"n": 5}, r"every lane that the mask names must make the call, got __shfl_down_sync \(wrong.cu:\d+\) with mask "
-                  "0xffffffff in lanes 0xffffffdf only"),
+        {"n": 5},
+        r"every lane that the mask names must make the call, got __shfl_down_sync \(wrong.cu:\d+\) with mask "
+        "0xffffffff in lanes 0xffffffdf only",
+    ),
     "source_outside_the_mask": (
-        {}, "lane 15 must read from a lane that the mask names, got lane 16 in __shfl_down_sync"),
+        {},
+        "lane 15 must read from a lane that the mask names, got lane 16 in __shfl_down_sync",
+    ),
     "different_calls": ({"n": 5}, SAME_CALL + "__a(ll|ny)_sync .* and __a(ll|ny)_sync"),
     "different_masks": ({}, SAME_CALL + "__any_sync .* mask 0xfffffff[ef] .* mask 0xfffffff[ef]"),
     "different_lines": ({"n": 5}, SAME_CALL + r"__any_sync \(wrong.cu:\d+\)"),
-    "too_much_shared": (
-        {"threads": 1, "n": 49156}, "the bytes of shared memory must be between 1 and 49152, got 4915"),
+    "too_much_shared": ({"threads": 1, "n": 49156}, "the bytes of shared memory must be between 1 and 49152, got 4915"),
     "beyond_shared": ({"threads": 1, "n": 4}, r"an index must be within its array, got 4 \(wrong.cu:\d+\)"),
     "beyond_local": (
-        {"threads": 1}, r"a load of a 'int' must be within its variable, got one beyond it \(wrong.cu:\d+\)"),
+        {"threads": 1},
+        r"a load of a 'int' must be within its variable, got one beyond it \(wrong.cu:\d+\)",
+    ),
     "divides_by": ({"threads": 1, "n": 0}, "a quotient must fit into its integer type"),
     "shifts_by": ({"threads": 1, "n": 32}, "a shift must be by less than the bits of its type"),
     "casts": ({"threads": 1, "n": 2**30}, "a number must fit into the integer type it is cast to"),
 }
-OVERFLOWS = {"adds_one": (2**31 - 1, "a sum must fit"), "subtracts_one": (-2**31, "a difference must fit"),
-             "doubles": (2**30, "a product must fit"), "negates": (-2**31, "a negated number must fit"),
-             "reads_bool": (7, "a bool must be 0 or 1")}
+OVERFLOWS = {
+    "adds_one": (2**31 - 1, "a sum must fit"),
+    "subtracts_one": (-(2**31), "a difference must fit"),
+    "doubles": (2**30, "a product must fit"),
+    "negates": (-(2**31), "a negated number must fit"),
+    "reads_bool": (7, "a bool must be 0 or 1"),
+}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -189,8 +205,10 @@ def test_overflow_is_an_error(layer, name):
 @pytest.mark.parametrize("offset", (1, 2, 3))
 def test_vector_accesses_must_be_aligned(layer, offset):
     data = torch.zeros(1024, dtype=torch.int32)[offset:]
-    text = (r"a use of a 'const struct Pack' must be at a multiple of 16 bytes, got an address with remainder "
-            rf"{4 * offset} \(load.cuh:\d+\)")
+    text = (
+        r"a use of a 'const struct Pack' must be at a multiple of 16 bytes, got an address with remainder "
+        rf"{4 * offset} \(load.cuh:\d+\)"
+    )
     with pytest.raises(layer.KernelError, match=text):
         launch(layer, "copy_packs", n=64, data=data)
 
@@ -200,8 +218,11 @@ def test_without_a_barrier_the_order_shows(layer, name):
     """What the order alone does to the results, were the unordered accesses not errors themselves."""
     layer.set_races(False)
     results = [data[:128].tolist() for data in by_seed(layer, name)]
-    right = {"no_barrier": [(t + 32) % 64 for t in range(64)] + [0] * 64, "no_second_barrier": [0] * 64 + [1] * 64,
-             "no_syncwarp": [t ^ 1 for t in range(64)] + [0] * 64}[name]
+    right = {
+        "no_barrier": [(t + 32) % 64 for t in range(64)] + [0] * 64,
+        "no_second_barrier": [0] * 64 + [1] * 64,
+        "no_syncwarp": [t ^ 1 for t in range(64)] + [0] * 64,
+    }[name]
     assert all(result != right for result in results)
 
 
@@ -223,9 +244,11 @@ def test_shared_memory_is_measured(layer):
 
 def test_grids_must_be_possible(layer):
     layer.set_max_blocks(10)
-    for options, text in (({"threads": 1025}, "threads of a block must be between 1 and 1024, got 1025"),
-                          ({"threads": 0}, "threads of a block must be between 1 and 1024, got 0"),
-                          ({"blocks": 11}, "blocks of a grid must be between 1 and 10, got 11")):
+    for options, text in (
+        ({"threads": 1025}, "threads of a block must be between 1 and 1024, got 1025"),
+        ({"threads": 0}, "threads of a block must be between 1 and 1024, got 0"),
+        ({"blocks": 11}, "blocks of a grid must be between 1 and 10, got 11"),
+    ):
         with pytest.raises(layer.KernelError, match=re.escape(text)):
             launch(layer, "indices", **options)
     launch(layer, "indices", threads=1024)

@@ -74,8 +74,12 @@ def test_ref_logits_that_share_memory_with_the_logits(shared):
 
 # ---- modes ----
 
-@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)),
-                         ids=("no_grad", "inference_mode", "autocast"))
+
+@pytest.mark.parametrize(
+    "mode",
+    (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)),
+    ids=("no_grad", "inference_mode", "autocast"),
+)
 @pytest.mark.parametrize("op", OPS)
 def test_modes_change_nothing(op, mode):
     arguments = valid_arguments(op)
@@ -125,18 +129,23 @@ def test_meta_and_fake_tensors_have_the_shapes_of_results(op, dtype):
 
 # ---- derivatives ----
 
+
 @pytest.mark.parametrize("op", WITH_GRADIENTS)
 def test_only_the_named_inputs_receive_gradients(op):
-    arguments = {name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                 for name, x in valid_arguments(op).items()}
+    arguments = {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in valid_arguments(op).items()
+    }
     call(op, arguments)[0].sum().backward()
     assert {name for name, x in tensors_of(arguments).items() if x.grad is not None} == set(DIFFERENTIABLE[op])
 
 
 @pytest.mark.parametrize("op", NOT_DIFFERENTIABLE)
 def test_results_without_gradients(op):
-    arguments = {name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                 for name, x in valid_arguments(op).items()}
+    arguments = {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in valid_arguments(op).items()
+    }
     assert not any(x.requires_grad for x in call(op, arguments))
 
 
@@ -146,7 +155,7 @@ def test_no_second_derivative(op):
     leaf = arguments[DIFFERENTIABLE[op][0]].requires_grad_()
     weight = torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|differentiable once"):
-        grad, = torch.autograd.grad((weight * call(op, arguments)[0]).sum(), leaf, create_graph=True)
+        (grad,) = torch.autograd.grad((weight * call(op, arguments)[0]).sum(), leaf, create_graph=True)
         grad.sum().backward()
 
 

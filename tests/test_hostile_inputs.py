@@ -21,8 +21,20 @@ import ppo_ext
 INF, NAN = math.inf, math.nan
 FLOATS = "be float32, bfloat16, float16 or float64, got "
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-OTHER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
-                torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, *COMPLEX)
+OTHER_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    *COMPLEX,
+)
 
 
 def Plain(x):
@@ -45,8 +57,12 @@ NO_TENSORS = (
     ("a list", lambda x: x.tolist(), TypeError, "be a torch.Tensor, got list"),
     ("a numpy array", lambda x: x.float().numpy(), TypeError, "be a torch.Tensor, got ndarray"),
     ("sparse COO", lambda x: x.to_sparse(), TypeError, "be a dense tensor, got torch.sparse_coo"),
-    ("sparse CSR", lambda x: (x if x.dim() > 1 else x[None]).to_sparse_csr(), TypeError,
-     "be a dense tensor, got torch.sparse_csr"),
+    (
+        "sparse CSR",
+        lambda x: (x if x.dim() > 1 else x[None]).to_sparse_csr(),
+        TypeError,
+        "be a dense tensor, got torch.sparse_csr",
+    ),
     ("mkldnn", lambda x: x.float().to_mkldnn(), TypeError, "be a dense tensor, got torch._mkldnn"),
     ("nested", lambda x: torch.nested.nested_tensor([x, x]), TypeError, "be a dense tensor, got a nested one"),
     ("jagged", jagged, TypeError, "be a dense tensor, got a nested one"),
@@ -56,7 +72,8 @@ NONE = (("None", lambda x: None, TypeError, "be a torch.Tensor, got NoneType"),)
 
 def dtypes(condition, rejected):
     return tuple((str(d), lambda x, d=d: x.to(d), TypeError, f"{condition}{d}") for d in rejected) + (
-        ("torch.qint8", quantized, TypeError, f"{condition}torch.qint8"),)
+        ("torch.qint8", quantized, TypeError, f"{condition}torch.qint8"),
+    )
 
 
 # The same numbers in another form.
@@ -78,24 +95,44 @@ EXPANDED = (("one number for all, stride 0", expanded, lambda x: expanded(x).clo
 MASK_DTYPES = tuple((f"{d}", lambda x, d=d: x.to(d), Plain, None) for d in OTHER_DTYPES if not d.is_complex)
 LABEL_DTYPES = (("torch.int32", lambda x: x.int(), Plain, None),)
 BY_ROLE = {
-    op_calls.LOGITS: NO_TENSORS + dtypes(FLOATS, OTHER_DTYPES) + SAME_NUMBERS + EXPANDED + (
+    op_calls.LOGITS: NO_TENSORS
+    + dtypes(FLOATS, OTHER_DTYPES)
+    + SAME_NUMBERS
+    + EXPANDED
+    + (
         ("a number", lambda x: x[0, 0, 0], ValueError, "have the shape [..., V] with V >= 1, got []"),
-        ("V = 0", lambda x: x[..., :0], ValueError, "have the shape [..., V] with V >= 1, got [2, 3, 0]")),
-    op_calls.REF_LOGITS: NO_TENSORS + dtypes(FLOATS, OTHER_DTYPES) + SAME_NUMBERS + EXPANDED + tuple(
+        ("V = 0", lambda x: x[..., :0], ValueError, "have the shape [..., V] with V >= 1, got [2, 3, 0]"),
+    ),
+    op_calls.REF_LOGITS: NO_TENSORS
+    + dtypes(FLOATS, OTHER_DTYPES)
+    + SAME_NUMBERS
+    + EXPANDED
+    + tuple(
         (f"{d}", lambda x, d=d: x.to(d), TypeError, f"have the dtype torch.float32 of logits, got {d}")
-        for d in (torch.bfloat16, torch.float16, torch.float64)),
-    op_calls.LABELS: NO_TENSORS + SAME_NUMBERS + EXPANDED + LABEL_DTYPES + dtypes(
-        "be int64 or int32, got ", (torch.float32, torch.float16, *(d for d in OTHER_DTYPES
-                                                                    if d not in (torch.int32, torch.int64)))),
-    op_calls.MASK: NO_TENSORS + SAME_NUMBERS + EXPANDED + MASK_DTYPES + dtypes(
-        "be bool, int or float, got ", COMPLEX),
+        for d in (torch.bfloat16, torch.float16, torch.float64)
+    ),
+    op_calls.LABELS: NO_TENSORS
+    + SAME_NUMBERS
+    + EXPANDED
+    + LABEL_DTYPES
+    + dtypes(
+        "be int64 or int32, got ",
+        (torch.float32, torch.float16, *(d for d in OTHER_DTYPES if d not in (torch.int32, torch.int64))),
+    ),
+    op_calls.MASK: NO_TENSORS + SAME_NUMBERS + EXPANDED + MASK_DTYPES + dtypes("be bool, int or float, got ", COMPLEX),
     op_calls.TOKENS: NO_TENSORS + dtypes(FLOATS, OTHER_DTYPES) + SAME_NUMBERS + EXPANDED,
 }
 BY_ROLE[op_calls.WEIGHTS] = BY_ROLE[op_calls.MASK]
 BY_ROLE[op_calls.SCORES] = BY_ROLE[op_calls.TOKENS]
 
-LIKE = {"logprobs": "logits", "logprobs_and_entropy": "logits", "full_kl": "logits", "gae": "values",
-        "kl_rewards": "logprobs", "ppo_loss": "logprobs"}  # the argument whose shape and device the others have
+LIKE = {
+    "logprobs": "logits",
+    "logprobs_and_entropy": "logits",
+    "full_kl": "logits",
+    "gae": "values",
+    "kl_rewards": "logprobs",
+    "ppo_loss": "logprobs",
+}  # the argument whose shape and device the others have
 
 
 def wrong_shapes(op, argument, x):
@@ -115,9 +152,13 @@ def wrong_shapes(op, argument, x):
         return  # see test_an_argument_of_another_shape_than_the_rest
     else:
         condition = f"have the shape {whole} of {of}, got "
-    for what, change in (("one more dimension", lambda x: x[None]), ("flat", lambda x: torch.cat([x.flatten()] * 2)),
-                         ("one entry short", lambda x: x[..., :-1]), ("empty", lambda x: x[..., :0]),
-                         ("longer by one", lambda x: torch.cat([x, x[..., :1]], -1))):
+    for what, change in (
+        ("one more dimension", lambda x: x[None]),
+        ("flat", lambda x: torch.cat([x.flatten()] * 2)),
+        ("one entry short", lambda x: x[..., :-1]),
+        ("empty", lambda x: x[..., :0]),
+        ("longer by one", lambda x: torch.cat([x, x[..., :1]], -1)),
+    ):
         yield what, change, ValueError, condition + str(list(change(x).shape))
     for what, change in (("a number", lambda x: x.flatten()[0]), ("one row for all", lambda x: x[:1])):
         if ROLES[op][argument] != op_calls.WEIGHTS:  # those broadcast
@@ -160,39 +201,67 @@ def test_tensor(op, argument, make, kind, text):
     assert str(error.value) == f"{op}: {argument} must {text}"
 
 
-NOT_NUMBERS = tuple(("be a number", TypeError, value, type(value).__name__)
-                    for value in (None, "0.5", b"1", [1.0], {}, 1j, torch.ones(2), torch.ones((), device="meta")))
+NOT_NUMBERS = tuple(
+    ("be a number", TypeError, value, type(value).__name__)
+    for value in (None, "0.5", b"1", [1.0], {}, 1j, torch.ones(2), torch.ones((), device="meta"))
+)
 NOT_FLAGS = tuple(("be True or False", TypeError, value, name) for _, _, value, name in NOT_NUMBERS) + tuple(
-    ("be True or False", ValueError, value, float(value)) for value in (2, -1, 0.5, NAN, INF))
-NOT_FINITE = tuple(("be a finite number", ValueError, value, got)
-                   for value, got in ((NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF), (-10**400, -INF)))
+    ("be True or False", ValueError, value, float(value)) for value in (2, -1, 0.5, NAN, INF)
+)
+NOT_FINITE = tuple(
+    ("be a finite number", ValueError, value, got)
+    for value, got in ((NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF), (-(10**400), -INF))
+)
 TOO_LARGE = tuple(("lie in the range of float32", ValueError, value, value) for value in (3.5e38, -1e300))
 AXIS_TEXT = "name dimensions of values, from [-2, 2) and each once"
 # What the op says, the type of the error, the value, and what the sentence repeats of it.
 SCALARS = {
     op_calls.TEMPERATURE: NOT_NUMBERS
-    + tuple(("be a positive finite number", ValueError, x, y)
-            for x, y in ((0, 0.0), (-0.0, -0.0), (-1, -1.0), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF)))
+    + tuple(
+        ("be a positive finite number", ValueError, x, y)
+        for x, y in ((0, 0.0), (-0.0, -0.0), (-1, -1.0), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))
+    )
     + tuple(("be between 1e-30 and 1e30", ValueError, x, x) for x in (5e-324, 9e-31, 2e30, 1e300)),
     op_calls.FINITE: NOT_NUMBERS + NOT_FINITE + TOO_LARGE,
-    op_calls.NOT_NEGATIVE: NOT_NUMBERS + tuple(("be finite and not negative", ValueError, x, y) for x, y in (
-        (-1, -1.0), (-5e-324, -5e-324), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))) + TOO_LARGE[:1],
+    op_calls.NOT_NEGATIVE: NOT_NUMBERS
+    + tuple(
+        ("be finite and not negative", ValueError, x, y)
+        for x, y in ((-1, -1.0), (-5e-324, -5e-324), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))
+    )
+    + TOO_LARGE[:1],
     op_calls.THRESHOLD: NOT_NUMBERS + (("be a number", ValueError, NAN, NAN),),
     op_calls.FLAG: NOT_FLAGS,
     op_calls.PENALTY: tuple(("be a str", TypeError, value, type(value).__name__) for value in (None, 1, True, ["kl"]))
     + tuple(("be one of 'kl', 'abs', 'mse', 'full'", ValueError, value, repr(value)) for value in ("", "KL", "kl ")),
-    op_calls.AXIS: tuple(("be None, an int or several", TypeError, value, type(value).__name__)
-                         for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2)))
+    op_calls.AXIS: tuple(
+        ("be None, an int or several", TypeError, value, type(value).__name__)
+        for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2))
+    )
     + tuple((AXIS_TEXT, ValueError, value, value) for value in (2, -3, 10**400, (), [], (0, 2), (0, 0), (0, -2))),
 }
 # A value of another type, and the plain one that it is.
 SAME_SCALARS = {
-    op_calls.TEMPERATURE: ((1, 1.0), (True, 1.0), (np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (np.int64(2), 2.0),
-                           (np.array(0.5), 0.5), (torch.tensor(0.5), 0.5), (torch.tensor([2]), 2.0),
-                           (Fraction(1, 2), 0.5)),
+    op_calls.TEMPERATURE: (
+        (1, 1.0),
+        (True, 1.0),
+        (np.float64(0.5), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(2), 2.0),
+        (np.array(0.5), 0.5),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([2]), 2.0),
+        (Fraction(1, 2), 0.5),
+    ),
     op_calls.FLAG: ((np.True_, True), (0, False), (1, True), (torch.tensor(True), True)),
-    op_calls.AXIS: ((True, 1), (-1, 1), (np.int64(1), 1), ([1], 1), (torch.tensor(1), 1), ((1, 0), (0, 1)),
-                    ((0, 1), None)),
+    op_calls.AXIS: (
+        (True, 1),
+        (-1, 1),
+        (np.int64(1), 1),
+        ([1], 1),
+        (torch.tensor(1), 1),
+        ((1, 0), (0, 1)),
+        ((0, 1), None),
+    ),
     op_calls.PENALTY: (("kl", "kl"),),
 }
 SAME_SCALARS[op_calls.FINITE] = SAME_SCALARS[op_calls.TEMPERATURE] + ((-1, -1.0), (5e-324, 0.0), (-0.0, 0.0))
@@ -205,8 +274,13 @@ def short(value):
 
 
 def scalar_cases(table):
-    return [pytest.param(op, argument, *row, id=f"{op}-{argument}-{short(row[-2])}")
-            for op in OPS for argument, role in ROLES[op].items() if role in table for row in table[role]]
+    return [
+        pytest.param(op, argument, *row, id=f"{op}-{argument}-{short(row[-2])}")
+        for op in OPS
+        for argument, role in ROLES[op].items()
+        if role in table
+        for row in table[role]
+    ]
 
 
 @pytest.mark.parametrize("op, argument, condition, kind, value, got", scalar_cases(SCALARS))
@@ -227,12 +301,19 @@ def test_scalar_of_another_type(op, argument, value, plain):
 
 def test_the_product_of_gamma_and_lam():
     with pytest.raises(ValueError) as error:
-        ppo_ext.gae(**valid_arguments("gae"), gamma=-2.0**100, lam=2.0**100)
-    assert str(error.value) == f"gae: gamma * lam must lie in the range of float32, got {-2.0**200}"
+        ppo_ext.gae(**valid_arguments("gae"), gamma=-(2.0**100), lam=2.0**100)
+    assert str(error.value) == f"gae: gamma * lam must lie in the range of float32, got {-(2.0**200)}"
 
 
-@pytest.mark.parametrize("op, argument", [(op, argument) for op in OPS for argument, role in ROLES[op].items()
-                                          if role in TENSORS and (op, argument) not in LIKE.items()])
+@pytest.mark.parametrize(
+    "op, argument",
+    [
+        (op, argument)
+        for op in OPS
+        for argument, role in ROLES[op].items()
+        if role in TENSORS and (op, argument) not in LIKE.items()
+    ],
+)
 def test_another_device(op, argument):
     arguments = with_arguments(op, argument)
     of = "kls" if argument == "kls" else LIKE.get(op, "values")
@@ -245,29 +326,47 @@ def test_another_device(op, argument):
     assert str(error.value).endswith(", got meta")
 
 
-@pytest.mark.parametrize("op, changed, text", (
-    ("logprobs", {"logits": torch.zeros(4, 7)},
-     "labels must have the shape [4] of logits without its last dimension, got"),
-    ("logprobs_and_entropy", {"logits": torch.zeros(7)},
-     "labels must have the shape [] of logits without its last dimension, got"),
-    ("full_kl", {"logits": torch.zeros(2, 3, 8)}, "ref_logits must have the shape [2, 3, 8] of logits, got"),
-    ("gae", {"values": torch.zeros(2, 4)}, "rewards must have the shape [2, 4] of values, got"),
-    ("gae", {"values": torch.zeros(6)}, "values must have the shape [B, T], got [6]"),
-    ("gae", {"values": torch.zeros(1, 2, 3)}, "values must have the shape [B, T], got [1, 2, 3]"),
-    ("kl_rewards", {"logprobs": torch.zeros(2, 4)}, "ref_logprobs must have the shape [2, 4] of logprobs, got"),
-    ("kl_rewards", {"logprobs": torch.zeros(())}, "logprobs must have the shape [B, T], got []"),
-    ("kl_rewards", {"kl_penalty": "full", "kls": torch.zeros(3, 3)},
-     "scores must have the shape [3] of the first dimension of kls, got"),
-    ("kl_rewards", {"kl_penalty": "full", "kls": torch.zeros(6)}, "kls must have the shape [B, T], got [6]"),
-    ("masked_mean", {"values": torch.zeros(2)}, "mask must broadcast to the shape [2] of values, got"),
-    ("masked_var", {"values": torch.zeros(())}, "mask must broadcast to the shape [] of values, got"),
-    ("masked_whiten", {"values": torch.zeros(3, 2)}, "mask must broadcast to the shape [3, 2] of values, got"),
-    ("ppo_loss", {"logprobs": torch.zeros(2)}, "old_logprobs must have the shape [2] of logprobs, got"),
-    ("kl_rewards", {"kls": torch.zeros(2, 3)},
-     "kls must be given for kl_penalty 'full' and for no other, got one with 'kl'"),
-    ("kl_rewards", {"kl_penalty": "full"},
-     "kls must be given for kl_penalty 'full' and for no other, got none with 'full'"),
-))
+@pytest.mark.parametrize(
+    "op, changed, text",
+    (
+        (
+            "logprobs",
+            {"logits": torch.zeros(4, 7)},
+            "labels must have the shape [4] of logits without its last dimension, got",
+        ),
+        (
+            "logprobs_and_entropy",
+            {"logits": torch.zeros(7)},
+            "labels must have the shape [] of logits without its last dimension, got",
+        ),
+        ("full_kl", {"logits": torch.zeros(2, 3, 8)}, "ref_logits must have the shape [2, 3, 8] of logits, got"),
+        ("gae", {"values": torch.zeros(2, 4)}, "rewards must have the shape [2, 4] of values, got"),
+        ("gae", {"values": torch.zeros(6)}, "values must have the shape [B, T], got [6]"),
+        ("gae", {"values": torch.zeros(1, 2, 3)}, "values must have the shape [B, T], got [1, 2, 3]"),
+        ("kl_rewards", {"logprobs": torch.zeros(2, 4)}, "ref_logprobs must have the shape [2, 4] of logprobs, got"),
+        ("kl_rewards", {"logprobs": torch.zeros(())}, "logprobs must have the shape [B, T], got []"),
+        (
+            "kl_rewards",
+            {"kl_penalty": "full", "kls": torch.zeros(3, 3)},
+            "scores must have the shape [3] of the first dimension of kls, got",
+        ),
+        ("kl_rewards", {"kl_penalty": "full", "kls": torch.zeros(6)}, "kls must have the shape [B, T], got [6]"),
+        ("masked_mean", {"values": torch.zeros(2)}, "mask must broadcast to the shape [2] of values, got"),
+        ("masked_var", {"values": torch.zeros(())}, "mask must broadcast to the shape [] of values, got"),
+        ("masked_whiten", {"values": torch.zeros(3, 2)}, "mask must broadcast to the shape [3, 2] of values, got"),
+        ("ppo_loss", {"logprobs": torch.zeros(2)}, "old_logprobs must have the shape [2] of logprobs, got"),
+        (
+            "kl_rewards",
+            {"kls": torch.zeros(2, 3)},
+            "kls must be given for kl_penalty 'full' and for no other, got one with 'kl'",
+        ),
+        (
+            "kl_rewards",
+            {"kl_penalty": "full"},
+            "kls must be given for kl_penalty 'full' and for no other, got none with 'full'",
+        ),
+    ),
+)
 def test_an_argument_of_another_shape_than_the_rest(op, changed, text):
     with pytest.raises(ValueError) as error:
         getattr(ppo_ext, op)(**valid_arguments(op) | changed)
@@ -280,4 +379,5 @@ def test_every_op_and_every_argument_is_here():
     covered = {tuple(case.values[:2]) for case in (*tensor_cases(), *scalar_cases(SCALARS))}
     for op in OPS:
         assert {(op, argument) for argument in inspect.signature(getattr(ppo_ext, op)).parameters} == {
-            pair for pair in covered if pair[0] == op}
+            pair for pair in covered if pair[0] == op
+        }

@@ -16,8 +16,11 @@ from conftest import assert_same_bits
 
 from ppo_ext.ppo_loss import STAT_NAMES
 
-OPERATORS = {name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default
-             for name in sorted(torch._C._dispatch_get_all_op_names()) if name.startswith("ppo_ext::")}
+OPERATORS = {
+    name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default
+    for name in sorted(torch._C._dispatch_get_all_op_names())
+    if name.startswith("ppo_ext::")
+}
 LOGPROBS = {"temperature": 0.7, "with_entropy": True}
 LOSS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "ratio_threshold": 10.0}
 
@@ -37,11 +40,21 @@ def valid_arguments(name):
     """
     inputs = token_inputs((2, 3)) | logits_inputs((2, 3, 7), torch.float32) | LOGPROBS | LOSS
     inputs |= {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.2, "kl_penalty": 0, "shift_mean": True}
-    inputs |= {"grad_kl": inputs["grad_logprobs"], "weights": torch.ones(2, 3), "grad": torch.randn(2, 3),
-               "grad_loss": torch.ones(()), "grad_vpreds": torch.randn(2, 3), "moments": torch.ones(3)}
+    inputs |= {
+        "grad_kl": inputs["grad_logprobs"],
+        "weights": torch.ones(2, 3),
+        "grad": torch.randn(2, 3),
+        "grad_loss": torch.ones(()),
+        "grad_vpreds": torch.randn(2, 3),
+        "moments": torch.ones(3),
+    }
     inputs |= {name: torch.rand(2, 3) for name in ("entropy", "row_max", "log_sum", "kl", "ref_row_max", "ref_log_sum")}
-    inputs |= {"stats": torch.ones(len(STAT_NAMES) + 1), "scores": inputs["scores"].contiguous(),
-               "labels": inputs["labels"].clamp(max=5), "label_note": torch.zeros(4, dtype=torch.int64)}
+    inputs |= {
+        "stats": torch.ones(len(STAT_NAMES) + 1),
+        "scores": inputs["scores"].contiguous(),
+        "labels": inputs["labels"].clamp(max=5),
+        "label_note": torch.zeros(4, dtype=torch.int64),
+    }
     return {parameter.name: inputs[parameter.name] for parameter in parameters(OPERATORS[name])}
 
 
@@ -73,7 +86,8 @@ NO_FAULTS = {
     ("_logprobs_backward", "logits"): STRIDES | {"float16", "one short", "one long"},
     ("_logprobs_backward_", "logits"): {"every second entry", "float16", "one short", "one long"},
     **{(name, logits): STRIDES for name in ("_full_kl", "_full_kl_backward") for logits in ("logits", "ref_logits")},
-    ("_full_kl_backward_", "logits"): {"every second entry"}, ("_full_kl_backward_", "ref_logits"): STRIDES,
+    ("_full_kl_backward_", "logits"): {"every second entry"},
+    ("_full_kl_backward_", "ref_logits"): STRIDES,
     ("_masked_whiten_backward", "moments"): {"one more dimension"},
     ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_backward", "stats"): {"one more dimension"},
@@ -81,9 +95,14 @@ NO_FAULTS = {
 
 
 def tensor_cases():
-    return [pytest.param(name, parameter.name, change, id=f"{name}-{parameter.name}-{change}")
-            for name, operator in OPERATORS.items() for parameter in parameters(operator) if takes_tensor(parameter)
-            for change in CHANGES if parameter.name != "grad_loss" or change not in STRIDES]  # it is one number
+    return [
+        pytest.param(name, parameter.name, change, id=f"{name}-{parameter.name}-{change}")
+        for name, operator in OPERATORS.items()
+        for parameter in parameters(operator)
+        if takes_tensor(parameter)
+        for change in CHANGES
+        if parameter.name != "grad_loss" or change not in STRIDES
+    ]  # it is one number
 
 
 def call(name, arguments):
@@ -112,7 +131,7 @@ NUMBERS = {
     "gamma": ("be a finite number", (math.nan, math.inf, -math.inf)),
     "lam": ("be a finite number", (math.nan, math.inf, -math.inf)),
     "kl_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
-    "kl_penalty": (r"be in \[0, 4\)", (-1, 4, 2**62, -2**62)),
+    "kl_penalty": (r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
     "cliprange": ("not be negative", (-1.0, math.nan, -math.inf)),
     "cliprange_value": ("not be negative", (-1.0, math.nan, -math.inf)),
     "vf_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
@@ -120,17 +139,30 @@ NUMBERS = {
 ANY_NUMBER = {"ratio_threshold", "with_entropy", "shift_mean"}
 
 
-@pytest.mark.parametrize("name, argument, value", [
-    (name, parameter.name, value) for name, operator in OPERATORS.items() for parameter in parameters(operator)
-    if parameter.name in NUMBERS for value in NUMBERS[parameter.name][1]])
+@pytest.mark.parametrize(
+    "name, argument, value",
+    [
+        (name, parameter.name, value)
+        for name, operator in OPERATORS.items()
+        for parameter in parameters(operator)
+        if parameter.name in NUMBERS
+        for value in NUMBERS[parameter.name][1]
+    ],
+)
 def test_number(name, argument, value):
     with pytest.raises((ValueError, RuntimeError), match=f"^[a-z_]+: {argument} must {NUMBERS[argument][0]}, got "):
         call(name, valid_arguments(name) | {argument: value})
 
 
-@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items()
-                                  if any(parameter.name == "labels" for parameter in parameters(operator))])
-@pytest.mark.parametrize("label", (-100, 7, 2**40, -2**63))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, operator in OPERATORS.items()
+        if any(parameter.name == "labels" for parameter in parameters(operator))
+    ],
+)
+@pytest.mark.parametrize("label", (-100, 7, 2**40, -(2**63)))
 def test_ids_outside_the_vocabulary(name, label):
     arguments = valid_arguments(name)
     arguments["labels"][1, 2], arguments["mask"][1, 2] = label, True
@@ -138,15 +170,24 @@ def test_ids_outside_the_vocabulary(name, label):
         call(name, arguments)
 
 
-@pytest.mark.parametrize("name, argument", [(name, parameter.name) for name, operator in OPERATORS.items()
-                                            for parameter in parameters(operator)])
+@pytest.mark.parametrize(
+    "name, argument",
+    [(name, parameter.name) for name, operator in OPERATORS.items() for parameter in parameters(operator)],
+)
 def test_torch_refuses_what_the_schema_does_not_allow(name, argument):
     with pytest.raises((RuntimeError, TypeError), match="[Ee]xpected a value of type|incompatible"):
         call(name, valid_arguments(name) | {argument: object()})
 
 
-@pytest.mark.parametrize("name, argument", [(name, parameter.name) for name, operator in OPERATORS.items()
-                                            for parameter in parameters(operator) if takes_tensor(parameter)])
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        (name, parameter.name)
+        for name, operator in OPERATORS.items()
+        for parameter in parameters(operator)
+        if takes_tensor(parameter)
+    ],
+)
 def test_torch_finds_no_kernel_for_sparse_tensors(name, argument):
     arguments = valid_arguments(name)
     with pytest.raises(NotImplementedError, match="Could not run"):

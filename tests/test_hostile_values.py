@@ -20,99 +20,261 @@ LN2, LN3 = math.log(2), math.log(3)
 
 # Op; what is hostile; arguments; results (those not named are not looked at). Lists are float32 tensors, labels int64.
 ON_LOGITS = (
-    ("logprobs_and_entropy", "-inf everywhere but at the label", {"logits": [[-INF, 2, -INF]], "labels": [1]},
-     {"logprobs": [0], "entropy": [0], "grad_logits": [[0, 0, 0]]}),
-    ("logprobs_and_entropy", "-inf at the label and all but one", {"logits": [[-INF, 2, -INF]], "labels": [0]},
-     {"logprobs": [-INF], "entropy": [0], "grad_logits": [[1, -1, 0]]}),
-    ("logprobs_and_entropy", "a row of nothing but -inf", {"logits": [[-INF, -INF], [0, 0]], "labels": [0, 1]},
-     {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]}),
-    ("logprobs_and_entropy", "a NaN logit", {"logits": [[0, NAN], [0, 0]], "labels": [0, 1]},
-     {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]}),
-    ("logprobs_and_entropy", "a +inf logit", {"logits": [[INF, 0], [0, 0]], "labels": [0, 1]},
-     {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]}),
-    ("logprobs_and_entropy", "subnormal logits and both zeros",
-     {"logits": [[TINY, -TINY], [-0.0, 0.0]], "labels": [0, 1]},
-     {"logprobs": [-LN2, -LN2], "entropy": [LN2, LN2], "grad_logits": [[0.5, -0.5], [-0.5, 0.5]]}),
-    ("logprobs_and_entropy", "the largest numbers", {"logits": [[BIG, -BIG], [BIG, -BIG]], "labels": [0, 1]},
-     {"logprobs": [0, -INF], "entropy": [0, 0], "grad_logits": [[0, 0], [-1, 1]]}),
-    ("logprobs_and_entropy", "the most negative number for barred tokens", {"logits": [[0, -BIG, 0]], "labels": [2]},
-     {"logprobs": [-LN2], "entropy": [LN2], "grad_logits": [[-0.5, 0, 0.5]]}),
-    ("logprobs_and_entropy", "a whole row of the largest number", {"logits": [[BIG, BIG]], "labels": [0]},
-     {"logprobs": [-LN2], "entropy": [LN2], "grad_logits": [[0.5, -0.5]]}),
-    ("logprobs_and_entropy", "V = 1", {"logits": [[-123.0], [BIG]], "labels": [0, 0]},
-     {"logprobs": [0, 0], "entropy": [0, 0], "grad_logits": [[0], [0]]}),
-    ("logprobs_and_entropy", "garbage under the mask",
-     {"logits": [[NAN, INF], [0, 0], [-INF, -INF]], "labels": [-100, 1, 2**62], "mask": [0, 1, 0]},
-     {"logprobs": [0, -LN2, 0], "entropy": [0, LN2, 0], "grad_logits": [[0, 0], [-0.5, 0.5], [0, 0]]}),
-    ("logprobs_and_entropy", "NaN, negative and subnormal masks", {"logits": [[0, 0]] * 3, "labels": [0] * 3,
-                                                                  "mask": [NAN, -1, TINY]},
-     {"logprobs": [-LN2] * 3, "entropy": [LN2] * 3, "grad_logits": [[0.5, -0.5]] * 3}),
-    ("logprobs_and_entropy", "the coldest temperature",
-     {"logits": [[0, 1], [1, 1]], "labels": [0, 0], "temperature": 1e-30},
-     {"logprobs": [-1e30, -LN2], "entropy": [0, LN2]}),
-    ("logprobs_and_entropy", "the hottest temperature",
-     {"logits": [[0, 1e9, -INF]], "labels": [0], "temperature": 1e30},
-     {"logprobs": [-LN2], "entropy": [LN2]}),
-    ("full_kl", "-inf in the policy adds nothing", {"logits": [[0, -INF]] * 2, "ref_logits": [[0, 0], [0, -INF]]},
-     {"full_kl": [LN2, 0], "grad_logits": [[0, 0]] * 2}),
-    ("full_kl", "-inf in the reference where the policy has probability",
-     {"logits": [[0, -INF]], "ref_logits": [[-INF, 0]]},
-     {"full_kl": [INF]}),
-    ("full_kl", "a hopeless row of either",
-     {"logits": [[-INF, -INF], [0, NAN], [0, INF], [0, 0], [0, 0], [0, 0]],
-      "ref_logits": [[0, 0], [0, 0], [0, 0], [-INF, -INF], [NAN, 0], [0, 0]]},
-     {"full_kl": [NAN] * 5 + [0]}),
-    ("full_kl", "huge and subnormal logits",
-     {"logits": [[1e38, -1e38], [TINY, 0]], "ref_logits": [[-1e38, 1e38], [0, TINY]]},
-     {"full_kl": [2e38, 0]}),
-    ("full_kl", "garbage under the mask", {"logits": [[NAN, INF], [0, -INF]], "ref_logits": [[-INF, NAN], [0, 0]],
-                                           "mask": [0, 1]}, {"full_kl": [0, LN2], "grad_logits": [[0, 0]] * 2}),
+    (
+        "logprobs_and_entropy",
+        "-inf everywhere but at the label",
+        {"logits": [[-INF, 2, -INF]], "labels": [1]},
+        {"logprobs": [0], "entropy": [0], "grad_logits": [[0, 0, 0]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "-inf at the label and all but one",
+        {"logits": [[-INF, 2, -INF]], "labels": [0]},
+        {"logprobs": [-INF], "entropy": [0], "grad_logits": [[1, -1, 0]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "a row of nothing but -inf",
+        {"logits": [[-INF, -INF], [0, 0]], "labels": [0, 1]},
+        {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "a NaN logit",
+        {"logits": [[0, NAN], [0, 0]], "labels": [0, 1]},
+        {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "a +inf logit",
+        {"logits": [[INF, 0], [0, 0]], "labels": [0, 1]},
+        {"logprobs": [NAN, -LN2], "entropy": [NAN, LN2], "grad_logits": [[NAN, NAN], [-0.5, 0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "subnormal logits and both zeros",
+        {"logits": [[TINY, -TINY], [-0.0, 0.0]], "labels": [0, 1]},
+        {"logprobs": [-LN2, -LN2], "entropy": [LN2, LN2], "grad_logits": [[0.5, -0.5], [-0.5, 0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "the largest numbers",
+        {"logits": [[BIG, -BIG], [BIG, -BIG]], "labels": [0, 1]},
+        {"logprobs": [0, -INF], "entropy": [0, 0], "grad_logits": [[0, 0], [-1, 1]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "the most negative number for barred tokens",
+        {"logits": [[0, -BIG, 0]], "labels": [2]},
+        {"logprobs": [-LN2], "entropy": [LN2], "grad_logits": [[-0.5, 0, 0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "a whole row of the largest number",
+        {"logits": [[BIG, BIG]], "labels": [0]},
+        {"logprobs": [-LN2], "entropy": [LN2], "grad_logits": [[0.5, -0.5]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "V = 1",
+        {"logits": [[-123.0], [BIG]], "labels": [0, 0]},
+        {"logprobs": [0, 0], "entropy": [0, 0], "grad_logits": [[0], [0]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "garbage under the mask",
+        {"logits": [[NAN, INF], [0, 0], [-INF, -INF]], "labels": [-100, 1, 2**62], "mask": [0, 1, 0]},
+        {"logprobs": [0, -LN2, 0], "entropy": [0, LN2, 0], "grad_logits": [[0, 0], [-0.5, 0.5], [0, 0]]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "NaN, negative and subnormal masks",
+        {"logits": [[0, 0]] * 3, "labels": [0] * 3, "mask": [NAN, -1, TINY]},
+        {"logprobs": [-LN2] * 3, "entropy": [LN2] * 3, "grad_logits": [[0.5, -0.5]] * 3},
+    ),
+    (
+        "logprobs_and_entropy",
+        "the coldest temperature",
+        {"logits": [[0, 1], [1, 1]], "labels": [0, 0], "temperature": 1e-30},
+        {"logprobs": [-1e30, -LN2], "entropy": [0, LN2]},
+    ),
+    (
+        "logprobs_and_entropy",
+        "the hottest temperature",
+        {"logits": [[0, 1e9, -INF]], "labels": [0], "temperature": 1e30},
+        {"logprobs": [-LN2], "entropy": [LN2]},
+    ),
+    (
+        "full_kl",
+        "-inf in the policy adds nothing",
+        {"logits": [[0, -INF]] * 2, "ref_logits": [[0, 0], [0, -INF]]},
+        {"full_kl": [LN2, 0], "grad_logits": [[0, 0]] * 2},
+    ),
+    (
+        "full_kl",
+        "-inf in the reference where the policy has probability",
+        {"logits": [[0, -INF]], "ref_logits": [[-INF, 0]]},
+        {"full_kl": [INF]},
+    ),
+    (
+        "full_kl",
+        "a hopeless row of either",
+        {
+            "logits": [[-INF, -INF], [0, NAN], [0, INF], [0, 0], [0, 0], [0, 0]],
+            "ref_logits": [[0, 0], [0, 0], [0, 0], [-INF, -INF], [NAN, 0], [0, 0]],
+        },
+        {"full_kl": [NAN] * 5 + [0]},
+    ),
+    (
+        "full_kl",
+        "huge and subnormal logits",
+        {"logits": [[1e38, -1e38], [TINY, 0]], "ref_logits": [[-1e38, 1e38], [0, TINY]]},
+        {"full_kl": [2e38, 0]},
+    ),
+    (
+        "full_kl",
+        "garbage under the mask",
+        {"logits": [[NAN, INF], [0, -INF]], "ref_logits": [[-INF, NAN], [0, 0]], "mask": [0, 1]},
+        {"full_kl": [0, LN2], "grad_logits": [[0, 0]] * 2},
+    ),
 )
 ON_TOKENS = (
-    ("gae", "a NaN reward spreads to earlier tokens only",
-     {"values": [[1, 2, 3]], "rewards": [[0, NAN, 0]], "gamma": 1, "lam": 1},
-     {"advantages": [[NAN, NAN, -3]], "returns": [[NAN, NAN, 0]]}),
-    ("gae", "garbage under the mask, in a hole and at both ends",
-     {"values": [[NAN, 1, INF, 2, -INF]], "rewards": [[INF, 1, NAN, 5, NAN]], "mask": [[0, 1, 0, 1, 0]],
-      "gamma": 1, "lam": 1},
-     {"advantages": [[0, 5, 0, 3, 0]], "returns": [[0, 6, 0, 5, 0]]}),
-    ("gae", "an inf reward", {"values": [[0, 0]], "rewards": [[1, INF]], "gamma": 1, "lam": 1},
-     {"advantages": [[INF, INF]], "returns": [[INF, INF]]}),
-    ("gae", "the largest numbers overflow to inf", {"values": [[0, 0]], "rewards": [[BIG, BIG]], "gamma": 1, "lam": 1},
-     {"advantages": [[INF, BIG]], "returns": [[INF, BIG]]}),
-    ("gae", "subnormal numbers stay", {"values": [[0, TINY]], "rewards": [[TINY, 0]], "gamma": 1, "lam": 1},
-     {"advantages": [[TINY, -TINY]], "returns": [[TINY, 0]]}),
-    ("gae", "gamma 0 and lam 0", {"values": [[1, 2]], "rewards": [[3, 4]], "gamma": 0, "lam": 0},
-     {"advantages": [[2, 2]], "returns": [[3, 4]]}),
+    (
+        "gae",
+        "a NaN reward spreads to earlier tokens only",
+        {"values": [[1, 2, 3]], "rewards": [[0, NAN, 0]], "gamma": 1, "lam": 1},
+        {"advantages": [[NAN, NAN, -3]], "returns": [[NAN, NAN, 0]]},
+    ),
+    (
+        "gae",
+        "garbage under the mask, in a hole and at both ends",
+        {
+            "values": [[NAN, 1, INF, 2, -INF]],
+            "rewards": [[INF, 1, NAN, 5, NAN]],
+            "mask": [[0, 1, 0, 1, 0]],
+            "gamma": 1,
+            "lam": 1,
+        },
+        {"advantages": [[0, 5, 0, 3, 0]], "returns": [[0, 6, 0, 5, 0]]},
+    ),
+    (
+        "gae",
+        "an inf reward",
+        {"values": [[0, 0]], "rewards": [[1, INF]], "gamma": 1, "lam": 1},
+        {"advantages": [[INF, INF]], "returns": [[INF, INF]]},
+    ),
+    (
+        "gae",
+        "the largest numbers overflow to inf",
+        {"values": [[0, 0]], "rewards": [[BIG, BIG]], "gamma": 1, "lam": 1},
+        {"advantages": [[INF, BIG]], "returns": [[INF, BIG]]},
+    ),
+    (
+        "gae",
+        "subnormal numbers stay",
+        {"values": [[0, TINY]], "rewards": [[TINY, 0]], "gamma": 1, "lam": 1},
+        {"advantages": [[TINY, -TINY]], "returns": [[TINY, 0]]},
+    ),
+    (
+        "gae",
+        "gamma 0 and lam 0",
+        {"values": [[1, 2]], "rewards": [[3, 4]], "gamma": 0, "lam": 0},
+        {"advantages": [[2, 2]], "returns": [[3, 4]]},
+    ),
     ("gae", "one token", {"values": [[1]], "rewards": [[3]]}, {"advantages": [[2]], "returns": [[3]]}),
-    ("kl_rewards", "a NaN score goes to one token, or nowhere",
-     {"scores": [NAN, NAN, 1], "logprobs": [[-1, -1]] * 3, "ref_logprobs": [[-1, -1]] * 3,
-      "mask": [[1, 0], [0, 0], [0, 1]], "kl_coef": 0.5},
-     {"rewards": [[NAN, 0], [0, 0], [0, 1]], "kls": [[0, 0]] * 3, "non_score_rewards": [[0, 0]] * 3}),
-    ("kl_rewards", "infinite and NaN log-probabilities",
-     {"scores": [0], "logprobs": [[-INF, -1, -INF, NAN]], "ref_logprobs": [[-1, -INF, -INF, -1]],
-      "mask": [[1, 1, 1, 1]], "kl_coef": 0.5},
-     {"kls": [[-INF, INF, NAN, NAN]], "non_score_rewards": [[INF, -INF, NAN, NAN]],
-      "rewards": [[INF, -INF, NAN, NAN]]}),
-    ("kl_rewards", "garbage under the mask",
-     {"scores": [4], "logprobs": [[NAN, -1, INF]], "ref_logprobs": [[INF, -3, NAN]], "mask": [[0, 1, 0]],
-      "kl_coef": 0.5, "kl_penalty": "mse"},
-     {"kls": [[0, 2, 0]], "non_score_rewards": [[0, -1, 0]], "rewards": [[0, 3, 0]]}),
-    ("kl_rewards", "subnormal and huge differences",
-     {"scores": [0, 0], "logprobs": [[0], [BIG]], "ref_logprobs": [[TINY], [-BIG]], "mask": [[1], [1]], "kl_coef": 1,
-      "kl_penalty": "abs"}, {"kls": [[TINY], [INF]], "rewards": [[-TINY], [-INF]]}),
-    ("kl_rewards", "log-probabilities are not looked at for 'full'",
-     {"scores": [4], "logprobs": "garbage", "ref_logprobs": None, "mask": [[1, 0]], "kl_coef": 1, "kl_penalty": "full",
-      "kls": [[2, NAN]]}, {"kls": [[2, 0]], "rewards": [[2, 0]]}),
-    ("masked_mean", "garbage under the mask", {"values": [[NAN, 1, INF, 2, -INF]], "mask": [[0, 1, 0, 1, 0]]},
-     {"masked_mean": 1.5, "grad_values": [[0, 0.25, 0, 0.25, 0]]}),
-    ("masked_mean", "nothing counts in one row", {"values": [[NAN, NAN], [1, 3]], "mask": [[0, 0], [1, 1]], "axis": 1},
-     {"masked_mean": [0, 2], "grad_values": [[0, 0], [1, 1]]}),
-    ("masked_mean", "inf, both infs, NaN", {"values": [[INF, 1], [INF, -INF], [NAN, 1]], "mask": [[1, 1]], "axis": 1},
-     {"masked_mean": [INF, NAN, NAN], "grad_values": [[0.25, 0.25], [0.625, 0.625], [1, 1]]}),
+    (
+        "kl_rewards",
+        "a NaN score goes to one token, or nowhere",
+        {
+            "scores": [NAN, NAN, 1],
+            "logprobs": [[-1, -1]] * 3,
+            "ref_logprobs": [[-1, -1]] * 3,
+            "mask": [[1, 0], [0, 0], [0, 1]],
+            "kl_coef": 0.5,
+        },
+        {"rewards": [[NAN, 0], [0, 0], [0, 1]], "kls": [[0, 0]] * 3, "non_score_rewards": [[0, 0]] * 3},
+    ),
+    (
+        "kl_rewards",
+        "infinite and NaN log-probabilities",
+        {
+            "scores": [0],
+            "logprobs": [[-INF, -1, -INF, NAN]],
+            "ref_logprobs": [[-1, -INF, -INF, -1]],
+            "mask": [[1, 1, 1, 1]],
+            "kl_coef": 0.5,
+        },
+        {
+            "kls": [[-INF, INF, NAN, NAN]],
+            "non_score_rewards": [[INF, -INF, NAN, NAN]],
+            "rewards": [[INF, -INF, NAN, NAN]],
+        },
+    ),
+    (
+        "kl_rewards",
+        "garbage under the mask",
+        {
+            "scores": [4],
+            "logprobs": [[NAN, -1, INF]],
+            "ref_logprobs": [[INF, -3, NAN]],
+            "mask": [[0, 1, 0]],
+            "kl_coef": 0.5,
+            "kl_penalty": "mse",
+        },
+        {"kls": [[0, 2, 0]], "non_score_rewards": [[0, -1, 0]], "rewards": [[0, 3, 0]]},
+    ),
+    (
+        "kl_rewards",
+        "subnormal and huge differences",
+        {
+            "scores": [0, 0],
+            "logprobs": [[0], [BIG]],
+            "ref_logprobs": [[TINY], [-BIG]],
+            "mask": [[1], [1]],
+            "kl_coef": 1,
+            "kl_penalty": "abs",
+        },
+        {"kls": [[TINY], [INF]], "rewards": [[-TINY], [-INF]]},
+    ),
+    (
+        "kl_rewards",
+        "log-probabilities are not looked at for 'full'",
+        {
+            "scores": [4],
+            "logprobs": "garbage",
+            "ref_logprobs": None,
+            "mask": [[1, 0]],
+            "kl_coef": 1,
+            "kl_penalty": "full",
+            "kls": [[2, NAN]],
+        },
+        {"kls": [[2, 0]], "rewards": [[2, 0]]},
+    ),
+    (
+        "masked_mean",
+        "garbage under the mask",
+        {"values": [[NAN, 1, INF, 2, -INF]], "mask": [[0, 1, 0, 1, 0]]},
+        {"masked_mean": 1.5, "grad_values": [[0, 0.25, 0, 0.25, 0]]},
+    ),
+    (
+        "masked_mean",
+        "nothing counts in one row",
+        {"values": [[NAN, NAN], [1, 3]], "mask": [[0, 0], [1, 1]], "axis": 1},
+        {"masked_mean": [0, 2], "grad_values": [[0, 0], [1, 1]]},
+    ),
+    (
+        "masked_mean",
+        "inf, both infs, NaN",
+        {"values": [[INF, 1], [INF, -INF], [NAN, 1]], "mask": [[1, 1]], "axis": 1},
+        {"masked_mean": [INF, NAN, NAN], "grad_values": [[0.25, 0.25], [0.625, 0.625], [1, 1]]},
+    ),
     ("masked_mean", "sums beyond float32", {"values": [[BIG, BIG]], "mask": [[1, 1]]}, {"masked_mean": BIG}),
-    ("masked_mean", "subnormal weights and values", {"values": [[3], [TINY]], "mask": [[TINY], [1]], "axis": 1},
-     {"masked_mean": [3, TINY]}),
+    (
+        "masked_mean",
+        "subnormal weights and values",
+        {"values": [[3], [TINY]], "mask": [[TINY], [1]], "axis": 1},
+        {"masked_mean": [3, TINY]},
+    ),
     ("masked_mean", "NaN weights", {"values": [[3, 1]], "mask": [[NAN, 1]]}, {"masked_mean": NAN}),
     ("masked_var", "one token", {"values": [[NAN, 3]], "mask": [[0, 1]]}, {"masked_var": 0, "grad_values": [[0, 0]]}),
     ("masked_var", "weights of less than one token", {"values": [[1, 3]], "mask": [[0.25, 0.25]]}, {"masked_var": 0}),
@@ -120,44 +282,103 @@ ON_TOKENS = (
     ("masked_var", "an inf value", {"values": [[INF, 3]], "mask": [[1, 1]]}, {"masked_var": NAN}),
     ("masked_var", "nothing but one inf", {"values": [[INF]], "mask": [[1]], "unbiased": False}, {"masked_var": NAN}),
     ("masked_var", "squares beyond float32", {"values": [[BIG, -BIG]], "mask": [[1, 1]]}, {"masked_var": INF}),
-    ("masked_whiten", "one token", {"values": [[NAN, 3]], "mask": [[0, 1]]},
-     {"masked_whiten": [[0, 0]], "grad_values": [[0, 0]]}),
-    ("masked_whiten", "one token, only scaled", {"values": [[NAN, 3]], "mask": [[0, 1]], "shift_mean": False},
-     {"masked_whiten": [[0, 3]]}),
+    (
+        "masked_whiten",
+        "one token",
+        {"values": [[NAN, 3]], "mask": [[0, 1]]},
+        {"masked_whiten": [[0, 0]], "grad_values": [[0, 0]]},
+    ),
+    (
+        "masked_whiten",
+        "one token, only scaled",
+        {"values": [[NAN, 3]], "mask": [[0, 1]], "shift_mean": False},
+        {"masked_whiten": [[0, 3]]},
+    ),
     ("masked_whiten", "equal values", {"values": [[7, 7, 7]], "mask": [[1, 1, 1]]}, {"masked_whiten": [[0, 0, 0]]}),
-    ("masked_whiten", "weights of less than one token", {"values": [[1, 1]], "mask": [[0.25, 0.25]]},
-     {"masked_whiten": [[0, 0]]}),
-    ("masked_whiten", "a NaN value", {"values": [[NAN, 3, 4]], "mask": [[1, 1, 0]]},
-     {"masked_whiten": [[NAN, NAN, 0]]}),
+    (
+        "masked_whiten",
+        "weights of less than one token",
+        {"values": [[1, 1]], "mask": [[0.25, 0.25]]},
+        {"masked_whiten": [[0, 0]]},
+    ),
+    (
+        "masked_whiten",
+        "a NaN value",
+        {"values": [[NAN, 3, 4]], "mask": [[1, 1, 0]]},
+        {"masked_whiten": [[NAN, NAN, 0]]},
+    ),
 )
 # Two tokens each; the others' values are those of an unchanged policy and a value head that is right.
-CALM = {"logprobs": [[-1, -1]], "old_logprobs": [[-1, -1]], "advantages": [[1, 1]], "vpreds": [[0, 0]],
-        "values": [[0, 0]], "returns": [[0, 0]], "mask": [[1, 1]]}
-ON_LOSS = tuple(("ppo_loss", what, CALM | arguments, results) for what, arguments, results in (
-    ("nothing hostile", {}, {"loss": -1, "grad_logprobs": [[-0.25, -0.25]], "policy/ratio": [[1, 1]]}),
-    ("an exploded ratio that is clipped", {"logprobs": [[200, -1]], "cliprange": 0.5},
-     {"loss": -1.25, "policy/ratio": [[INF, 1]], "grad_logprobs": [[0, -0.25]]}),
-    ("an exploded ratio that is not", {"logprobs": [[200, -1]], "advantages": [[-1, 1]]},
-     {"loss": INF, "grad_logprobs": [[INF, -0.25]]}),
-    ("an exploded ratio that skips", {"logprobs": [[200, -1]], "advantages": [[-1, 1]], "ratio_threshold": 10},
-     {"loss": 0, "policy/skipped": 1, "grad_logprobs": [[0, 0]], "grad_vpreds": [[0, 0]]}),
-    ("probability 0 now", {"logprobs": [[-INF, -1]]},
-     {"loss": -0.5, "policy/ratio": [[0, 1]], "grad_logprobs": [[0, -0.25]]}),
-    ("probability 0 now and before", {"logprobs": [[-INF, -1]], "old_logprobs": [[-INF, -1]]},
-     {"loss": NAN, "grad_logprobs": [[NAN, -0.25]], "grad_vpreds": [[0, 0]]}),
-    ("an infinite advantage", {"advantages": [[INF, 1]]}, {"loss": -INF, "grad_logprobs": [[-INF, -0.25]]}),
-    ("an infinite return", {"returns": [[INF, 0]]}, {"loss/value": INF, "grad_vpreds": [[-INF, 0]]}),
-    ("a NaN value", {"values": [[NAN, 0]]}, {"loss/value": NAN, "loss/policy": -1, "grad_vpreds": [[NAN, 0]]}),
-    ("garbage under the mask", {name: [[x[0][0], NAN]] for name, x in CALM.items()} | {"mask": [[1, 0]]},
-     {"loss": -1, "grad_logprobs": [[-0.5, 0]], "grad_vpreds": [[0, 0]], "policy/ratio": [[1, 0]], "returns/var": 0}),
-    ("nothing counts, garbage", {name: [[NAN, INF]] for name in CALM} | {"mask": [[0, 0]]},
-     {"loss": 0, "grad_logprobs": [[0, 0]], "policy/ratio_mean": 0, "policy/skipped": 0, "val/var": 0}),
-    ("nothing counts, a threshold below 0", {"mask": [[0, 0]], "ratio_threshold": -1},
-     {"loss": 0, "policy/skipped": 1}),
-    ("clip ranges of 0", {"logprobs": [[0, -1]], "vpreds": [[1, 0]], "cliprange": 0, "cliprange_value": 0},
-     {"loss/policy": -1, "loss/value": 0.25, "grad_logprobs": [[0, -0.25]]}),
-    ("subnormal numbers", {"vpreds": [[TINY, 0]], "returns": [[TINY, 0]]}, {"loss/value": 0, "val/vpred": 0}),
-))
+CALM = {
+    "logprobs": [[-1, -1]],
+    "old_logprobs": [[-1, -1]],
+    "advantages": [[1, 1]],
+    "vpreds": [[0, 0]],
+    "values": [[0, 0]],
+    "returns": [[0, 0]],
+    "mask": [[1, 1]],
+}
+ON_LOSS = tuple(
+    ("ppo_loss", what, CALM | arguments, results)
+    for what, arguments, results in (
+        ("nothing hostile", {}, {"loss": -1, "grad_logprobs": [[-0.25, -0.25]], "policy/ratio": [[1, 1]]}),
+        (
+            "an exploded ratio that is clipped",
+            {"logprobs": [[200, -1]], "cliprange": 0.5},
+            {"loss": -1.25, "policy/ratio": [[INF, 1]], "grad_logprobs": [[0, -0.25]]},
+        ),
+        (
+            "an exploded ratio that is not",
+            {"logprobs": [[200, -1]], "advantages": [[-1, 1]]},
+            {"loss": INF, "grad_logprobs": [[INF, -0.25]]},
+        ),
+        (
+            "an exploded ratio that skips",
+            {"logprobs": [[200, -1]], "advantages": [[-1, 1]], "ratio_threshold": 10},
+            {"loss": 0, "policy/skipped": 1, "grad_logprobs": [[0, 0]], "grad_vpreds": [[0, 0]]},
+        ),
+        (
+            "probability 0 now",
+            {"logprobs": [[-INF, -1]]},
+            {"loss": -0.5, "policy/ratio": [[0, 1]], "grad_logprobs": [[0, -0.25]]},
+        ),
+        (
+            "probability 0 now and before",
+            {"logprobs": [[-INF, -1]], "old_logprobs": [[-INF, -1]]},
+            {"loss": NAN, "grad_logprobs": [[NAN, -0.25]], "grad_vpreds": [[0, 0]]},
+        ),
+        ("an infinite advantage", {"advantages": [[INF, 1]]}, {"loss": -INF, "grad_logprobs": [[-INF, -0.25]]}),
+        ("an infinite return", {"returns": [[INF, 0]]}, {"loss/value": INF, "grad_vpreds": [[-INF, 0]]}),
+        ("a NaN value", {"values": [[NAN, 0]]}, {"loss/value": NAN, "loss/policy": -1, "grad_vpreds": [[NAN, 0]]}),
+        (
+            "garbage under the mask",
+            {name: [[x[0][0], NAN]] for name, x in CALM.items()} | {"mask": [[1, 0]]},
+            {
+                "loss": -1,
+                "grad_logprobs": [[-0.5, 0]],
+                "grad_vpreds": [[0, 0]],
+                "policy/ratio": [[1, 0]],
+                "returns/var": 0,
+            },
+        ),
+        (
+            "nothing counts, garbage",
+            {name: [[NAN, INF]] for name in CALM} | {"mask": [[0, 0]]},
+            {"loss": 0, "grad_logprobs": [[0, 0]], "policy/ratio_mean": 0, "policy/skipped": 0, "val/var": 0},
+        ),
+        (
+            "nothing counts, a threshold below 0",
+            {"mask": [[0, 0]], "ratio_threshold": -1},
+            {"loss": 0, "policy/skipped": 1},
+        ),
+        (
+            "clip ranges of 0",
+            {"logprobs": [[0, -1]], "vpreds": [[1, 0]], "cliprange": 0, "cliprange_value": 0},
+            {"loss/policy": -1, "loss/value": 0.25, "grad_logprobs": [[0, -0.25]]},
+        ),
+        ("subnormal numbers", {"vpreds": [[TINY, 0]], "returns": [[TINY, 0]]}, {"loss/value": 0, "val/vpred": 0}),
+    )
+)
 CASES = ON_LOGITS + ON_TOKENS + ON_LOSS
 
 
@@ -196,8 +417,10 @@ def test_empty_batches_and_sequences(device, op, shape, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_no_token_counts(device, op):
     arguments = valid_arguments(op, device=device)
-    arguments = {name: torch.full_like(x, NAN) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                 for name, x in arguments.items()} | {"mask": torch.zeros(2, 3, device=device)}
+    arguments = {
+        name: torch.full_like(x, NAN) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    } | {"mask": torch.zeros(2, 3, device=device)}
     for name, result in run(op, arguments).items():
         assert (result == 0).all(), name
 
@@ -244,7 +467,7 @@ def test_incoming_gradients_of_any_strides(op):
 
 @pytest.mark.parametrize("op", ("logprobs", "logprobs_and_entropy"))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("label", (-100, -1, 7, 14, 2**40, 2**63 - 1, -2**63))
+@pytest.mark.parametrize("label", (-100, -1, 7, 14, 2**40, 2**63 - 1, -(2**63)))
 def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
     arguments = valid_arguments(op, dtype=dtype) | {"mask": torch.ones(2, 3)}
     arguments["labels"][1, 2] = label
@@ -268,8 +491,10 @@ def test_ids_outside_the_vocabulary_of_one_row():
 @pytest.mark.parametrize("op", OPS)
 def test_sizes_that_no_memory_holds(op):
     """Tensors of stride 0 may claim 2^50 tokens: torch says that there is no memory for them, and nothing crashes."""
-    arguments = {name: x.flatten()[0].expand(2**25, 2**25, *x.shape[2:]) if isinstance(x, torch.Tensor) else x
-                 for name, x in valid_arguments(op).items()}
+    arguments = {
+        name: x.flatten()[0].expand(2**25, 2**25, *x.shape[2:]) if isinstance(x, torch.Tensor) else x
+        for name, x in valid_arguments(op).items()
+    }
     if op == "kl_rewards":
         arguments["scores"] = arguments["scores"][:, 0]
     with pytest.raises(RuntimeError, match="allocate|memory"):
@@ -280,8 +505,10 @@ def test_sizes_that_no_memory_holds(op):
 def test_hundreds_of_dimensions(op):
     arguments = valid_arguments(op, (1, 1))
     rank = 300
-    deep = {name: x.view([1] * (rank - 2) + list(x.shape)) if isinstance(x, torch.Tensor) else x
-            for name, x in arguments.items()}
+    deep = {
+        name: x.view([1] * (rank - 2) + list(x.shape)) if isinstance(x, torch.Tensor) else x
+        for name, x in arguments.items()
+    }
     results = getattr(ppo_ext, op)(**deep)
     expected = getattr(ppo_ext, op)(**arguments)
     for result, plain in zip(*(x if isinstance(x, tuple) else (x,) for x in (results, expected))):

@@ -17,22 +17,36 @@ PACKAGE = Path(info.__file__).resolve().parent
 
 def run(*arguments, folder=PACKAGE.parent, **variables):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PPO_EXT_")}
-    return subprocess.run([sys.executable, *arguments], cwd="/", capture_output=True, text=True, timeout=300,
-                          env={**environment, "PYTHONPATH": str(folder), **variables})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, "PYTHONPATH": str(folder), **variables},
+    )
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A copy of the package whose build found no compiler."""
     folder = tmp_path_factory.mktemp("bare")
-    shutil.copytree(PACKAGE, folder / "ppo_ext", ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"))
-    facts = {"version": "0.1.0", "cpu": "not built: no C++ compiler found; install g++", "cuda": "not built: PPO_EXT_CUDA=0"}
+    shutil.copytree(
+        PACKAGE, folder / "ppo_ext", ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    )
+    facts = {
+        "version": "0.1.0",
+        "cpu": "not built: no C++ compiler found; install g++",
+        "cuda": "not built: PPO_EXT_CUDA=0",
+    }
     (folder / "ppo_ext/_build_info.json").write_text(json.dumps(facts))
     return folder
 
 
-needs_native = pytest.mark.skipif(_native.status()["cpu"] != "loaded" and os.environ.get("PPO_EXT_REQUIRE_NATIVE") != "1",
-                                  reason="the compiled part is not built here")
+needs_native = pytest.mark.skipif(
+    _native.status()["cpu"] != "loaded" and os.environ.get("PPO_EXT_REQUIRE_NATIVE") != "1",
+    reason="the compiled part is not built here",
+)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -50,8 +64,22 @@ def test_a_good_install_is_fine():
 def test_json_has_every_fact():
     result = run("-m", "ppo_ext", "info", "--json", OMP_NUM_THREADS="1")
     report = json.loads(result.stdout)
-    assert set(report) == {"ppo_ext", "folder", "python", "platform", "packages", "build", "libraries", "ops", "cpu",
-                           "environment", "cuda", "selftest", "problem", "fix"}
+    assert set(report) == {
+        "ppo_ext",
+        "folder",
+        "python",
+        "platform",
+        "packages",
+        "build",
+        "libraries",
+        "ops",
+        "cpu",
+        "environment",
+        "cuda",
+        "selftest",
+        "problem",
+        "fix",
+    }
     assert report["environment"]["OMP_NUM_THREADS"] == "1" and report["cpu"]["threads"] == 1
     assert report["ops"]["_gae"]["cpu"] and report["selftest"]["cpu"]["passed"] and report["problem"] is None
 
@@ -65,9 +93,11 @@ def test_a_missing_library_fails_and_names_the_fix(bare):
 
 
 def test_a_missing_library_warns_once_and_still_works(bare):
-    code = ("import torch, ppo_ext; x = torch.randn(3, 5, requires_grad=True); y = torch.tensor([0, 4, 2]);"
-            "ours = [ppo_ext.logprobs(x, y) for _ in range(3)]; ours[0].sum().backward();"
-            "assert torch.allclose(ours[0], x.log_softmax(-1)[[0, 1, 2], y]) and x.grad is not None")
+    code = (
+        "import torch, ppo_ext; x = torch.randn(3, 5, requires_grad=True); y = torch.tensor([0, 4, 2]);"
+        "ours = [ppo_ext.logprobs(x, y) for _ in range(3)]; ours[0].sum().backward();"
+        "assert torch.allclose(ours[0], x.log_softmax(-1)[[0, 1, 2], y]) and x.grad is not None"
+    )
     result = run("-W", "always", "-c", code, folder=bare)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Warning") == 1 and "python -m ppo_ext info" in result.stderr
@@ -90,10 +120,19 @@ def test_rejects_other_commands():
 # ---- its parts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability, expected", [
-    ((8, 0), "SASS 8.0"), ((8, 9), "SASS 8.0"), ((9, 0), "SASS 9.0"), ((10, 3), "SASS 10.0"), ((11, 0), "PTX 9.0"),
-    ((12, 1), "SASS 12.0"), ((13, 0), "PTX 12.0"), ((7, 5), None),
-])
+@pytest.mark.parametrize(
+    "capability, expected",
+    [
+        ((8, 0), "SASS 8.0"),
+        ((8, 9), "SASS 8.0"),
+        ((9, 0), "SASS 9.0"),
+        ((10, 3), "SASS 10.0"),
+        ((11, 0), "PTX 9.0"),
+        ((12, 1), "SASS 12.0"),
+        ((13, 0), "PTX 12.0"),
+        ((7, 5), None),
+    ],
+)
 def test_coverage(capability, expected):
     assert info.coverage(capability, ["8.0", "9.0", "10.0", "12.0"], ["9.0", "12.0"]) == expected
 
@@ -106,8 +145,12 @@ def test_coverage_of_architecture_specific_code():
 
 def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver="13.0"):
     device = {"name": "a GPU", "capability": "7.5", "covered_by": covered}
-    return {"libraries": {"cpu": cpu, "cuda": cuda}, "build": {"sass": ["9.0"], "nvcc": "13.0"},
-            "cuda": {"devices": [device], "driver": driver}, "selftest": {"cuda": {"passed": passed}}}
+    return {
+        "libraries": {"cpu": cpu, "cuda": cuda},
+        "build": {"sass": ["9.0"], "nvcc": "13.0"},
+        "cuda": {"devices": [device], "driver": driver},
+        "selftest": {"cuda": {"passed": passed}},
+    }
 
 
 @pytest.mark.parametrize("driver", ["13.0", "13.2", None])
@@ -115,13 +158,19 @@ def test_diagnosis_of_a_good_report(driver):
     assert info.diagnose(report(driver=driver)) == (None, None)
 
 
-@pytest.mark.parametrize("broken, problem, command", [
-    (report(cuda="_C_cuda.so was not built"), "_C_cuda.so was not built", "PPO_EXT_CUDA=1"),
-    (report(covered=None), "no kernels for a GPU of capability 7.5", 'TORCH_CUDA_ARCH_LIST="7.5 9.0"'),
-    (report(driver="12.8"), "kernels built by nvcc 13.0 need a newer driver than this one for CUDA 12.8",
-     "CUDA_HOME=/usr/local/cuda-12.8 PPO_EXT_CUDA=1"),
-    (report(passed=False), "the self-test fails on cuda", "pip install"),
-])
+@pytest.mark.parametrize(
+    "broken, problem, command",
+    [
+        (report(cuda="_C_cuda.so was not built"), "_C_cuda.so was not built", "PPO_EXT_CUDA=1"),
+        (report(covered=None), "no kernels for a GPU of capability 7.5", 'TORCH_CUDA_ARCH_LIST="7.5 9.0"'),
+        (
+            report(driver="12.8"),
+            "kernels built by nvcc 13.0 need a newer driver than this one for CUDA 12.8",
+            "CUDA_HOME=/usr/local/cuda-12.8 PPO_EXT_CUDA=1",
+        ),
+        (report(passed=False), "the self-test fails on cuda", "pip install"),
+    ],
+)
 def test_diagnosis_names_one_command(monkeypatch, broken, problem, command):
     monkeypatch.delenv("PPO_EXT_DISABLE_NATIVE", raising=False)
     found, fix = info.diagnose(broken)

@@ -38,12 +38,16 @@ def run(op, logits, other, **options):
 
 
 @pytest.mark.parametrize("name", ("logprobs_and_entropy", "full_kl"))
-@pytest.mark.parametrize("shape, strides", (
-    ((5, 1037), (BEYOND, 1)),
-    ((5, 37), (BEYOND, 1)),
-    ((2, 37), (1, BEYOND // 8)),
-    ((2, 2, 2, 1100), (2 * BEYOND, 3000, BEYOND, 1)),
-), ids=str)
+@pytest.mark.parametrize(
+    "shape, strides",
+    (
+        ((5, 1037), (BEYOND, 1)),
+        ((5, 37), (BEYOND, 1)),
+        ((2, 37), (1, BEYOND // 8)),
+        ((2, 2, 2, 1100), (2 * BEYOND, 3000, BEYOND, 1)),
+    ),
+    ids=str,
+)
 def test_offsets_beyond_32_bits(name, shape, strides):
     inputs = logits_inputs(shape, torch.bfloat16)
     logits, other = sparse(shape, strides), inputs["labels"]
@@ -69,12 +73,17 @@ def test_more_rows_than_65535(device, name):
         logits = inputs["logits"].to(dtype).requires_grad_()
         out = op(logits, other.to(dtype) if name == "full_kl" else other, mask=inputs["mask"])
         out = out if isinstance(out, tuple) else (out,)
-        grad, = torch.autograd.grad(sum((x * inputs["grad_logprobs"]).sum() for x in out), logits)
+        (grad,) = torch.autograd.grad(sum((x * inputs["grad_logprobs"]).sum() for x in out), logits)
         return *(x.detach() for x in out), grad
 
-    ours, torchs, exact = (results(op, dtype) for op, dtype in (
-        (getattr(ppo_ext, name), torch.float32), (getattr(reference, name), torch.float32),
-        (getattr(reference, name), torch.float64)))
+    ours, torchs, exact = (
+        results(op, dtype)
+        for op, dtype in (
+            (getattr(ppo_ext, name), torch.float32),
+            (getattr(reference, name), torch.float32),
+            (getattr(reference, name), torch.float64),
+        )
+    )
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact)):
         assert_within_torch_error(f"result {i}", a, b, c)
 
@@ -84,15 +93,18 @@ def test_more_sequences_than_65535(device):
 
     def results(module, dtype):
         x = {k: v if k == "mask" else v.to(dtype) for k, v in inputs.items()}
-        return [*module.gae(x["values"], x["rewards"], x["mask"], gamma=0.9, lam=0.8),
-                *module.kl_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_coef=0.2),
-                module.masked_whiten(x["values"], x["mask"])]
+        return [
+            *module.gae(x["values"], x["rewards"], x["mask"], gamma=0.9, lam=0.8),
+            *module.kl_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_coef=0.2),
+            module.masked_whiten(x["values"], x["mask"]),
+        ]
 
-    ours, torchs, exact = (results(module, dtype) for module, dtype in (
-        (ppo_ext, torch.float32), (reference, torch.float32), (reference, torch.float64)))
+    ours, torchs, exact = (
+        results(module, dtype)
+        for module, dtype in ((ppo_ext, torch.float32), (reference, torch.float32), (reference, torch.float64))
+    )
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact)):
         assert_within_torch_error(f"result {i}", a, b, c)
-
 
 
 @pytest.mark.parametrize("name", ("logprobs", "full_kl"))

@@ -35,9 +35,20 @@ def test_the_level_asked_for_runs(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_ops_pass_their_tests(level):
-    files = [str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "whiten", "ppo_loss", "hostile_values")]
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not trl and not opcheck and not compiles", *files,
-                 level=level)
+    files = [
+        str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "whiten", "ppo_loss", "hostile_values")
+    ]
+    result = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not trl and not opcheck and not compiles",
+        *files,
+        level=level,
+    )
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 
 
@@ -51,8 +62,10 @@ def test_no_function_of_a_level_can_replace_another_files(path):
 
 
 def test_levels_agree_to_rounding():
-    code = ("import torch, ppo_ext; torch.manual_seed(0); x = torch.randn(8, 4099) * 3; y = torch.arange(8)\n"
-            "print(ppo_ext.logprobs_and_entropy(x, y)[1].tolist())")
+    code = (
+        "import torch, ppo_ext; torch.manual_seed(0); x = torch.randn(8, 4099) * 3; y = torch.arange(8)\n"
+        "print(ppo_ext.logprobs_and_entropy(x, y)[1].tolist())"
+    )
     best, *others = (torch.tensor(json.loads(run("-c", code, level=level).stdout)) for level in ("4", *LEVELS))
     for other in others:
         torch.testing.assert_close(other, best, rtol=1e-6, atol=0)

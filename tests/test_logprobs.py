@@ -44,8 +44,15 @@ def test_matches_float64(device, V, dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_logits_give_fp32_accurate_logprobs(device, dtype):
     inputs = logits_inputs((4, 8, GPT2), dtype, device)
-    error = (ppo_ext.logprobs(inputs["logits"], inputs["labels"])
-             - reference.logprobs(inputs["logits"].double(), inputs["labels"])).abs().max().item()
+    error = (
+        (
+            ppo_ext.logprobs(inputs["logits"], inputs["labels"])
+            - reference.logprobs(inputs["logits"].double(), inputs["labels"])
+        )
+        .abs()
+        .max()
+        .item()
+    )
     assert error <= 1e-5
 
 
@@ -70,8 +77,9 @@ def test_gradcheck_float64(device, output):
     inputs = logits_inputs((2, 3, 9), torch.float64, device)
     logits = inputs["logits"].requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: ppo_ext.logprobs_and_entropy(x, inputs["labels"], mask=inputs["mask"],
-                                               temperature=1.3)[output], logits)
+        lambda x: ppo_ext.logprobs_and_entropy(x, inputs["labels"], mask=inputs["mask"], temperature=1.3)[output],
+        logits,
+    )
 
 
 def test_opcheck(device):
@@ -223,7 +231,7 @@ def test_common_offset_costs_no_accuracy(device, offset):
 def test_same_bits_for_any_threads_and_batch(device):
     inputs = logits_inputs((64, 5003), torch.float32, device)
     assert_same_bits_for_any_threads(lambda: run(inputs))
-    halves = [run({k: v[i:i + 32] for k, v in inputs.items()}) for i in (0, 32)]
+    halves = [run({k: v[i : i + 32] for k, v in inputs.items()}) for i in (0, 32)]
     for part, whole in enumerate(run(inputs)):
         assert_same_bits("batch", torch.cat([h[part] for h in halves]), whole)
 
@@ -235,8 +243,9 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(device, dtype):
     for name, view in strided_views(inputs["logits"]):
         leaf = view.detach().requires_grad_()
         logits = leaf.view_as(leaf)
-        logprobs, entropy = ppo_ext.logprobs_and_entropy(logits, inputs["labels"], mask=inputs["mask"],
-                                                         inplace_backward=True)
+        logprobs, entropy = ppo_ext.logprobs_and_entropy(
+            logits, inputs["labels"], mask=inputs["mask"], inplace_backward=True
+        )
         before, version = logits.detach().clone(), logits._version
         assert_same_bits("forward leaves the logits", before, inputs["logits"])
         ((logprobs * inputs["grad_logprobs"]).sum() + (entropy * inputs["grad_entropy"]).sum()).backward()
@@ -258,7 +267,7 @@ def test_use_after_inplace_backward_is_an_error(device):
 def test_no_second_derivative(device):
     inputs = logits_inputs((2, 5), torch.float32, device)
     logits = inputs["logits"].requires_grad_()
-    grad, = torch.autograd.grad(ppo_ext.logprobs(logits, inputs["labels"]).sum(), logits, create_graph=True)
+    (grad,) = torch.autograd.grad(ppo_ext.logprobs(logits, inputs["labels"]).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.sum().backward()
 
@@ -267,21 +276,44 @@ def test_rejects_bad_arguments(device):
     inputs = logits_inputs((2, 3, 7), torch.float32, device)
     logits, labels = inputs["logits"], inputs["labels"]
     cases = [
-        (TypeError, r"logprobs: logits must be float32, bfloat16, float16 or float64, got torch.int64",
-         (labels, labels), {}),
+        (
+            TypeError,
+            r"logprobs: logits must be float32, bfloat16, float16 or float64, got torch.int64",
+            (labels, labels),
+            {},
+        ),
         (TypeError, r"logprobs: logits must be a torch.Tensor, got list", ([1.0], labels), {}),
         (TypeError, r"logprobs: labels must be int64 or int32, got torch.float32", (logits, labels.float()), {}),
-        (ValueError,
-         r"logprobs: labels must have the shape \[2, 3\] of logits without its last dimension, got \[2, 2\]",
-         (logits, labels[:, :2]), {}),
-        (ValueError, r"logprobs: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
-         (logits[..., :0], labels), {}),
-        (ValueError, r"logprobs: temperature must be a positive finite number, got 0", (logits, labels),
-         {"temperature": 0}),
-        (ValueError, r"logprobs: temperature must be a positive finite number, got nan", (logits, labels),
-         {"temperature": math.nan}),
-        (ValueError, r"logprobs: mask must have the shape \[2, 3\] of labels, got \[3\]", (logits, labels),
-         {"mask": torch.ones(3, device=device)}),
+        (
+            ValueError,
+            r"logprobs: labels must have the shape \[2, 3\] of logits without its last dimension, got \[2, 2\]",
+            (logits, labels[:, :2]),
+            {},
+        ),
+        (
+            ValueError,
+            r"logprobs: logits must have the shape \[..., V\] with V >= 1, got \[2, 3, 0\]",
+            (logits[..., :0], labels),
+            {},
+        ),
+        (
+            ValueError,
+            r"logprobs: temperature must be a positive finite number, got 0",
+            (logits, labels),
+            {"temperature": 0},
+        ),
+        (
+            ValueError,
+            r"logprobs: temperature must be a positive finite number, got nan",
+            (logits, labels),
+            {"temperature": math.nan},
+        ),
+        (
+            ValueError,
+            r"logprobs: mask must have the shape \[2, 3\] of labels, got \[3\]",
+            (logits, labels),
+            {"mask": torch.ones(3, device=device)},
+        ),
         (ValueError, r"logprobs: labels must be on the device .* of logits, got meta", (logits, labels.to("meta")), {}),
     ]
     for kind, text, arguments, options in cases:
@@ -320,8 +352,9 @@ def test_equals_trl(dtype):
     core = require_trl().core
     inputs = logits_inputs((3, 7, 501), dtype)
     logprobs, entropy = ppo_ext.logprobs_and_entropy(inputs["logits"], inputs["labels"])
-    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-6,
-                               atol=1e-6)
+    torch.testing.assert_close(
+        logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(entropy, core.entropy_from_logits(inputs["logits"]), rtol=1e-5, atol=1e-5)
 
 
@@ -329,8 +362,9 @@ def test_reference_equals_trl():
     core = require_trl().core
     inputs = logits_inputs((3, 7, 501), torch.float64)
     logprobs, entropy = reference.logprobs_and_entropy(inputs["logits"], inputs["labels"])
-    torch.testing.assert_close(logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-12,
-                               atol=1e-12)
+    torch.testing.assert_close(
+        logprobs, core.logprobs_from_logits(inputs["logits"], inputs["labels"]), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(entropy, core.entropy_from_logits(inputs["logits"]), rtol=1e-10, atol=1e-10)
 
 

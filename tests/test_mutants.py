@@ -46,8 +46,12 @@ def test_a_mutant_is_killed(side, tmp_path):
 
 
 def test_a_mutant_that_changes_nothing_survives(tmp_path):
-    mutant = dataclasses.replace(named(CHEAP[PYTHON]), wrong=named(CHEAP[PYTHON]).right, tests="test_ppo_loss.py",
-                                 selection="hand_worked or matches_float64")
+    mutant = dataclasses.replace(
+        named(CHEAP[PYTHON]),
+        wrong=named(CHEAP[PYTHON]).right,
+        tests="test_ppo_loss.py",
+        selection="hand_worked or matches_float64",
+    )
     assert check.check(mutant, tmp_path).killed_by is None
 
 

@@ -43,18 +43,34 @@ def results(summary):
 
 
 def test_every_result_is_told_apart(tmp_path):
-    steps = [python("good", "print('all is well')"), python("bad", "raise ValueError('first'); print('last')"),
-             python("endless", "import time; print('begun', flush=True); time.sleep(60)", seconds=3),
-             Step("tool", 9, ("no-such-tool",)), python("module", "", needs=("no_such_module",)),
-             python("device", "", gpu_only=True)]
+    steps = [
+        python("good", "print('all is well')"),
+        python("bad", "raise ValueError('first'); print('last')"),
+        python("endless", "import time; print('begun', flush=True); time.sleep(60)", seconds=3),
+        Step("tool", 9, ("no-such-tool",)),
+        python("module", "", needs=("no_such_module",)),
+        python("device", "", gpu_only=True),
+    ]
     start = time.monotonic()
     status, summary = run(tmp_path, steps)
     assert status == 1 and time.monotonic() - start < 40
-    assert results(summary) == {"good": "passed", "bad": "failed", "endless": "timeout", "tool": "missing",
-                                "module": "missing", "device": "skipped"}
+    assert results(summary) == {
+        "good": "passed",
+        "bad": "failed",
+        "endless": "timeout",
+        "tool": "missing",
+        "module": "missing",
+        "device": "skipped",
+    }
     notes = {step["step"]: step["note"] for step in summary["steps"]}
-    assert notes == {"good": "all is well", "bad": "ValueError: first", "endless": "begun", "tool": "no-such-tool",
-                     "module": "module no_such_module", "device": "needs a GPU"}
+    assert notes == {
+        "good": "all is well",
+        "bad": "ValueError: first",
+        "endless": "begun",
+        "tool": "no-such-tool",
+        "module": "module no_such_module",
+        "device": "needs a GPU",
+    }
     page = (tmp_path / "summary.md").read_text()
     assert all(f"| {name} | {result} |" in page for name, result in results(summary).items())
 
@@ -67,8 +83,10 @@ def test_a_summary_names_device_versions_commit_and_date(tmp_path):
 
 def test_what_comes_back_fits(tmp_path):
     """Few files at the top, the logs and the rows of the benchmarks packed, rows beside."""
-    code = ("import pathlib, sys; folder = pathlib.Path(sys.argv[1], 'some-device'); folder.mkdir(parents=True);"
-            "pathlib.Path(folder, 'gae.jsonl').write_text('{\"op\": \"gae\"}\\n')")
+    code = (
+        "import pathlib, sys; folder = pathlib.Path(sys.argv[1], 'some-device'); folder.mkdir(parents=True);"
+        "pathlib.Path(folder, 'gae.jsonl').write_text('{\"op\": \"gae\"}\\n')"
+    )
     run(tmp_path, [Step("bench", 30, ("python", "-c", code, "{results}"))])
     assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "summary.json", "results.jsonl", "run.tar.gz"}
     assert (tmp_path / "results.jsonl").read_text() == '{"op": "gae"}\n'
@@ -84,7 +102,11 @@ def test_the_summary_is_there_after_every_step(tmp_path):
 
 def test_the_time_limit_holds(tmp_path):
     start = time.monotonic()
-    steps = [python("long", "import time; time.sleep(60)"), python("late", "print('ran')"), python("later", "print('ran')")]
+    steps = [
+        python("long", "import time; time.sleep(60)"),
+        python("late", "print('ran')"),
+        python("later", "print('ran')"),
+    ]
     _, summary = run(tmp_path, steps, "--minutes", "0.15")
     assert time.monotonic() - start < 30
     assert results(summary) == {"long": "timeout", "late": "skipped", "later": "skipped"}
@@ -99,19 +121,28 @@ def test_a_process_that_a_step_leaves_behind_is_ended(tmp_path):
 
 
 def test_without_a_library_nothing_else_is_tested(tmp_path):
-    steps = [python("build", "raise SystemExit('no nvcc')", required=True), python("ops", "print('tested something else')")]
+    steps = [
+        python("build", "raise SystemExit('no nvcc')", required=True),
+        python("ops", "print('tested something else')"),
+    ]
     status, summary = run(tmp_path, steps)
     assert status == 1 and results(summary) == {"build": "failed", "ops": "skipped"}
     assert summary["steps"][1]["note"] == "build: failed"
 
 
 def test_a_stopped_run_leaves_its_summary(tmp_path):
-    code = ("import sys; from bench import on_gpu; from bench.gpu_steps import Step;"
-            "steps = [Step('first', 9, ('python', '-c', '')),"
-            "         Step('second', 99, ('python', '-c', 'import time; print(1, flush=True); time.sleep(99)'))];"
-            "sys.exit(on_gpu.main(sys.argv[1:], steps))")
-    process = subprocess.Popen([sys.executable, "-c", code, "--out", str(tmp_path), "--device", "cpu"], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from bench import on_gpu; from bench.gpu_steps import Step;"
+        "steps = [Step('first', 9, ('python', '-c', '')),"
+        "         Step('second', 99, ('python', '-c', 'import time; print(1, flush=True); time.sleep(99)'))];"
+        "sys.exit(on_gpu.main(sys.argv[1:], steps))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--out", str(tmp_path), "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("second: at most"):
             break
@@ -156,14 +187,26 @@ def test_carried_packages_can_be_imported(tmp_path):
     assert results(summary) == {"import": "passed"}
 
 
-@pytest.mark.parametrize("log, line", [
-    ("...F.\nFAILED tests/test_gae.py::test_x - assert 1\n1 failed, 4 passed in 2s\n",
-     "FAILED tests/test_gae.py::test_x - assert 1"),
-    ("========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n=========     at kernel\n"
-     "========= ERROR SUMMARY: 1 error\n", "========= Invalid __global__ read of size 4 bytes"),
-    ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory\n",
-     "torch.OutOfMemoryError: CUDA out of memory"),
-    ("compiling\nSegmentation fault\n", "Segmentation fault"), ("", "no output")])
+@pytest.mark.parametrize(
+    "log, line",
+    [
+        (
+            "...F.\nFAILED tests/test_gae.py::test_x - assert 1\n1 failed, 4 passed in 2s\n",
+            "FAILED tests/test_gae.py::test_x - assert 1",
+        ),
+        (
+            "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n=========     at kernel\n"
+            "========= ERROR SUMMARY: 1 error\n",
+            "========= Invalid __global__ read of size 4 bytes",
+        ),
+        (
+            "Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory\n",
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        ("compiling\nSegmentation fault\n", "Segmentation fault"),
+        ("", "no output"),
+    ],
+)
 def test_what_failed_first(log, line):
     assert first_failure(log) == line
 
@@ -201,8 +244,11 @@ def test_the_profiled_kernels_run():
 
 def test_a_missing_library_is_not_taken_for_a_loaded_one():
     step = next(step for step in STEPS if step.name == "load")
-    code = step.command[2].replace("import sys, ppo_ext", "import sys, types; ppo_ext = types.SimpleNamespace("
-                                   "_native=types.SimpleNamespace(status=lambda: {'cuda': '_C_cuda.so was not built'}))")
+    code = step.command[2].replace(
+        "import sys, ppo_ext",
+        "import sys, types; ppo_ext = types.SimpleNamespace("
+        "_native=types.SimpleNamespace(status=lambda: {'cuda': '_C_cuda.so was not built'}))",
+    )
     done = subprocess.run([sys.executable, "-c", code, "cuda"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "the library of cuda: _C_cuda.so was not built\n"
 
@@ -210,9 +256,21 @@ def test_a_missing_library_is_not_taken_for_a_loaded_one():
 @pytest.mark.slow
 def test_a_rehearsal_on_the_cpu(tmp_path):
     """The script itself: real steps, those that need a GPU skipped, files as on a GPU."""
-    command = ["bash", "bench/on_gpu.sh", "--out", str(tmp_path), "--device", "cpu", "--minutes", "2",
-               "--steps", "load,repeat,racecheck,ncu"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    command = [
+        "bash",
+        "bench/on_gpu.sh",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--minutes",
+        "2",
+        "--steps",
+        "load,repeat,racecheck,ncu",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert results(summary)["racecheck"] == results(summary)["ncu"] == "skipped"
     native = gpu_steps.ROOT / "ppo_ext/_C_cpu.so"

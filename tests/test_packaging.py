@@ -30,7 +30,9 @@ def python(*arguments, cwd="/", **variables):
     """Runs this interpreter in a clean process, outside the checkout."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PPO_EXT_") and k != "PYTHONPATH"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True, timeout=300
+    )
 
 
 def backend(hook, target):
@@ -40,9 +42,13 @@ def backend(hook, target):
     """
     facts = PACKAGE / "_build_info.json"
     info = json.loads(facts.read_text()) if facts.exists() else {}
-    options = {"PPO_EXT_REQUIRE_NATIVE": str(int("-Werror" in info.get("cxx_flags", ""))),
-               "PPO_EXT_CUDA": "auto" if info.get("cuda", "built") == "built" else "0"}
-    code = f"import sys; sys.path.insert(0, '_build'); import ppo_build; print('made', ppo_build.{hook}({str(target)!r}))"
+    options = {
+        "PPO_EXT_REQUIRE_NATIVE": str(int("-Werror" in info.get("cxx_flags", ""))),
+        "PPO_EXT_CUDA": "auto" if info.get("cuda", "built") == "built" else "0",
+    }
+    code = (
+        f"import sys; sys.path.insert(0, '_build'); import ppo_build; print('made', ppo_build.{hook}({str(target)!r}))"
+    )
     result = python("-c", code, cwd=ROOT, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return Path(target, re.findall(r"^made (.*)$", result.stdout, re.MULTILINE)[0])
@@ -60,8 +66,10 @@ def library(backend):
 
 def symbols(path, *flags):
     output = subprocess.run(["nm", "-D", *flags, str(path)], capture_output=True, text=True, check=True).stdout
-    return [line.split(maxsplit=1)[-1].strip() if line.startswith(" ") else line.split(maxsplit=2)[-1]
-            for line in output.splitlines()]
+    return [
+        line.split(maxsplit=1)[-1].strip() if line.startswith(" ") else line.split(maxsplit=2)[-1]
+        for line in output.splitlines()
+    ]
 
 
 # ---- the libraries --------------------------------------------------------------------------------------------------
@@ -83,8 +91,10 @@ def test_undefined_symbols_are_allowed(backend):
     weak = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
     shims = {name for name in names if not standard.match(name) and name not in weak}
     assert not [name for name in shims if not name.startswith(("aoti_torch_", "torch_"))]
-    exported = {name.split(maxsplit=1)[-1] for name in symbols(find_tools.find_torch().folder / "lib/libtorch_cpu.so",
-                                                               "--defined-only")}
+    exported = {
+        name.split(maxsplit=1)[-1]
+        for name in symbols(find_tools.find_torch().folder / "lib/libtorch_cpu.so", "--defined-only")
+    }
     assert shims - exported <= (CUDA_SHIMS if backend == "cuda" else set())
 
 
@@ -104,7 +114,7 @@ def fat_binaries(path):
         position, end = start + header_bytes, start + header_bytes + size
         while position < end:
             kind, _, header_bytes, entry_bytes = struct.unpack_from("<HHIQ", data, position)
-            arch, = struct.unpack_from("<I", data, position + 28)
+            (arch,) = struct.unpack_from("<I", data, position + 28)
             found.add(({1: "ptx", 2: "sass"}[kind], f"{arch // 10}.{arch % 10}"))
             position += header_bytes + entry_bytes
     return found
@@ -161,8 +171,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 @pytest.mark.slow
 def test_wheel_works_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = ("import torch, ppo_ext; x = torch.randn(3, 5); y = ppo_ext.logprobs(x, torch.tensor([0, 4, 2]));"
-            "assert torch.allclose(y, x.log_softmax(-1)[[0, 1, 2], [0, 4, 2]]); print(ppo_ext.__file__)")
+    code = (
+        "import torch, ppo_ext; x = torch.randn(3, 5); y = ppo_ext.logprobs(x, torch.tensor([0, 4, 2]));"
+        "assert torch.allclose(y, x.log_softmax(-1)[[0, 1, 2], [0, 4, 2]]); print(ppo_ext.__file__)"
+    )
     result = python("-W", "error", "-c", code, PYTHONPATH=str(tmp_path), PPO_EXT_REQUIRE_NATIVE="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path))
@@ -206,7 +218,9 @@ def test_find_torch_takes_the_first_usable_one(tmp_path):
 
 def test_find_torch_looks_out_of_build_isolation():
     """Without site-packages on its path, as under pip's isolation, it still finds the torch of this interpreter."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import find_tools; print(find_tools.find_torch())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import find_tools; print(find_tools.find_torch())"
+    )
     result = python("-S", "-c", code)
     assert repr(find_tools.find_torch().folder) in result.stdout, result.stdout + result.stderr
 
@@ -222,8 +236,12 @@ def test_backend_asks_for_torch_only_if_there_is_none(monkeypatch):
 
 
 def make_toolkit(root, release="13.0", lack=()):
-    files = {"nvcc": "bin/nvcc", "header": "include/cuda_runtime.h", "cccl": "include/nv/target",
-             "runtime": "lib64/libcudart_static.a"}
+    files = {
+        "nvcc": "bin/nvcc",
+        "header": "include/cuda_runtime.h",
+        "cccl": "include/nv/target",
+        "runtime": "lib64/libcudart_static.a",
+    }
     for name, file in files.items():
         if name not in lack:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -239,15 +257,18 @@ def test_find_cuda_is_not_fooled_by_a_wrapper(tmp_path):
     good = make_toolkit(tmp_path / "cuda", "12.8")
     cuda, rejected = find_tools.find_cuda({}, [wrapper, half, good])
     assert (cuda.nvcc, cuda.library, cuda.version) == (good / "bin/nvcc", good / "lib64", "12.8")
-    assert rejected == [f"{wrapper} lacks include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a",
-                        f"{half} lacks lib64/libcudart_static.a"]
+    assert rejected == [
+        f"{wrapper} lacks include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a",
+        f"{half} lacks lib64/libcudart_static.a",
+    ]
 
 
 def test_find_cuda_says_what_each_place_lacks(tmp_path):
     cuda, rejected = find_tools.find_cuda({}, [tmp_path / "none"])
     assert cuda is None
-    assert rejected == [f"{tmp_path / 'none'} lacks bin/nvcc, include/cuda_runtime.h, include/nv/target, "
-                        "lib64/libcudart_static.a"]
+    assert rejected == [
+        f"{tmp_path / 'none'} lacks bin/nvcc, include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a"
+    ]
 
 
 @pytest.mark.parametrize("beside", ["torch", "interpreter"])
@@ -281,12 +302,15 @@ def test_cuda_home_comes_first(tmp_path):
 # ---- the build's options --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value, text", [
-    ("PPO_EXT_CUDA", "yes", "PPO_EXT_CUDA must be one of auto 0 1, got yes"),
-    ("PPO_EXT_REQUIRE_NATIVE", "true", "PPO_EXT_REQUIRE_NATIVE must be one of 0 1, got true"),
-    ("PPO_EXT_DEBUG", "2", "PPO_EXT_DEBUG must be one of 0 1, got 2"),
-    ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got 0"),
-])
+@pytest.mark.parametrize(
+    "name, value, text",
+    [
+        ("PPO_EXT_CUDA", "yes", "PPO_EXT_CUDA must be one of auto 0 1, got yes"),
+        ("PPO_EXT_REQUIRE_NATIVE", "true", "PPO_EXT_REQUIRE_NATIVE must be one of 0 1, got true"),
+        ("PPO_EXT_DEBUG", "2", "PPO_EXT_DEBUG must be one of 0 1, got 2"),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got 0"),
+    ],
+)
 def test_rejects_options(name, value, text):
     with pytest.raises(BuildError, match=re.escape(text)):
         Options.from_env({name: value})
@@ -298,21 +322,28 @@ def test_empty_options_are_the_defaults():
 
 def test_default_archs_are_those_that_nvcc_knows():
     assert native_build.resolve_archs("", {"7.5", "8.0", "9.0", "10.0", "12.0", "12.1"}) == (
-        ["8.0", "9.0", "10.0", "12.0"], ["9.0", "12.0"])
+        ["8.0", "9.0", "10.0", "12.0"],
+        ["9.0", "12.0"],
+    )
     assert native_build.resolve_archs("", {"7.5", "8.0", "8.6"}) == (["8.0"], ["8.0"])
 
 
 def test_arch_list_is_honoured():
     known = {"7.5", "8.0", "9.0"}
     assert native_build.resolve_archs("7.5 8.0;9.0a+PTX", known) == (["7.5", "8.0", "9.0a"], ["9.0a"])
-    assert native_build.gencode_flags(["8.0"], ["9.0a"]) == ["-gencode=arch=compute_80,code=sm_80",
-                                                            "-gencode=arch=compute_90a,code=compute_90a"]
+    assert native_build.gencode_flags(["8.0"], ["9.0a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
 
 
-@pytest.mark.parametrize("archs, text", [
-    ("Hopper", "each entry must be like 9.0 or 9.0+PTX, got Hopper"),
-    ("12.0", "each entry must be one this nvcc knows (8.0 9.0), got 12.0"),
-])
+@pytest.mark.parametrize(
+    "archs, text",
+    [
+        ("Hopper", "each entry must be like 9.0 or 9.0+PTX, got Hopper"),
+        ("12.0", "each entry must be one this nvcc knows (8.0 9.0), got 12.0"),
+    ],
+)
 def test_rejects_arch_list(archs, text):
     with pytest.raises(BuildError, match=re.escape(text)):
         native_build.resolve_archs(archs, {"9.0", "8.0"})
@@ -369,7 +400,17 @@ def test_target_macro():
 
 # ---- the package's habits -------------------------------------------------------------------------------------------
 
-BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "urllib.request"}
+BANNED_MODULES = {
+    "pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "requests",
+    "urllib.request",
+}
 BANNED_CALLS = {"torch.load", "torch.save", "torch.hub", "eval", "exec"}
 
 
@@ -391,13 +432,18 @@ def test_the_search_for_unsafe_calls_finds(source):
 
 
 def test_no_pickle_and_no_download():
-    found = [(str(path.relative_to(ROOT)), *hit) for path in sorted(PACKAGE.rglob("*.py"))
-             for hit in banned_names(ast.parse(path.read_text(encoding="utf-8")))]
+    found = [
+        (str(path.relative_to(ROOT)), *hit)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for hit in banned_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     assert not found
 
 
 def test_ops_do_not_import_transformers():
-    code = ("import sys, torch, ppo_ext; ppo_ext.masked_mean(torch.ones(2, 2), torch.ones(2, 2));"
-            "print(sorted({'transformers', 'accelerate', 'peft'} & set(sys.modules)))")
+    code = (
+        "import sys, torch, ppo_ext; ppo_ext.masked_mean(torch.ones(2, 2), torch.ones(2, 2));"
+        "print(sorted({'transformers', 'accelerate', 'peft'} & set(sys.modules)))"
+    )
     result = python("-c", code, cwd=ROOT)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -30,36 +30,51 @@ FAULTS = {
         "reduce.cuh",
         "    if (lane == 0) parts[warp] = state;\n    __syncthreads();\n    if (warp == 0) state = reduce_lanes",
         "    if (lane == 0) parts[warp] = state;\n    if (warp == 0) state = reduce_lanes",
-        "whiten", "test_whiten.py", "test_few_entries_give_no_nan",
+        "whiten",
+        "test_whiten.py",
+        "test_few_entries_give_no_nan",
         r"masked_\w+, block \d+, thread \d+: a (load|store) of (8|24) bytes of shared memory must be separated by a "
-        r"barrier from the (load|store) of thread \d+, got none \(csrc/reduce.cuh:\d+"),
+        r"barrier from the (load|store) of thread \d+, got none \(csrc/reduce.cuh:\d+",
+    ),
     "off-by-one tail": Fault(
         "load.cuh",
         "  if (last < in.V) {",
         "  if (last <= in.V) {",
-        "logprobs", "test_logprobs.py", "test_half_logits_give_fp32_accurate_logprobs",
+        "logprobs",
+        "test_logprobs.py",
+        "test_half_logits_give_fp32_accurate_logprobs",
         r"logprobs, block \d+, thread \d+: a load of 2 bytes must touch allocated memory only \(AddressSanitizer\), got "
-        r"0 bytes beyond the end of a heap block of \d+ bytes \(csrc/load.cuh:\d+"),
+        r"0 bytes beyond the end of a heap block of \d+ bytes \(csrc/load.cuh:\d+",
+    ),
     "misaligned vector load": Fault(
         "load.cuh",
         "    if (kAligned || (stride == 1 && beyond == 0)) {",
         "    if (kAligned || stride == 1) {",
-        "logprobs", "test_logprobs.py", "test_views_give_the_same_bits",
+        "logprobs",
+        "test_logprobs.py",
+        "test_views_give_the_same_bits",
         r"logprobs, block \d+, thread \d+: a use of a 'const struct Pack' must be at a multiple of 16 bytes, got an "
-        r"address with remainder (2|4|8) \(csrc/load.cuh:\d+"),
+        r"address with remainder (2|4|8) \(csrc/load.cuh:\d+",
+    ),
     "wrong shuffle mask": Fault(
         "reduce.cuh",
         "constexpr unsigned kWholeWarp = 0xffffffffu;",
         "constexpr unsigned kWholeWarp = 0x0000ffffu;",
-        "rewards", "test_rewards.py", "test_hand_worked_case",
+        "rewards",
+        "test_rewards.py",
+        "test_hand_worked_case",
         r"kl_rewards, block 0, thread \d+: the mask must name lane (1[6-9]|2\d|3[01]), which calls, got "
-        r"__shfl_down_sync \(reduce.cuh:\d+\) with mask 0x0000ffff"),
+        r"__shfl_down_sync \(reduce.cuh:\d+\) with mask 0x0000ffff",
+    ),
     "int32 row offset": Fault(
         "rows.h",
         "return dims > 0 ? result + n * strides[0] : result;",
         "return dims > 0 ? result + int32_t(n * strides[0]) : result;",
-        "logprobs", "test_large.py", "test_offsets_beyond_32_bits and logprobs",
-        r"result \d: \d+ of \d+ entries differ"),
+        "logprobs",
+        "test_large.py",
+        "test_offsets_beyond_32_bits and logprobs",
+        r"result \d: \d+ of \d+ entries differ",
+    ),
 }
 
 
@@ -76,14 +91,17 @@ def plant(fault, folder):
 @pytest.fixture(scope="module")
 def outcomes(package, tmp_path_factory):  # noqa: F811
     """What the tests say without a fault, by None, and by name with each; all at once, as each waits for one core."""
+
     def run_with(fault):
         return run_tests(plant(fault, tmp_path_factory.mktemp("planted")), [fault.tests], 0, fault.selection)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         files = sorted({fault.tests for fault in FAULTS.values()})
         selection = " or ".join(f"({fault.selection})" for fault in FAULTS.values())
-        yield {None: pool.submit(run_tests, package, files, 0, selection),
-               **{name: pool.submit(run_with, fault) for name, fault in FAULTS.items()}}
+        yield {
+            None: pool.submit(run_tests, package, files, 0, selection),
+            **{name: pool.submit(run_with, fault) for name, fault in FAULTS.items()},
+        }
 
 
 def test_without_a_fault_the_tests_pass(outcomes):

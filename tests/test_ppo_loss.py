@@ -46,17 +46,36 @@ def test_hand_worked_case(device):
     def row(*numbers):
         return torch.tensor([numbers], dtype=torch.float32, device=device)
 
-    inputs = {"logprobs": row(log(2.0), log(1.1), 9.0), "old_logprobs": row(0, 0, 0), "advantages": row(1.0, 2.0, 9.0),
-              "vpreds": row(0.1, 1.0, 9.0), "values": row(0, 0, 0), "returns": row(0.0, 1.5, 9.0), "mask": row(1, 1, 0)}
+    inputs = {
+        "logprobs": row(log(2.0), log(1.1), 9.0),
+        "old_logprobs": row(0, 0, 0),
+        "advantages": row(1.0, 2.0, 9.0),
+        "vpreds": row(0.1, 1.0, 9.0),
+        "values": row(0, 0, 0),
+        "returns": row(0.0, 1.5, 9.0),
+        "mask": row(1, 1, 0),
+    }
     result = run(inputs, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)
     pg_loss = (-1.2 - 2.2) / 2
     vf_loss = 0.5 * (0.1**2 + 1.3**2) / 2
     expected = {
-        "loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": pg_loss + 0.1 * vf_loss,
-        "policy/approxkl": 0.5 * (log(2.0)**2 + log(1.1)**2) / 2, "policy/policykl": -(log(2.0) + log(1.1)) / 2,
-        "policy/clipfrac": 0.5, "policy/advantages_mean": 1.5, "policy/ratio_mean": 1.55, "policy/skipped": 0.0,
-        "returns/mean": 0.75, "returns/var": 1.125, "val/vpred": 0.55, "val/error": (0.01 + 0.25) / 2,
-        "val/clipfrac": 0.5, "val/mean": 0.0, "val/var": 0.0}
+        "loss/policy": pg_loss,
+        "loss/value": vf_loss,
+        "loss/total": pg_loss + 0.1 * vf_loss,
+        "policy/approxkl": 0.5 * (log(2.0) ** 2 + log(1.1) ** 2) / 2,
+        "policy/policykl": -(log(2.0) + log(1.1)) / 2,
+        "policy/clipfrac": 0.5,
+        "policy/advantages_mean": 1.5,
+        "policy/ratio_mean": 1.55,
+        "policy/skipped": 0.0,
+        "returns/mean": 0.75,
+        "returns/var": 1.125,
+        "val/vpred": 0.55,
+        "val/error": (0.01 + 0.25) / 2,
+        "val/clipfrac": 0.5,
+        "val/mean": 0.0,
+        "val/var": 0.0,
+    }
     assert {k: result[k].item() for k in STAT_NAMES} == pytest.approx(expected, abs=1e-6)
     assert result["grad_logprobs"].tolist()[0] == pytest.approx([0.0, -2.0 * 1.1 / 2, 0.0], abs=1e-6)
     assert result["grad_vpreds"].tolist()[0] == pytest.approx([0.1 * 0.1 / 2, 0.0, 0.0], abs=1e-6)
@@ -81,9 +100,15 @@ def test_ties_as_in_torch(device):
     returns = torch.tensor([-1.0, 0.0, 0.125, 1.0], dtype=torch.float64)
     grid = torch.cartesian_prod(ratio.log(), advantages, gap, returns).to(device)
     zero = torch.zeros_like(grid[:, 0])
-    inputs = {"logprobs": grid[:, 0], "old_logprobs": zero, "advantages": grid[:, 1], "vpreds": grid[:, 2],
-              "values": zero,
-              "returns": grid[:, 3], "mask": torch.ones_like(zero)}
+    inputs = {
+        "logprobs": grid[:, 0],
+        "old_logprobs": zero,
+        "advantages": grid[:, 1],
+        "vpreds": grid[:, 2],
+        "values": zero,
+        "returns": grid[:, 3],
+        "mask": torch.ones_like(zero),
+    }
     options = {"cliprange": 0.5, "cliprange_value": 0.25}
     ours, theirs = run(inputs, **options), run(inputs, reference.ppo_loss, **options)
     for name in ours:
@@ -95,8 +120,9 @@ def test_masked_tokens_do_not_matter(device):
     inputs["mask"] = (torch.rand(5, 70, device=device) > 0.4).long()
     expected = run(inputs)
     for value in (math.nan, math.inf, -math.inf):
-        spoilt = {k: v if k == "mask" else v.masked_fill(inputs["mask"] == 0, value) for k,
-                  v in inputs.items() if k in ORDER}
+        spoilt = {
+            k: v if k == "mask" else v.masked_fill(inputs["mask"] == 0, value) for k, v in inputs.items() if k in ORDER
+        }
         for name, result in run(spoilt).items():
             assert_same_bits(name, result, expected[name])
     for name in ("policy/ratio", "policy/advantages", "grad_logprobs", "grad_vpreds"):
@@ -168,7 +194,7 @@ def test_no_second_derivative(device):
     loss = weight * ppo_ext.ppo_loss(*inputs.values())[0]
     with pytest.raises(RuntimeError, match="ppo_loss: .* differentiable once"):
         torch.autograd.grad(loss, logprobs, create_graph=True)
-    grad, = torch.autograd.grad(ppo_ext.ppo_loss(*inputs.values())[0], logprobs, create_graph=True)
+    (grad,) = torch.autograd.grad(ppo_ext.ppo_loss(*inputs.values())[0], logprobs, create_graph=True)
     assert not grad.requires_grad
 
 
@@ -192,18 +218,38 @@ def test_compiles_into_one_graph(device):
 def test_rejects_bad_arguments(device):
     good = {k: token_inputs((4, 7), device)[k] for k in ORDER}
     cases = [
-        (TypeError, "ppo_loss: vpreds must be float32, bfloat16, float16 or float64, got torch.int64",
-         {"vpreds": good["mask"]}, {}),
+        (
+            TypeError,
+            "ppo_loss: vpreds must be float32, bfloat16, float16 or float64, got torch.int64",
+            {"vpreds": good["mask"]},
+            {},
+        ),
         (TypeError, "ppo_loss: mask must be a torch.Tensor, got NoneType", {"mask": None}, {}),
-        (ValueError, r"ppo_loss: returns must have the shape \[4, 7\] of logprobs, got \[4, 6\]",
-         {"returns": good["returns"][:, 1:]}, {}),
-        (ValueError, r"ppo_loss: mask must have the shape \[4, 7\] of logprobs, got \[4\]",
-         {"mask": good["mask"][:, 0]}, {}),
-        (ValueError, "ppo_loss: values must be on the device .* of logprobs, got meta",
-         {"values": good["values"].to("meta")}, {}),
+        (
+            ValueError,
+            r"ppo_loss: returns must have the shape \[4, 7\] of logprobs, got \[4, 6\]",
+            {"returns": good["returns"][:, 1:]},
+            {},
+        ),
+        (
+            ValueError,
+            r"ppo_loss: mask must have the shape \[4, 7\] of logprobs, got \[4\]",
+            {"mask": good["mask"][:, 0]},
+            {},
+        ),
+        (
+            ValueError,
+            "ppo_loss: values must be on the device .* of logprobs, got meta",
+            {"values": good["values"].to("meta")},
+            {},
+        ),
         (ValueError, "ppo_loss: cliprange must be finite and not negative, got -0.1", {}, {"cliprange": -0.1}),
-        (ValueError, "ppo_loss: cliprange_value must be finite and not negative, got nan", {},
-         {"cliprange_value": math.nan}),
+        (
+            ValueError,
+            "ppo_loss: cliprange_value must be finite and not negative, got nan",
+            {},
+            {"cliprange_value": math.nan},
+        ),
         (ValueError, "ppo_loss: vf_coef must be a finite number, got inf", {}, {"vf_coef": math.inf}),
     ]
     for kind, text, changed, options in cases:
@@ -219,8 +265,16 @@ def test_equals_trl(op):
     logprobs, vpreds = inputs["logprobs"].clone().requires_grad_(), inputs["vpreds"].clone().requires_grad_()
     stub, logits = type("Trainer", (), {"config": config})(), torch.randn(6, 40, 5)
     pg_loss, vf_loss, stats = trl.PPOTrainer.loss(
-        stub, inputs["old_logprobs"], inputs["values"], logits, vpreds, logprobs, inputs["mask"], inputs["advantages"],
-        inputs["returns"])
+        stub,
+        inputs["old_logprobs"],
+        inputs["values"],
+        logits,
+        vpreds,
+        logprobs,
+        inputs["mask"],
+        inputs["advantages"],
+        inputs["returns"],
+    )
     (pg_loss + vf_loss).backward()
     ours = run(inputs, op)
     counts = inputs["mask"] == 1

@@ -15,8 +15,9 @@ from ppo_ext import reference
 
 ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels, run by fibers: slow
 settings.register_profile("ci", max_examples=15 if ON_HOST else 200, derandomize=True, deadline=None)
-settings.register_profile("fuzz", max_examples=int(os.environ.get("PPO_EXT_FUZZ_EXAMPLES", 20_000)), deadline=None,
-                          print_blob=True)
+settings.register_profile(
+    "fuzz", max_examples=int(os.environ.get("PPO_EXT_FUZZ_EXAMPLES", 20_000)), deadline=None, print_blob=True
+)
 settings.load_profile("fuzz" if "PPO_EXT_FUZZ_EXAMPLES" in os.environ else "ci")
 
 EXAMPLES = collections.Counter()  # by property, op and device, for property_counts.py
@@ -39,6 +40,7 @@ def one_thread():
 
 def property_of(*ops, kinds=KINDS):
     """Makes a test of `check(op, case, device)` for each of the ops."""
+
     def decorate(check):
         @pytest.mark.parametrize("op", ops)
         @given(case=cases(kinds))
@@ -138,8 +140,10 @@ def test_reference(op, case, device):
     inputs, grads = arguments(op, case, device)
     single = tensors(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, inputs)
     exact = run(op, doubles(inputs), grads, reference)
-    ours, torchs, exact = (without_undefined_gradients(op, inputs, results) for results in (
-        run(op, inputs, grads), run(op, single, grads, reference), exact))
+    ours, torchs, exact = (
+        without_undefined_gradients(op, inputs, results)
+        for results in (run(op, inputs, grads), run(op, single, grads, reference), exact)
+    )
     assert list(ours) == list(torchs)
     for name, result in ours.items():
         assert_near(name, result, torchs[name], exact[name], scale_of(op, name, inputs, grads, exact))
@@ -209,8 +213,10 @@ def test_tokens_in_any_order(op, case, device):
 def test_parts_of_a_batch_give_the_whole(op, case, device):
     inputs, grads = by_sequence(op, case, device)
     cut = case.seed % (case.sequences + 1)
-    parts = [run(op, tensors(lambda x, rows=rows: x[rows], inputs), tensors(lambda x, rows=rows: x[rows], grads))
-             for rows in (slice(cut), slice(cut, None))]
+    parts = [
+        run(op, tensors(lambda x, rows=rows: x[rows], inputs), tensors(lambda x, rows=rows: x[rows], grads))
+        for rows in (slice(cut), slice(cut, None))
+    ]
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     assert_same_results(together, run(op, inputs, grads))
 
@@ -269,7 +275,7 @@ def test_packed_tokens_are_padded_tokens(op, case, device):
 def one_by_one(op, inputs, keep):
     """Each sequence alone, without the tokens that `keep` leaves out."""
     for b in range(len(keep)):
-        alone = tensors(lambda x, b=b: x[b:b + 1] if x.dim() == 1 else x[b:b + 1, keep[b]], inputs)
+        alone = tensors(lambda x, b=b: x[b : b + 1] if x.dim() == 1 else x[b : b + 1, keep[b]], inputs)
         yield b, keep[b], run(op, alone)
 
 
@@ -283,7 +289,7 @@ def test_padded_sequences_are_sequences_alone(op, case, device):
     inputs["mask"] = ((position >= start) & (position < start + case.tokens // 2)).to(case.mask)
     padded = run(op, inputs)
     for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
-        assert_same_results(alone, tensors(lambda x, b=b, keep=keep: x[b:b + 1, keep], padded))
+        assert_same_results(alone, tensors(lambda x, b=b, keep=keep: x[b : b + 1, keep], padded))
 
 
 @property_of("gae")
@@ -295,7 +301,7 @@ def test_holes_are_tokens_deleted(op, case, device):
         whole, exact = run(op, inputs), run(op, doubles(inputs), module=reference)
         for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
             for name, result in alone.items():
-                holes, exact_part = whole[name][b:b + 1, keep], exact[name][b:b + 1, keep]
+                holes, exact_part = whole[name][b : b + 1, keep], exact[name][b : b + 1, keep]
                 if gamma == 1.0:
                     assert_same_bits(name, holes, result)
                 assert_near(name, holes, result, exact_part)

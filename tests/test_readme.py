@@ -9,7 +9,9 @@ README = TESTS.parent / "README.md"
 
 def test_every_test_that_is_named_exists():
     named = set(re.findall(r"`(test_\w+)`", README.read_text()))
-    defined = {name for path in TESTS.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    defined = {
+        name for path in TESTS.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
     assert len(named) > 30 and named <= defined, sorted(named - defined)
 
 

@@ -16,8 +16,15 @@ NAMES = ("rewards", "non_score_rewards", "kls")
 
 def run(inputs, kl_penalty="kl", op=ppo_ext.kl_rewards):
     kls = inputs["advantages"] if kl_penalty == "full" else None
-    return op(inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"], inputs["mask"], kl_coef=0.2,
-              kl_penalty=kl_penalty, kls=kls)
+    return op(
+        inputs["scores"],
+        inputs["logprobs"],
+        inputs["ref_logprobs"],
+        inputs["mask"],
+        kl_coef=0.2,
+        kl_penalty=kl_penalty,
+        kls=kls,
+    )
 
 
 @pytest.mark.parametrize("kl_penalty", PENALTIES)
@@ -33,8 +40,12 @@ def test_matches_float64(device, shape, kl_penalty):
 
 def test_hand_worked_case(device):
     rewards, non_score_rewards, kls = ppo_ext.kl_rewards(
-        torch.tensor([1.0], device=device), torch.tensor([[-1.0, -2.0, -3.0]], device=device),
-        torch.tensor([[-1.5, -2.0, -1.0]], device=device), torch.tensor([[1, 1, 0]], device=device), kl_coef=0.5)
+        torch.tensor([1.0], device=device),
+        torch.tensor([[-1.0, -2.0, -3.0]], device=device),
+        torch.tensor([[-1.5, -2.0, -1.0]], device=device),
+        torch.tensor([[1, 1, 0]], device=device),
+        kl_coef=0.5,
+    )
     assert rewards.tolist() == [[-0.25, 1.0, 0.0]]
     assert non_score_rewards.tolist() == [[-0.25, 0.0, 0.0]]
     assert kls.tolist() == [[0.5, 0.0, 0.0]]
@@ -73,29 +84,63 @@ def test_dtypes_and_views(device, dtype):
 def test_opcheck(device):
     x = {k: v.contiguous() for k, v in token_inputs((4, 9), device).items()}
     for penalty in range(4):
-        torch.library.opcheck(torch.ops.ppo_ext._kl_rewards.default,
-                              (x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"].bool(), 0.2, penalty))
+        torch.library.opcheck(
+            torch.ops.ppo_ext._kl_rewards.default,
+            (x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"].bool(), 0.2, penalty),
+        )
 
 
 def test_rejects_bad_arguments(device):
     x, scores = torch.zeros(4, 7, device=device), torch.zeros(4, device=device)
     cases = [
-        (TypeError, "kl_rewards: scores must be float32, bfloat16, float16 or float64, got torch.int64",
-         (scores.long(), x, x, x), {}),
-        (ValueError, r"kl_rewards: scores must have the shape \[4\] of the first dimension of logprobs, got \[3\]",
-         (scores[:3], x, x, x), {}),
-        (ValueError, r"kl_rewards: ref_logprobs must have the shape \[4, 7\] of logprobs, got \[4, 6\]",
-         (scores, x, x[:, 1:], x), {}),
-        (ValueError, r"kl_rewards: mask must have the shape \[4, 7\] of logprobs, got \[4\]", (scores, x, x, scores),
-         {}),
-        (ValueError, r"kl_rewards: logprobs must have the shape \[B, T\], got \[4\]", (scores, scores, scores, scores),
-         {}),
-        (ValueError, "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got 'k9'", (scores, x, x, x),
-         {"kl_penalty": "k9"}),
-        (ValueError, "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got none with 'full'",
-         (scores, x, x, x), {"kl_penalty": "full"}),
-        (ValueError, "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got one with 'kl'",
-         (scores, x, x, x), {"kls": x}),
+        (
+            TypeError,
+            "kl_rewards: scores must be float32, bfloat16, float16 or float64, got torch.int64",
+            (scores.long(), x, x, x),
+            {},
+        ),
+        (
+            ValueError,
+            r"kl_rewards: scores must have the shape \[4\] of the first dimension of logprobs, got \[3\]",
+            (scores[:3], x, x, x),
+            {},
+        ),
+        (
+            ValueError,
+            r"kl_rewards: ref_logprobs must have the shape \[4, 7\] of logprobs, got \[4, 6\]",
+            (scores, x, x[:, 1:], x),
+            {},
+        ),
+        (
+            ValueError,
+            r"kl_rewards: mask must have the shape \[4, 7\] of logprobs, got \[4\]",
+            (scores, x, x, scores),
+            {},
+        ),
+        (
+            ValueError,
+            r"kl_rewards: logprobs must have the shape \[B, T\], got \[4\]",
+            (scores, scores, scores, scores),
+            {},
+        ),
+        (
+            ValueError,
+            "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got 'k9'",
+            (scores, x, x, x),
+            {"kl_penalty": "k9"},
+        ),
+        (
+            ValueError,
+            "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got none with 'full'",
+            (scores, x, x, x),
+            {"kl_penalty": "full"},
+        ),
+        (
+            ValueError,
+            "kl_rewards: kls must be given for kl_penalty 'full' and for no other, got one with 'kl'",
+            (scores, x, x, x),
+            {"kls": x},
+        ),
         (ValueError, "kl_rewards: kl_coef must be a finite number, got nan", (scores, x, x, x), {"kl_coef": math.nan}),
     ]
     for kind, text, arguments, options in cases:
@@ -108,11 +153,18 @@ def test_rejects_bad_arguments(device):
 def test_equals_trl(kl_penalty, op):
     trl = require_trl()
     inputs = token_inputs((6, 40))
-    stub = type("Trainer", (),
-                {"config": type("Config", (), {"kl_penalty": kl_penalty})(), "_kl_penalty": trl.PPOTrainer._kl_penalty,
-                                "kl_ctl": type("KL", (), {"value": 0.2})()})()
-    theirs = trl.PPOTrainer.compute_rewards(stub, inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"],
-                                            inputs["mask"])
+    stub = type(
+        "Trainer",
+        (),
+        {
+            "config": type("Config", (), {"kl_penalty": kl_penalty})(),
+            "_kl_penalty": trl.PPOTrainer._kl_penalty,
+            "kl_ctl": type("KL", (), {"value": 0.2})(),
+        },
+    )()
+    theirs = trl.PPOTrainer.compute_rewards(
+        stub, inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"], inputs["mask"]
+    )
     counts = inputs["mask"] == 1
     for name, a, b in zip(NAMES, run(inputs, kl_penalty, op), theirs):
         torch.testing.assert_close(a[counts], b[counts], rtol=1e-6, atol=1e-7, msg=name)

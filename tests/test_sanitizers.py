@@ -16,8 +16,10 @@ from sanitized import build
 OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
 # Left out is what runs little of the kernels and much of torch.
 SELECTION = "not trl and not opcheck and not compile and not gradcheck"
-RUNS = {"address and undefined": (build.ADDRESS, [*OP_TESTS, "test_hostile_values.py", "test_hostile_operators.py"]),
-        "thread": (build.THREAD, [*OP_TESTS, "test_large.py"])}
+RUNS = {
+    "address and undefined": (build.ADDRESS, [*OP_TESTS, "test_hostile_values.py", "test_hostile_operators.py"]),
+    "thread": (build.THREAD, [*OP_TESTS, "test_large.py"]),
+}
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -25,11 +27,14 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Both at once: each waits for one core."""
+
     def build_and_run(folder, sanitizer, files):
         return build.run_tests(build.package(folder, sanitizer), sanitizer, SELECTION, *files)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(build_and_run, tmp_path_factory.mktemp("sanitized"), *run) for name, run in RUNS.items()}
+        yield {
+            name: pool.submit(build_and_run, tmp_path_factory.mktemp("sanitized"), *run) for name, run in RUNS.items()
+        }
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -56,17 +61,32 @@ class Fault:
 
 FAULTS = {
     "write beyond the end": Fault(
-        build.ADDRESS, "logprobs_simd.cpp",
+        build.ADDRESS,
+        "logprobs_simd.cpp",
         "store_tail(y + i, gradient_of<kEntropy>(load_tail(x + i, n - i), row, powers), n - i);",
         "store(y + i, gradient_of<kEntropy>(load_tail(x + i, n - i), row, powers));",
-        "test_logprobs.py", "logprobs", "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"),
+        "test_logprobs.py",
+        "logprobs",
+        "AddressSanitizer: (heap-buffer-overflow|unknown-crash)",
+    ),
     "misaligned load": Fault(
-        build.ADDRESS, "ppo_loss_cpu.cpp", "pointer<A>(stats)[kGradScale]",
+        build.ADDRESS,
+        "ppo_loss_cpu.cpp",
+        "pointer<A>(stats)[kGradScale]",
         "*reinterpret_cast<const A*>(reinterpret_cast<const char*>(pointer<A>(stats)) + 1)",
-        "test_ppo_loss.py", "ppo_loss", "runtime error: load of misaligned address"),
+        "test_ppo_loss.py",
+        "ppo_loss",
+        "runtime error: load of misaligned address",
+    ),
     "two threads, one place": Fault(
-        build.THREAD, "ppo_loss_cpu.cpp", "parts[b] = PPO_AT_LEVEL", "parts[0] = PPO_AT_LEVEL",
-        "test_ppo_loss.py", "ppo_loss", "ThreadSanitizer: data race"),
+        build.THREAD,
+        "ppo_loss_cpu.cpp",
+        "parts[b] = PPO_AT_LEVEL",
+        "parts[0] = PPO_AT_LEVEL",
+        "test_ppo_loss.py",
+        "ppo_loss",
+        "ThreadSanitizer: data race",
+    ),
 }
 
 
@@ -96,7 +116,12 @@ def test_a_warning_is_an_error_where_native_parts_are_required(tmp_path):
     source = tmp_path / "csrc" / "levels_cpu.cpp"
     source.write_text(source.read_text() + "\nstatic int planted(int unused) { int x; return 0; }\n")
     env = {**os.environ, "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_CUDA": "0", "MAX_JOBS": "2"}
-    result = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=tmp_path, env=env,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     output = result.stdout + result.stderr
     assert result.returncode != 0 and "[-Werror=unused" in output, output[-3000:]

@@ -148,10 +148,19 @@ def test_spills_are_counted():
     assert [sass.spills_of(functions[name][0]) for name in ("_Zloop", "_Zspills")] == [0, 2]
 
 
-@pytest.mark.parametrize("guard, opcode, operands, may", [
-    ("", "BRA", "`(.L_x_1) ", False), ("@P0", "BRA", "`(.L_x_1) ", True), ("", "BRA", "P3, `(.L_x_1) ", True),
-    ("", "BRA.U", "!UP0, `(.L_x_1) ", True), ("", "EXIT", "", False), ("@!P0", "EXIT", "", True),
-    ("", "CALL.REL.NOINC", "`($__internal_0_$__cuda_sm20_div_s64) ", True), ("", "RET.REL.NODEC", "R4 `(_Zloop) ", False)])
+@pytest.mark.parametrize(
+    "guard, opcode, operands, may",
+    [
+        ("", "BRA", "`(.L_x_1) ", False),
+        ("@P0", "BRA", "`(.L_x_1) ", True),
+        ("", "BRA", "P3, `(.L_x_1) ", True),
+        ("", "BRA.U", "!UP0, `(.L_x_1) ", True),
+        ("", "EXIT", "", False),
+        ("@!P0", "EXIT", "", True),
+        ("", "CALL.REL.NOINC", "`($__internal_0_$__cuda_sm20_div_s64) ", True),
+        ("", "RET.REL.NODEC", "R4 `(_Zloop) ", False),
+    ],
+)
 def test_which_instruction_may_be_followed_by_the_next(guard, opcode, operands, may):
     assert sass.Instruction(guard, opcode, operands).falls_through == may
 
@@ -166,8 +175,10 @@ arch = sm_120
  Function _Zloop:
   REG:56 STACK:0 SHARED:96 LOCAL:4 CONSTANT[0]:936
 """
-    assert sass.usage_of(text) == {("9.0", "_Zloop"): sass.Usage(63, 8, 1120, 0),
-                                   ("12.0", "_Zloop"): sass.Usage(56, 0, 96, 4)}
+    assert sass.usage_of(text) == {
+        ("9.0", "_Zloop"): sass.Usage(63, 8, 1120, 0),
+        ("12.0", "_Zloop"): sass.Usage(56, 0, 96, 4),
+    }
 
 
 def test_tools_of_pip_come_first(tmp_path, monkeypatch):
@@ -182,16 +193,22 @@ def test_tools_of_pip_come_first(tmp_path, monkeypatch):
 
 
 def test_a_missing_tool_is_named_with_its_package(tmp_path):
-    with pytest.raises(sass.ToolMissing, match="nvdisasm must be installed, got none.*; pip install nvidia-cuda-nvdisasm"):
+    with pytest.raises(
+        sass.ToolMissing, match="nvdisasm must be installed, got none.*; pip install nvidia-cuda-nvdisasm"
+    ):
         sass.find_tool("nvdisasm", [str(tmp_path)])
 
 
 # ---- names and limits -----------------------------------------------------------------------------------------------
 
-MANGLED = ("_ZN7ppo_ext54_GLOBAL__N__11052cbb_16_logprobs_cuda_cu_87f8fd29_244814forward_kernelILi256ELb1ELb1E"
-           "N3c108BFloat16EfEEvNS0_7ForwardIT2_T3_EE")
-DEMANGLED = ("void ppo_ext::(anonymous namespace)::forward_kernel<256, true, true, c10::BFloat16, float>"
-             "(ppo_ext::(anonymous namespace)::Forward<c10::BFloat16, float>)")
+MANGLED = (
+    "_ZN7ppo_ext54_GLOBAL__N__11052cbb_16_logprobs_cuda_cu_87f8fd29_244814forward_kernelILi256ELb1ELb1E"
+    "N3c108BFloat16EfEEvNS0_7ForwardIT2_T3_EE"
+)
+DEMANGLED = (
+    "void ppo_ext::(anonymous namespace)::forward_kernel<256, true, true, c10::BFloat16, float>"
+    "(ppo_ext::(anonymous namespace)::Forward<c10::BFloat16, float>)"
+)
 
 
 def sample(**changes):
@@ -202,35 +219,49 @@ def sample(**changes):
 
 
 def test_a_row_has_the_names_of_the_source():
-    row, = sample()["kernels"]
+    (row,) = sample()["kernels"]
     assert (row.op, row.kernel) == ("logprobs", "forward_kernel<256, true, true, BFloat16, float>")
     assert (row.name, row.dtype, row.hot) == ("logprobs forward and entropy", "bfloat16", True)
     assert (row.instructions_per_element, row.exponentials_per_element) == (2.0, 1.0)
 
 
-@pytest.mark.parametrize("registers, threads, arch, share", [
-    (32, 256, "9.0", 1.0), (33, 256, "9.0", 0.75), (64, 256, "9.0", 0.5), (72, 256, "8.0", 0.375),
-    (128, 512, "9.0", 0.25), (40, 256, "12.0", 1.0), (40, 256, "7.5", None)])
+@pytest.mark.parametrize(
+    "registers, threads, arch, share",
+    [
+        (32, 256, "9.0", 1.0),
+        (33, 256, "9.0", 0.75),
+        (64, 256, "9.0", 0.5),
+        (72, 256, "8.0", 0.375),
+        (128, 512, "9.0", 0.25),
+        (40, 256, "12.0", 1.0),
+        (40, 256, "7.5", None),
+    ],
+)
 def test_occupancy(registers, threads, arch, share):
     assert static_report.occupancy(registers, threads, arch) == share
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"spills": 3}, "spills must be 0, got 3"),
-    ({"stack_bytes": 8}, "stack_bytes must be 0, got 8"),
-    ({"local_bytes": 4}, "local_bytes must be 0, got 4"),
-    ({"loads": None}, "the hot loop must have 16-byte loads, got none"),
-    ({"stores": 1}, "16-byte stores must be 0, got 1"),
-    ({"kernel": "backward_kernel<true, true, BFloat16, float>", "stores": 3}, "16-byte stores must be 4, got 3"),
-    ({"instructions_per_element": 2.21}, "instructions per element must stay within 1.10 times 2.00, got 2.21"),
-    ({"kernel": "forward_kernel<512, true, true, BFloat16, float>"}, "must be among the kept figures, got none")])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"spills": 3}, "spills must be 0, got 3"),
+        ({"stack_bytes": 8}, "stack_bytes must be 0, got 8"),
+        ({"local_bytes": 4}, "local_bytes must be 0, got 4"),
+        ({"loads": None}, "the hot loop must have 16-byte loads, got none"),
+        ({"stores": 1}, "16-byte stores must be 0, got 1"),
+        ({"kernel": "backward_kernel<true, true, BFloat16, float>", "stores": 3}, "16-byte stores must be 4, got 3"),
+        ({"instructions_per_element": 2.21}, "instructions per element must stay within 1.10 times 2.00, got 2.21"),
+        ({"kernel": "forward_kernel<512, true, true, BFloat16, float>"}, "must be among the kept figures, got none"),
+    ],
+)
 def test_what_got_worse_is_said(changes, text):
     found = static_report.problems(sample(**changes), sample())
     assert found and found[-1].startswith("logprobs ") and text in " ".join(found)
 
 
-@pytest.mark.parametrize("changes", [{}, {"instructions_per_element": 2.19}, {"instructions_per_element": 1.0},
-                                     {"arch": "10.0"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"instructions_per_element": 2.19}, {"instructions_per_element": 1.0}, {"arch": "10.0"}]
+)
 def test_what_did_not_get_worse_is_no_problem(changes):
     assert static_report.problems(sample(**changes), sample()) == []
 

@@ -38,8 +38,18 @@ def make_trainer(library, model, *, padding_side="right", optimizer=None, lr_sch
         )
 
 
-def run(library, name, *, peft_config=None, changes=None, response_masks=None, batches=None, steps=STEPS, ours=None,
-        **options):
+def run(
+    library,
+    name,
+    *,
+    peft_config=None,
+    changes=None,
+    response_masks=None,
+    batches=None,
+    steps=STEPS,
+    ours=None,
+    **options,
+):
     """`ours` holds options that TRL does not have."""
     model = with_value_heads(library, name, peft_config, **(changes or {}))
     options |= ours or {} if library is ppo_ext.trl else {}
@@ -141,7 +151,9 @@ def test_whitened_rewards_without_padding_behind_a_response():
 THROUGH_PADDING = {"gae_through_padding": True}
 
 
-@pytest.mark.parametrize("options", [{}, {"kl_penalty": "full"}, {"gradient_accumulation_steps": 2, "gamma": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kl_penalty": "full"}, {"gradient_accumulation_steps": 2, "gamma": 0.9}], ids=str
+)
 def test_whitened_rewards_with_padding_behind_responses(options):
     assert_parity("gpt2", whiten_rewards=True, ours=THROUGH_PADDING, **options)
 
@@ -170,7 +182,9 @@ def test_response_masks_with_holes_skip_the_hole_where_trl_decays():
     assert ours[0][0]["objective/kl"] == pytest.approx(theirs[0][0]["objective/kl"], abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"whiten_rewards": True}, {"gamma": 0.9, "lam": 0.7, "optimizer": sgd}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"whiten_rewards": True}, {"gamma": 0.9, "lam": 0.7, "optimizer": sgd}], ids=str
+)
 def test_response_masks_with_holes_that_decay(options):
     assert_parity("gpt2", response_masks=with_holes, ours=THROUGH_PADDING, **options)
 

@@ -46,8 +46,9 @@ def test_grad_matches_float64(device, name, shape):
         inputs = values.to(dtype).requires_grad_()
         return torch.autograd.grad(op(inputs, mask, **options), inputs, grad.to(dtype))[0]
 
-    assert_within_torch_error(name, gradient(op, torch.float32), gradient(spec, torch.float32),
-                              gradient(spec, torch.float64))
+    assert_within_torch_error(
+        name, gradient(op, torch.float32), gradient(spec, torch.float32), gradient(spec, torch.float64)
+    )
 
 
 @each_op
@@ -68,8 +69,9 @@ def test_large_mean_does_not_cancel(device, name):
     op, spec, options = OPS[name]
     values = 1e4 + torch.randn(50, 60, device=device).mul(64).round().div(64)
     mask = torch.rand(50, 60, device=device) > 0.4
-    torch.testing.assert_close(op(values, mask, **options).double(), spec(values.double(), mask, **options), rtol=1e-5,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        op(values, mask, **options).double(), spec(values.double(), mask, **options), rtol=1e-5, atol=1e-5
+    )
 
 
 @each_op
@@ -148,13 +150,15 @@ def test_compiles_into_one_graph(device, name):
 def test_rejects_bad_arguments(device, name):
     op = OPS[name][0]
     values = torch.zeros(4, 7, device=device)
-    with pytest.raises(TypeError,
-                       match=f"{op.__name__}: values must be float32, bfloat16, float16 or float64, got torch.int32"):
+    with pytest.raises(
+        TypeError, match=f"{op.__name__}: values must be float32, bfloat16, float16 or float64, got torch.int32"
+    ):
         op(values.int(), values)
     with pytest.raises(TypeError, match=f"{op.__name__}: mask must be a torch.Tensor, got int"):
         op(values, 1)
-    with pytest.raises(ValueError,
-                       match=rf"{op.__name__}: mask must broadcast to the shape \[4, 7\] of values, got \[4, 6\]"):
+    with pytest.raises(
+        ValueError, match=rf"{op.__name__}: mask must broadcast to the shape \[4, 7\] of values, got \[4, 6\]"
+    ):
         op(values, values[:, :6])
 
 
@@ -167,8 +171,11 @@ def test_equals_trl(dtype):
         torch.testing.assert_close(module.masked_mean(values, mask), core.masked_mean(values, mask))
         torch.testing.assert_close(module.masked_mean(values, mask, axis=1), core.masked_mean(values, mask, axis=1))
         for unbiased in (True, False):
-            torch.testing.assert_close(module.masked_var(values, mask, unbiased),
-                                       core.masked_var(values, mask, unbiased))
+            torch.testing.assert_close(
+                module.masked_var(values, mask, unbiased), core.masked_var(values, mask, unbiased)
+            )
         for shift_mean in (True, False):
-            torch.testing.assert_close(module.masked_whiten(values, mask, shift_mean)[counts],
-                                       core.masked_whiten(values, mask, shift_mean)[counts])
+            torch.testing.assert_close(
+                module.masked_whiten(values, mask, shift_mean)[counts],
+                core.masked_whiten(values, mask, shift_mean)[counts],
+            )

@@ -12,8 +12,19 @@ import importlib.metadata
 
 from ..suite import first_line
 
-_MODULES = ("torch_ops", "trl_classic", "trl_1_12", "trl_newest", "torchrl_gae", "liger", "cut_cross_entropy", "quack",
-            "flash_linear_attention", "rl_kernel", "rl_triton")
+_MODULES = (
+    "torch_ops",
+    "trl_classic",
+    "trl_1_12",
+    "trl_newest",
+    "torchrl_gae",
+    "liger",
+    "cut_cross_entropy",
+    "quack",
+    "flash_linear_attention",
+    "rl_kernel",
+    "rl_triton",
+)
 GPU_EXTRA = "pip install '.[bench-gpu]'"
 NEEDS_GPU = "runs on a GPU only"
 
@@ -27,6 +38,7 @@ class Offer:
     """One implementation of an op: `function` takes and returns what ours does. `compiled`: by torch.compile, on the first
     call. `partial`: it returns the first of our results only. `low_precision`: of use below float32 only. `instead`: why a
     pass cannot be timed."""
+
     function: collections.abc.Callable
     compiled: bool = False
     destroys_logits: bool = False
@@ -39,6 +51,7 @@ class Offer:
 class Peer:
     """`load(device)` returns {op: {name: Offer}}. `ops`: what it offers on some device; where it cannot run, each has a
     row that says why. `how`: the command that brings it."""
+
     name: str
     ops: tuple
     how: str
@@ -48,11 +61,13 @@ class Peer:
 
 def installed(distribution):
     """A function that returns the version of an installed distribution, "" without one."""
+
     def version():
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             return ""
+
     return version
 
 
@@ -91,6 +106,11 @@ def implementations(op, spec, pass_name, device, dtype=None, with_compiled=True)
             if offer.low_precision and (dtype is None or dtype.itemsize >= 4) or offer.compiled and not with_compiled:
                 continue
             found[name] = offer.instead.get(pass_name) or spec.implementation(
-                pass_name, offer.function, compiled=offer.compiled, destroys_logits=offer.destroys_logits,
-                partial=offer.partial, version=peer.version())
+                pass_name,
+                offer.function,
+                compiled=offer.compiled,
+                destroys_logits=offer.destroys_logits,
+                partial=offer.partial,
+                version=peer.version(),
+            )
     return found

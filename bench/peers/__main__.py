@@ -9,7 +9,9 @@ from . import everyone, offers, wheels
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    parser.add_argument("--download", action="store_true", help="fetch the releases that are imported from their wheels")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the releases that are imported from their wheels"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     if options.download:

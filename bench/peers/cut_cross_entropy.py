@@ -7,8 +7,9 @@ def _load(device):
     from cut_cross_entropy import linear_cross_entropy
 
     def linear_logprobs(hidden, weight, labels):
-        return -linear_cross_entropy(hidden, weight, labels, reduction="none",
-                                     impl="cce" if device.type == "cuda" else "torch_compile")
+        return -linear_cross_entropy(
+            hidden, weight, labels, reduction="none", impl="cce" if device.type == "cuda" else "torch_compile"
+        )
 
     return {"linear_logprobs": {PEER.name: Offer(linear_logprobs)}}
 

@@ -33,5 +33,5 @@ def _statements(tree, source, first, last):
             starts = [i for i, text in enumerate(texts) if text.startswith(first)]
             ends = [i for i, text in enumerate(texts) if text.startswith(last)]
             if starts and ends and starts[0] <= ends[-1]:
-                return block[starts[0]:ends[-1] + 1]
+                return block[starts[0] : ends[-1] + 1]
     return None

@@ -14,8 +14,12 @@ def _load(device):
         return -cross_entropy(logits, labels, reduction="none", inplace_backward=True)
 
     once = {"forward": "the same forward pass", "backward": "the gradient takes the place of the logits"}
-    return {"logprobs": {PEER.name: Offer(logprobs),
-                         f"{PEER.name}, in place": Offer(in_place, destroys_logits=True, instead=once)}}
+    return {
+        "logprobs": {
+            PEER.name: Offer(logprobs),
+            f"{PEER.name}, in place": Offer(in_place, destroys_logits=True, instead=once),
+        }
+    }
 
 
 PEER = Peer("QuACK", ("logprobs",), GPU_EXTRA, _load, installed("quack-kernels"))

@@ -8,8 +8,10 @@ _HOW = "pip install git+https://github.com/RL-Align/RL-Kernel (it is not on PyPI
 def _load(device):
     from rl_engine.kernels.registry import kernel_registry
 
-    return {"logprobs": {PEER.name: Offer(kernel_registry.get_op("logp").apply_fp32)},
-            "linear_logprobs": {PEER.name: Offer(kernel_registry.get_op("linear_logp"))}}
+    return {
+        "logprobs": {PEER.name: Offer(kernel_registry.get_op("logp").apply_fp32)},
+        "linear_logprobs": {PEER.name: Offer(kernel_registry.get_op("linear_logp"))},
+    }
 
 
 PEER = Peer("RL-Kernel", ("logprobs", "linear_logprobs"), _HOW, _load, installed("RL-Kernel"))

@@ -28,10 +28,14 @@ def cross_entropy_of_linear(hidden, weight, labels):
 
 
 def _load(device):
-    return {"logprobs": {"torch gather - logsumexp": Offer(gather_minus_logsumexp)},
-            "gae": {"torch, one matrix product": Offer(triangular_product),
-                    "torch, one matrix product, compiled": Offer(compiled(triangular_product), compiled=True)},
-            "linear_logprobs": {"torch linear + cross_entropy": Offer(cross_entropy_of_linear)}}
+    return {
+        "logprobs": {"torch gather - logsumexp": Offer(gather_minus_logsumexp)},
+        "gae": {
+            "torch, one matrix product": Offer(triangular_product),
+            "torch, one matrix product, compiled": Offer(compiled(triangular_product), compiled=True),
+        },
+        "linear_logprobs": {"torch linear + cross_entropy": Offer(cross_entropy_of_linear)},
+    }
 
 
 PEER = Peer("torch", ("logprobs", "gae", "linear_logprobs"), "pip install torch", _load, lambda: torch.__version__)

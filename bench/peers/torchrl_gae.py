@@ -15,7 +15,8 @@ def _load(device):
         next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
         done = torch.zeros_like(values, dtype=torch.bool)
         advantages, returns = vec_generalized_advantage_estimate(
-            GAMMA, LAM, *(x[..., None] for x in (values, next_values, rewards, done)))
+            GAMMA, LAM, *(x[..., None] for x in (values, next_values, rewards, done))
+        )
         return advantages[..., 0], returns[..., 0]
 
     return {"gae": {PEER.name: Offer(gae)}}

@@ -12,8 +12,16 @@ from . import Offer, Peer, wheels
 from .excerpt import excerpt
 
 _WHEEL = "trl 1.12"
-_ARGS = types.SimpleNamespace(gamma=GAMMA, lam=LAM, kl_estimator="k1", kl_coef=KL_COEF, cliprange=0.2, cliprange_value=0.2,
-                              vf_coef=0.1, temperature=1.0 - 1e-7)  # train() adds 1e-7 and divides in place, here by 1.0
+_ARGS = types.SimpleNamespace(
+    gamma=GAMMA,
+    lam=LAM,
+    kl_estimator="k1",
+    kl_coef=KL_COEF,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    temperature=1.0 - 1e-7,
+)  # train() adds 1e-7 and divides in place, here by 1.0
 SEQUENCES = 8  # the shared functions loop over the first dimension, in a trainer the sequences of a minibatch
 
 
@@ -36,42 +44,69 @@ def _gae(train, *, whiten):
 
     def gae(values, rewards, mask):
         padding_mask, _ = _padding(mask)
-        values, rewards = (torch.masked_fill(x, padding_mask, 0) for x in (values, rewards))  # as train() has done by then
+        values, rewards = (
+            torch.masked_fill(x, padding_mask, 0) for x in (values, rewards)
+        )  # as train() has done by then
         return statements(_ARGS, values, values, rewards, *((padding_mask,) if whiten else ()))
+
     return gae
 
 
 def _kl_rewards(train):
     statements = excerpt(
-        train, "logr = ref_logprobs", "rewards[actual_start, actual_end]",
+        train,
+        "logr = ref_logprobs",
+        "rewards[actual_start, actual_end]",
         inputs=("args", "logprobs", "ref_logprobs", "scores", "sequence_lengths", "sequence_lengths_p1"),
-        outputs=("rewards", "non_score_reward", "kl"))
+        outputs=("rewards", "non_score_reward", "kl"),
+    )
 
     def kl_rewards(scores, logprobs, ref_logprobs, mask):
         # train() gives the score to the slot behind the last token; told that this slot is the last token, as ours does
         padding_mask, last = _padding(mask)
-        logprobs, ref_logprobs = (torch.masked_fill(x, padding_mask, train.__globals__["INVALID_LOGPROB"])
-                                  for x in (logprobs, ref_logprobs))
+        logprobs, ref_logprobs = (
+            torch.masked_fill(x, padding_mask, train.__globals__["INVALID_LOGPROB"]) for x in (logprobs, ref_logprobs)
+        )
         return statements(_ARGS, logprobs, ref_logprobs, scores, last, last)
+
     return kl_rewards
 
 
 def _ppo_loss(train):
     statements = excerpt(
-        train, "vpredclipped = torch.clamp(", "loss = pg_loss + ",
-        inputs=("args", "vpred", "mb_values", "mb_return", "mb_advantage", "new_logprobs", "mb_logprobs", "padding_mask",
-                "padding_mask_p1", "micro_batch_inds"),
-        outputs=("loss", "pg_losses", "pg_losses2", "pg_loss", "vf_loss", "vf_clipfrac"))
+        train,
+        "vpredclipped = torch.clamp(",
+        "loss = pg_loss + ",
+        inputs=(
+            "args",
+            "vpred",
+            "mb_values",
+            "mb_return",
+            "mb_advantage",
+            "new_logprobs",
+            "mb_logprobs",
+            "padding_mask",
+            "padding_mask_p1",
+            "micro_batch_inds",
+        ),
+        outputs=("loss", "pg_losses", "pg_losses2", "pg_loss", "vf_loss", "vf_clipfrac"),
+    )
     masked_mean = train.__globals__["masked_mean"]
 
     def ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask):
         padding_mask, _ = _padding(mask)
         loss, pg_losses, pg_losses2, pg_loss, vf_loss, vf_clipfrac = statements(
-            _ARGS, vpreds, values, returns, advantages, logprobs, old_logprobs, padding_mask, padding_mask, slice(None))
+            _ARGS, vpreds, values, returns, advantages, logprobs, old_logprobs, padding_mask, padding_mask, slice(None)
+        )
         with torch.no_grad():
             pg_clipfrac = masked_mean((pg_losses2 > pg_losses).float(), ~padding_mask)
-        return loss, {"loss/policy": pg_loss, "loss/value": vf_loss, "policy/clipfrac": pg_clipfrac,
-                      "val/clipfrac": vf_clipfrac}
+        return loss, {
+            "loss/policy": pg_loss,
+            "loss/value": vf_loss,
+            "policy/clipfrac": pg_clipfrac,
+            "val/clipfrac": vf_clipfrac,
+        }
+
     return ppo_loss
 
 
@@ -92,27 +127,64 @@ class _ModelOutput(torch.autograd.Function):
 
 def _loss_head(train):
     """From the logits to their gradient: train()'s statements, with its statistics and its backward pass among them."""
-    statistics = tuple(f"{name}_stats" for name in ("approxkl", "pg_clipfrac", "pg_loss", "vf_loss", "vf_clipfrac",
-                                                    "entropy", "ratio"))
+    statistics = tuple(
+        f"{name}_stats" for name in ("approxkl", "pg_clipfrac", "pg_loss", "vf_loss", "vf_clipfrac", "entropy", "ratio")
+    )
     indices = ("ppo_epoch_idx", "minibatch_idx", "gradient_accumulation_idx")
     statements = excerpt(
-        train, "logits = output.logits", "with torch.no_grad()",
-        inputs=("args", "output", "context_length", "mb_responses", "padding_mask", "padding_mask_p1", "micro_batch_inds",
-                "vpred_temp", "mb_values", "mb_return", "mb_logprobs", "mb_advantage", "accelerator", "optimizer",
-                *statistics, *indices), outputs=("loss",))
+        train,
+        "logits = output.logits",
+        "with torch.no_grad()",
+        inputs=(
+            "args",
+            "output",
+            "context_length",
+            "mb_responses",
+            "padding_mask",
+            "padding_mask_p1",
+            "micro_batch_inds",
+            "vpred_temp",
+            "mb_values",
+            "mb_return",
+            "mb_logprobs",
+            "mb_advantage",
+            "accelerator",
+            "optimizer",
+            *statistics,
+            *indices,
+        ),
+        outputs=("loss",),
+    )
     accelerator = types.SimpleNamespace(backward=torch.Tensor.backward)
     optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
 
     def gradients(logits, labels, old_logprobs, advantages, vpreds, values, returns, mask):
         labels, old_logprobs, advantages, values, returns, mask = (
-            x[:, :-1] for x in (labels, old_logprobs, advantages, values, returns, mask))
+            x[:, :-1] for x in (labels, old_logprobs, advantages, values, returns, mask)
+        )
         found, anchor, vpreds = [], torch.zeros((), requires_grad=True), vpreds.detach().requires_grad_()
         output = types.SimpleNamespace(logits=_ModelOutput.apply(logits.detach(), anchor, found))
         padding_mask = mask == 0
-        statements(_ARGS, output, 1, labels, padding_mask, padding_mask, numpy.arange(len(labels)), vpreds[..., None],
-                   values, returns, old_logprobs, advantages, accelerator, optimizer,
-                   *(logits.new_zeros(1, 1, 1) for _ in statistics), *(0 for _ in indices))
+        statements(
+            _ARGS,
+            output,
+            1,
+            labels,
+            padding_mask,
+            padding_mask,
+            numpy.arange(len(labels)),
+            vpreds[..., None],
+            values,
+            returns,
+            old_logprobs,
+            advantages,
+            accelerator,
+            optimizer,
+            *(logits.new_zeros(1, 1, 1) for _ in statistics),
+            *(0 for _ in indices),
+        )
         return found[0], vpreds.grad
+
     return gradients
 
 
@@ -127,14 +199,27 @@ def _load(device):
     def logprobs_and_entropy(logits, labels):
         return logprobs(logits, labels), utils.entropy_from_logits(logits)
 
-    offers = {"logprobs": Offer(logprobs), "logprobs_and_entropy": Offer(logprobs_and_entropy),
-              "kl_rewards": Offer(_kl_rewards(train)), "gae": Offer(_gae(train, whiten=False)),
-              "gae+masked_whiten": Offer(_gae(train, whiten=True)), "masked_whiten": Offer(trainer.masked_whiten),
-              "ppo_loss": Offer(_ppo_loss(train), partial=True),
-              "loss_head": Offer(_loss_head(train), destroys_logits=True)}
+    offers = {
+        "logprobs": Offer(logprobs),
+        "logprobs_and_entropy": Offer(logprobs_and_entropy),
+        "kl_rewards": Offer(_kl_rewards(train)),
+        "gae": Offer(_gae(train, whiten=False)),
+        "gae+masked_whiten": Offer(_gae(train, whiten=True)),
+        "masked_whiten": Offer(trainer.masked_whiten),
+        "ppo_loss": Offer(_ppo_loss(train), partial=True),
+        "loss_head": Offer(_loss_head(train), destroys_logits=True),
+    }
     return {op: {PEER.name: offer} for op, offer in offers.items()}
 
 
-OPS = ("logprobs", "logprobs_and_entropy", "kl_rewards", "gae", "gae+masked_whiten", "masked_whiten", "ppo_loss",
-       "loss_head")
+OPS = (
+    "logprobs",
+    "logprobs_and_entropy",
+    "kl_rewards",
+    "gae",
+    "gae+masked_whiten",
+    "masked_whiten",
+    "ppo_loss",
+    "loss_head",
+)
 PEER = Peer(f"TRL {wheels.version(_WHEEL)}", OPS, wheels.HOW, _load, functools.partial(wheels.version, _WHEEL))

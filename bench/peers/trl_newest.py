@@ -21,13 +21,22 @@ def _load(device):
 
     def linear_logprobs(hidden, weight, labels):
         chunk, no_softcapping, no_scale, nothing_else = utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
-        return utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, chunk, no_softcapping, no_scale,
-                                                   nothing_else)[0]
+        return utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels, 1.0, chunk, no_softcapping, no_scale, nothing_else
+        )[0]
 
-    offers = {"logprobs": Offer(logprobs), "logprobs_and_entropy": Offer(logprobs_and_entropy),
-              "linear_logprobs": Offer(linear_logprobs)}
+    offers = {
+        "logprobs": Offer(logprobs),
+        "logprobs_and_entropy": Offer(logprobs_and_entropy),
+        "linear_logprobs": Offer(linear_logprobs),
+    }
     return {op: {PEER.name: offer} for op, offer in offers.items()}
 
 
-PEER = Peer(f"TRL {wheels.version(_WHEEL)}", ("logprobs", "logprobs_and_entropy", "linear_logprobs"), wheels.HOW, _load,
-            functools.partial(wheels.version, _WHEEL))
+PEER = Peer(
+    f"TRL {wheels.version(_WHEEL)}",
+    ("logprobs", "logprobs_and_entropy", "linear_logprobs"),
+    wheels.HOW,
+    _load,
+    functools.partial(wheels.version, _WHEEL),
+)

@@ -59,8 +59,20 @@ def download():
             continue
         except Unavailable:
             print(f"downloading {requirement} into {FOLDER.name}/", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary", ":all:", "--dest", str(FOLDER), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            str(FOLDER),
+            requirement,
+        ]
         if subprocess.run(command).returncode:
             failed.append(requirement)
     return failed

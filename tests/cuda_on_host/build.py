@@ -22,8 +22,12 @@ TORCH = pathlib.Path(torch.__file__).parent
 
 # Calls at each load and store, whole vectors at a time, which memory.cpp answers, and checks of what C++ leaves
 # undefined, which undefined.cpp answers.
-CHECKS = ["-fsanitize=thread", "-fno-tree-sra", "-fsanitize=alignment,bounds,object-size,bool,shift",
-          "-fsanitize=signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"]
+CHECKS = [
+    "-fsanitize=thread",
+    "-fno-tree-sra",
+    "-fsanitize=alignment,bounds,object-size,bool,shift",
+    "-fsanitize=signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
+]
 BASE = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 LAYER = ("fibers", "grids", "warps", "memory", "races", "undefined", "binding")
 
@@ -44,8 +48,10 @@ def missing():
 
 def preloaded():
     """AddressSanitizer, and the C++ library, whose exceptions it must find when it starts."""
-    return [subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-            for name in ("libasan.so", "libstdc++.so")]
+    return [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
@@ -93,8 +99,11 @@ def layer_object(name, *flags):
 
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     source = HERE / f"{name}.cpp"
-    return made([CXX, *BASE, "-Wall", "-Wextra", *includes, *flags, "-c", str(source.relative_to(ROOT))],
-                [source, *headers(HERE)], ".o")
+    return made(
+        [CXX, *BASE, "-Wall", "-Wextra", *includes, *flags, "-c", str(source.relative_to(ROOT))],
+        [source, *headers(HERE)],
+        ".o",
+    )
 
 
 def library(kernels):
@@ -106,8 +115,11 @@ def library(kernels):
         layer = [pool.submit(layer_object, name) for name in LAYER]
         objects = [str(future.result()) for future in (begin, *kernels, end, *layer)]
     libraries = TORCH / "lib"
-    return made([CXX, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"],
-                map(pathlib.Path, objects), ".so")
+    return made(
+        [CXX, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"],
+        map(pathlib.Path, objects),
+        ".so",
+    )
 
 
 def load_layer(path):
@@ -129,6 +141,7 @@ def test_kernels():
 def package(folder, replaced=None):
     """Makes `folder` one to import ppo_ext from whose CPU library holds the CUDA kernels. `replaced` gives, for the
     name of a .cu file, another folder to take that file and its headers from."""
+
     def compile_one(name):
         csrc = (replaced or {}).get(name, CSRC)
         return lambda: kernel_object(csrc / name, csrc)
@@ -144,8 +157,21 @@ def package(folder, replaced=None):
 def environment(folder, seed):
     """The variables for a process that runs the package in `folder`. Torch's memory is AddressSanitizer's there, and
     holds 0xff, thus NaN, until it is written."""
-    options = {"detect_leaks": 0, "detect_odr_violation": 0, "alloc_dealloc_mismatch": 0, "allocator_may_return_null": 1,
-               "malloc_fill_byte": 255, "max_malloc_fill_size": 2**30}
-    return {**os.environ, "LD_PRELOAD": " ".join(preloaded()), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
-            "ASAN_OPTIONS": ":".join(f"{name}={value}" for name, value in options.items()),
-            "CUDA_ON_HOST_SEED": str(seed), "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_TEST_DEVICE": "cpu"}
+    options = {
+        "detect_leaks": 0,
+        "detect_odr_violation": 0,
+        "alloc_dealloc_mismatch": 0,
+        "allocator_may_return_null": 1,
+        "malloc_fill_byte": 255,
+        "max_malloc_fill_size": 2**30,
+    }
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preloaded()),
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": ":".join(f"{name}={value}" for name, value in options.items()),
+        "CUDA_ON_HOST_SEED": str(seed),
+        "PPO_EXT_REQUIRE_NATIVE": "1",
+        "PPO_EXT_TEST_DEVICE": "cpu",
+    }

@@ -67,9 +67,9 @@ T shuffle(Intrinsic intrinsic, unsigned mask, T value, int lane, Place place) {
 }
 
 template <class T>
-constexpr bool is_atomic = std::is_same<T, int>::value || std::is_same<T, unsigned>::value ||
-                           std::is_same<T, unsigned long long>::value || std::is_same<T, float>::value ||
-                           std::is_same<T, double>::value;
+constexpr bool is_atomic =
+    std::is_same<T, int>::value || std::is_same<T, unsigned>::value || std::is_same<T, unsigned long long>::value ||
+    std::is_same<T, float>::value || std::is_same<T, double>::value;
 
 // One thread runs at a time and only these primitives pass the turn on, so that a plain update is atomic.
 template <class T, class Update>

@@ -42,7 +42,8 @@ std::string describe_address(void* p) {
 
 [[noreturn]] void fail_access(size_t size, Access access, const std::string& got, void* pc) {
   fail(std::string(access == Access::load ? "a load" : "a store") + " of " + std::to_string(size) +
-           " bytes must touch allocated memory only (AddressSanitizer), got " + got, pc);
+           " bytes must touch allocated memory only (AddressSanitizer), got " + got,
+       pc);
 }
 
 void check(void* p, size_t size, Access access, void* pc) {

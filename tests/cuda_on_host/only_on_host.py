@@ -44,8 +44,10 @@ def test_memory_ends_where_a_tensor_ends(small, size):
     small.launch("loads", 1, 1, data.data_ptr(), size - 1)
     small.launch("stores", 1, 1, data.data_ptr(), 0)
     for kernel, kind in (("loads", "a load"), ("stores", "a store")):
-        text = (rf"{kind} of 4 bytes must touch allocated memory only \(AddressSanitizer\), got 0 bytes beyond the end of "
-                rf"a heap block of {4 * size} bytes \(kernels/wrong.cu:\d+\)")
+        text = (
+            rf"{kind} of 4 bytes must touch allocated memory only \(AddressSanitizer\), got 0 bytes beyond the end of "
+            rf"a heap block of {4 * size} bytes \(kernels/wrong.cu:\d+\)"
+        )
         with pytest.raises(small.KernelError, match=text):
             small.launch(kernel, 1, 1, data.data_ptr(), size)
         with pytest.raises(small.KernelError, match="got 4 bytes before a heap block"):
@@ -73,10 +75,12 @@ def test_new_memory_is_garbage():
 
 
 def test_a_stack_that_overflows_ends_the_process(small):
-    code = ("import torch\nfrom cuda_on_host import build\nlayer = build.load_layer(build.test_kernels())\n"
-            "data = torch.zeros(64, dtype=torch.int32)\n"
-            "layer.launch('recurses', 1, 64, data.data_ptr(), 100); print('deep')\n"
-            "layer.launch('recurses', 1, 64, data.data_ptr(), 130)")
+    code = (
+        "import torch\nfrom cuda_on_host import build\nlayer = build.load_layer(build.test_kernels())\n"
+        "data = torch.zeros(64, dtype=torch.int32)\n"
+        "layer.launch('recurses', 1, 64, data.data_ptr(), 100); print('deep')\n"
+        "layer.launch('recurses', 1, 64, data.data_ptr(), 130)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=build.HERE.parent, capture_output=True, text=True)
     assert result.stdout == "deep\n" and result.returncode != 0
     assert "AddressSanitizer: stack-overflow" in result.stderr, result.stderr[-2000:]
@@ -97,7 +101,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(ops, dtype):
     logprobs.backward(inputs["grad_logprobs"].to(logprobs.dtype))
     backward = ops.take_counters()
     assert forward["vector_accesses"] == packs and backward["vector_accesses"] == 2 * packs
-    ppo_ext.logprobs(logits.detach().flatten()[1:-V + 1].view(-1, V), inputs["labels"][1:])
+    ppo_ext.logprobs(logits.detach().flatten()[1 : -V + 1].view(-1, V), inputs["labels"][1:])
     assert packs <= ops.take_counters()["vector_accesses"] <= 2 * packs
 
 
@@ -127,8 +131,12 @@ def results_of_all_ops():
         values, logprobs = x["values"].requires_grad_(), x["logprobs"].requires_grad_()
         whitened = ppo_ext.masked_whiten(values, x["mask"])
         yield from (whitened.detach(), torch.autograd.grad(whitened.square().sum(), values)[0])
-        loss, _ = ppo_ext.ppo_loss(logprobs, *(x[k] for k in ("old_logprobs", "advantages", "vpreds")), values.detach(),
-                                   *(x[k] for k in ("returns", "mask")))
+        loss, _ = ppo_ext.ppo_loss(
+            logprobs,
+            *(x[k] for k in ("old_logprobs", "advantages", "vpreds")),
+            values.detach(),
+            *(x[k] for k in ("returns", "mask")),
+        )
         yield from (loss.detach(), torch.autograd.grad(loss, logprobs)[0])
 
 

@@ -29,8 +29,9 @@ struct BadPointer : Report {
   const unsigned alignment = 1u << report->log_alignment, remainder = unsigned(address % alignment);
   const std::string must = access + " of a " + report->type->name + " must be ";
   if (remainder == 0) fail_at(report, pc, must + "within its variable, got one beyond it");
-  fail_at(report, pc, must + "at a multiple of " + std::to_string(alignment) +
-                          " bytes, got an address with remainder " + std::to_string(remainder));
+  fail_at(report, pc,
+          must + "at a multiple of " + std::to_string(alignment) + " bytes, got an address with remainder " +
+              std::to_string(remainder));
 }
 
 }  // namespace

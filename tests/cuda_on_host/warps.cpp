@@ -61,11 +61,16 @@ unsigned ballot(const Warp& warp, unsigned mask) {
 uint64_t result_of(const Warp& warp, int lane) {
   const Call& call = warp.calls[lane];
   switch (call.intrinsic) {
-    case Intrinsic::any: return ballot(warp, call.mask) != 0;
-    case Intrinsic::all: return ballot(warp, call.mask) == call.mask;
-    case Intrinsic::ballot: return ballot(warp, call.mask);
-    case Intrinsic::syncwarp: return 0;
-    default: break;
+    case Intrinsic::any:
+      return ballot(warp, call.mask) != 0;
+    case Intrinsic::all:
+      return ballot(warp, call.mask) == call.mask;
+    case Intrinsic::ballot:
+      return ballot(warp, call.mask);
+    case Intrinsic::syncwarp:
+      return 0;
+    default:
+      break;
   }
   const int source = source_of(call, lane);
   if (!(call.mask >> source & 1))

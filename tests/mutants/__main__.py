@@ -27,22 +27,41 @@ def run(mutant, mutate=True):
 
 def markdown(report):
     stamp, rows = report["stamp"], report["mutants"]
-    lines = [f"| {row['name']} | {row['side']} | {row['file']} | "
-             f"{'`' + row['killed_by'] + '`' if row['killed_by'] else '**survived**'} |" for row in rows]
+    lines = [
+        f"| {row['name']} | {row['side']} | {row['file']} | "
+        f"{'`' + row['killed_by'] + '`' if row['killed_by'] else '**survived**'} |"
+        for row in rows
+    ]
     absent = [f"- {name}: {why}." for name, why in NOT_APPLICABLE.items()]
     killed = sum(bool(row["killed_by"]) for row in rows)
-    return "\n".join([
-        "# Mutants", "", f"{killed} of {len(rows)} wrong changes are seen by the tests; {stamp['date']}, "
-        f"commit {stamp['commit']}. Written by `python -m tests.mutants --save` (`make mutants`). Without the change the "
-        "same tests pass. \"CUDA on the host\" are the .cu files, run without a GPU.", "",
-        "| change | side | file | first test that fails |", "| --- | --- | --- | --- |", *lines, "",
-        "Not made, though it was a fault elsewhere:", "", *absent]) + "\n"
+    return (
+        "\n".join(
+            [
+                "# Mutants",
+                "",
+                f"{killed} of {len(rows)} wrong changes are seen by the tests; {stamp['date']}, "
+                f"commit {stamp['commit']}. Written by `python -m tests.mutants --save` (`make mutants`). Without the change the "
+                'same tests pass. "CUDA on the host" are the .cu files, run without a GPU.',
+                "",
+                "| change | side | file | first test that fails |",
+                "| --- | --- | --- | --- |",
+                *lines,
+                "",
+                "Not made, though it was a fault elsewhere:",
+                "",
+                *absent,
+            ]
+        )
+        + "\n"
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of the name of those to make; default: all")
-    parser.add_argument("--save", action="store_true", help="keep the outcome in bench/evidence/mutants.json and mutants.md")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the outcome in bench/evidence/mutants.json and mutants.md"
+    )
     options = parser.parse_args(argv)
     chosen = [mutant for mutant in MUTANTS if not options.names or any(name in mutant.name for name in options.names)]
     for mutant in tqdm.tqdm(check.baselines(chosen), unit="run", desc="without a mutant"):
@@ -54,8 +73,10 @@ def main(argv=None):
     if options.names and options.save:  # what is not made again is kept
         kept = json.loads((EVIDENCE / "mutants.json").read_text())["mutants"]
         rows = {row["name"]: row for row in kept} | rows
-    report = {"stamp": machine.stamp(torch.device("cpu")),
-              "mutants": [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]}
+    report = {
+        "stamp": machine.stamp(torch.device("cpu")),
+        "mutants": [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows],
+    }
     print(markdown(report))
     if options.save:
         (EVIDENCE / "mutants.json").write_text(json.dumps(report, indent=1) + "\n")

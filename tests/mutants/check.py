@@ -25,6 +25,7 @@ _LEFT_OUT = "not opcheck and not compile and not ids_outside_the_vocabulary"
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """`killed_by`: the first test that failed, None if none did. `seconds`: to compile and run."""
+
     name: str
     side: str
     file: str
@@ -81,13 +82,30 @@ def package(mutant, folder, mutate=True):
 
 def run_tests(mutant, folder):
     """The tests of a mutant on the package in `folder`."""
-    env = on_host.environment(folder, seed=0) if mutant.side == CUDA else {
-        **os.environ, "PYTHONPATH": str(folder), "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_TEST_DEVICE": "cpu"}
+    env = (
+        on_host.environment(folder, seed=0)
+        if mutant.side == CUDA
+        else {**os.environ, "PYTHONPATH": str(folder), "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_TEST_DEVICE": "cpu"}
+    )
     if mutant.side == CPU:
         env["OMP_NUM_THREADS"] = "2"
     selection = f"({mutant.selection}) and {_LEFT_OUT}" if mutant.selection else _LEFT_OUT
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(TESTS),
-               "-c", os.devnull, "-k", selection, *(str(TESTS / name) for name in mutant.tests.split())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(TESTS),
+        "-c",
+        os.devnull,
+        "-k",
+        selection,
+        *(str(TESTS / name) for name in mutant.tests.split()),
+    ]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
@@ -111,4 +129,3 @@ def check(mutant, folder, mutate=True):
 def baselines(mutants=MUTANTS):
     """One mutant for each kind of run that must pass without any: else a failure would say nothing."""
     return list({(mutant.side, mutant.tests, mutant.selection): mutant for mutant in mutants}.values())
-

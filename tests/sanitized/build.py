@@ -13,13 +13,25 @@ from cuda_on_host.build import CSRC, CXX, TORCH, headers, made, missing  # noqa:
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-_FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w",
-          "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPPO_EXT_ONE_LEVEL", "-DPPO_LEVEL=base"]
+_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DPPO_EXT_ONE_LEVEL",
+    "-DPPO_LEVEL=base",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sanitizer:
     """`flags`: what it is compiled with. `preload`: libraries that must be there first. `options`: its environment."""
+
     flags: tuple
     preload: tuple
     options: dict
@@ -34,16 +46,30 @@ def _widest():
 ADDRESS = Sanitizer(
     ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", *_widest()),
     ("libasan.so", "libstdc++.so"),
-    {"ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
-     "UBSAN_OPTIONS": "print_stacktrace=1"})
-THREAD = Sanitizer(("-fsanitize=thread", "-include", str(HERE / "threads.h")), ("libtsan.so", "libstdc++.so"),
-                   {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0"})
+    {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
+)
+THREAD = Sanitizer(
+    ("-fsanitize=thread", "-include", str(HERE / "threads.h")),
+    ("libtsan.so", "libstdc++.so"),
+    {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0"},
+)
 
 
 def _object(source, sanitizer, csrc):
     """One source; from a copy of csrc it is the same, as its names are relative."""
-    command = [CXX, *_FLAGS, *sanitizer.flags, f"-I{csrc.name}", "-isystem", str(TORCH / "include"),
-               "-c", f"{csrc.name}/{source}"]
+    command = [
+        CXX,
+        *_FLAGS,
+        *sanitizer.flags,
+        f"-I{csrc.name}",
+        "-isystem",
+        str(TORCH / "include"),
+        "-c",
+        f"{csrc.name}/{source}",
+    ]
     return made(command, [csrc / source, *headers(HERE, csrc)], ".o", csrc.parent)
 
 
@@ -53,8 +79,17 @@ def package(folder, sanitizer, replaced=None):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda name: _object(name, sanitizer, (replaced or {}).get(name, CSRC)), sources))
     libraries = TORCH / "lib"
-    link = [CXX, "-shared", *sanitizer.flags[:1], *map(str, objects), f"-L{libraries}", "-ltorch_cpu", "-lc10", "-lpthread",
-            f"-Wl,-rpath,{libraries}"]
+    link = [
+        CXX,
+        "-shared",
+        *sanitizer.flags[:1],
+        *map(str, objects),
+        f"-L{libraries}",
+        "-ltorch_cpu",
+        "-lc10",
+        "-lpthread",
+        f"-Wl,-rpath,{libraries}",
+    ]
     built = made(link, objects, ".so")
     (folder / "ppo_ext").mkdir(parents=True)
     for source in (ROOT / "ppo_ext").glob("*.py"):
@@ -65,16 +100,41 @@ def package(folder, sanitizer, replaced=None):
 
 def run(folder, sanitizer, *arguments):
     """Python under the sanitizer, with the package in `folder`. Addresses are not randomised, as ThreadSanitizer demands."""
-    libraries = [subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-                 for name in sanitizer.preload]
-    env = {**os.environ, **sanitizer.options, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
-           "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_TEST_DEVICE": "cpu"}
+    libraries = [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in sanitizer.preload
+    ]
+    env = {
+        **os.environ,
+        **sanitizer.options,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PPO_EXT_REQUIRE_NATIVE": "1",
+        "PPO_EXT_TEST_DEVICE": "cpu",
+    }
     preloaded = ["setarch", platform.machine(), "--addr-no-randomize", "env", f"LD_PRELOAD={' '.join(libraries)}"]
-    return subprocess.run([*preloaded, sys.executable, *arguments], env=env, cwd=folder, capture_output=True, text=True,
-                          timeout=1800)
+    return subprocess.run(
+        [*preloaded, sys.executable, *arguments], env=env, cwd=folder, capture_output=True, text=True, timeout=1800
+    )
 
 
 def run_tests(folder, sanitizer, selection, *files):
     """Some of the project's tests. Python captures what it prints itself only: a report must not vanish with the process."""
-    return run(folder, sanitizer, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", "--rootdir",
-               str(HERE.parent), "-c", os.devnull, "-k", selection, *(str(HERE.parent / name) for name in files))
+    return run(
+        folder,
+        sanitizer,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "--rootdir",
+        str(HERE.parent),
+        "-c",
+        os.devnull,
+        "-k",
+        selection,
+        *(str(HERE.parent / name) for name in files),
+    )

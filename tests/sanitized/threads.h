@@ -15,7 +15,8 @@ void parallel_for_on_threads(int64_t begin, int64_t end, int64_t grain, const F&
   constexpr int64_t kThreads = 4;
   const int64_t size = std::max(grain, (end - begin + kThreads - 1) / kThreads);
   std::vector<std::thread> threads;
-  for (int64_t from = begin; from < end; from += size) threads.emplace_back([=, &f] { f(from, std::min(from + size, end)); });
+  for (int64_t from = begin; from < end; from += size)
+    threads.emplace_back([=, &f] { f(from, std::min(from + size, end)); });
   for (std::thread& thread : threads) thread.join();
 }
 
