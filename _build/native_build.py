@@ -18,7 +18,7 @@ TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every t
 SASS = ("8.0", "9.0", "10.0", "12.0")
 PTX = ("9.0", "12.0")  # 9.0 for the families between those of SASS, 12.0 for the ones to come
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
-# The instruction sets that csrc/*_simd.cpp is compiled for, the namespaces of csrc/levels.h. The lowest comes first: of
+# The instruction sets that csrc/*_simd.cpp is compiled for, the namespaces of csrc/common/levels.h. The lowest comes first: of
 # functions that the linker finds more than once it keeps the first.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 HIDE = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
@@ -172,7 +172,7 @@ class NativeBuild:
         return Library("_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries)
 
     def _sources(self, pattern: str) -> list[Source]:
-        sources = [Source(path) for path in sorted((self.root / "csrc").glob(pattern))]
+        sources = [Source(path) for path in sorted((self.root / "csrc").rglob(pattern))]
         if not sources:
             raise NotWanted(f"csrc has no {pattern}")
         return sources

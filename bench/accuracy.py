@@ -1,8 +1,8 @@
 """How far each op is from float64, beside torch's own float32 and TRL 0.11.4: `python -m bench.accuracy --save`.
 
-Every figure is an absolute error against `ppo_ext.reference` in float64 on the same, already rounded, inputs: the largest
-and the mean over the entries of a result. "torch" is that reference in float32, "TRL" its functions on float32 copies of the
-inputs, which is what its models return. Ours is measured at each instruction set that this machine has.
+Every figure is an absolute error against `ppo_ext.ops.reference` in float64 on the same, already rounded, inputs: the
+largest and the mean over the entries of a result. "torch" is that reference in float32, "TRL" its functions on float32
+copies of the inputs, which is what its models return. Ours is measured at each instruction set that this machine has.
 """
 
 import argparse
@@ -18,16 +18,17 @@ import torch
 import tqdm
 
 import ppo_ext
-from ppo_ext import info, reference
+from ppo_ext.info import report
+from ppo_ext.ops import reference
 
 from . import (
     accuracy_pages,
     bench_full_kl,
     bench_gae,
+    bench_kl_rewards,
     bench_logprobs,
+    bench_masked,
     bench_ppo_loss,
-    bench_rewards,
-    bench_whiten,
     machine,
 )
 from .accuracy_pages import TORCH
@@ -67,10 +68,10 @@ ON_LOGITS = {
 }
 PER_TOKEN = {
     "gae": (bench_gae.OP, bench_gae.alone, ("advantages", "returns")),
-    "kl_rewards": (bench_rewards.OP, _kl_rewards, ("rewards", "non_score_rewards", "kls")),
+    "kl_rewards": (bench_kl_rewards.OP, _kl_rewards, ("rewards", "non_score_rewards", "kls")),
     "masked_mean": (_MOMENT, _named("masked_mean"), ("grad values", "mean")),
     "masked_var": (_MOMENT, _named("masked_var"), ("grad values", "var")),
-    "masked_whiten": (bench_whiten.OP, _named("masked_whiten"), ("grad values", "whitened")),
+    "masked_whiten": (bench_masked.OP, _named("masked_whiten"), ("grad values", "whitened")),
     "ppo_loss": (bench_ppo_loss.OP, _named("ppo_loss"), ("grad logprobs", "grad vpreds", "loss")),
 }
 
@@ -171,11 +172,11 @@ def measure(inputs, others=False, progress=True):
     for input in tqdm.tqdm(inputs, unit="input", disable=not progress, file=sys.stderr):
         tensors = input.tensors()
         exact = _results(input, in_float64(tensors), reference)
-        candidates = {info.cpu_level(): ppo_ext} | ({TORCH: reference} if others else {})
+        candidates = {report.cpu_level(): ppo_ext} | ({TORCH: reference} if others else {})
         candidates |= {NAME: trl[input.op]} if input.op in trl else {}
         results = {who: _results(input, tensors, library) for who, library in candidates.items()}
         for name, right in exact.items():
-            unit = torch.finfo(results[info.cpu_level()][name].dtype).eps * right.abs().max().item()
+            unit = torch.finfo(results[report.cpu_level()][name].dtype).eps * right.abs().max().item()
             found.append(
                 {
                     **input.key,
@@ -190,7 +191,7 @@ def measure(inputs, others=False, progress=True):
 def measure_all():
     """The rows of every input with ours at each level."""
     rows = measure(all_inputs(), others=True)
-    for level in _LEVELS.get(info.cpu_level(), ())[1:]:
+    for level in _LEVELS.get(report.cpu_level(), ())[1:]:
         env = {**os.environ, "PPO_EXT_CPU_LEVEL": level}
         command = [sys.executable, "-m", "bench.accuracy", "--ours"]
         output = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout

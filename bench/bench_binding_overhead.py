@@ -15,7 +15,7 @@ import tempfile
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from .suite import OURS, Case, Implementation, backend, in_float64
 

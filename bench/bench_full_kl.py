@@ -8,7 +8,7 @@ import functools
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import cases, peers
 from .bench_logprobs import by_rows, passes, traffic

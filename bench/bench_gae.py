@@ -7,7 +7,7 @@ Advantages are compared where the mask counts: elsewhere TRL lets the recursion 
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import cases, peers
 from .passes import FORWARD, Op

@@ -8,7 +8,7 @@ moves, so no memory floor stands beside it.
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import cases, peers
 from .passes import BOTH, FORWARD, Op

@@ -10,7 +10,7 @@ import functools
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import cases, peers
 from .passes import BACKWARD, BOTH, FORWARD, Op

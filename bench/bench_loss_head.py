@@ -11,7 +11,7 @@ import functools
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import bench_logprobs, cases, peers
 from .passes import BOTH, FORWARD, Op

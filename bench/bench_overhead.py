@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from . import bench_full_kl, bench_gae, bench_logprobs, bench_ppo_loss, bench_rewards, bench_whiten, cases
+from . import bench_full_kl, bench_gae, bench_kl_rewards, bench_logprobs, bench_masked, bench_ppo_loss, cases
 from .passes import BOTH, FORWARD
 from .suite import Implementation, backend
 from .trl_baseline import KL_COEF
@@ -93,11 +93,11 @@ def _tiny_cases(device):
     options = {"kind": "overhead", "with_compiled": False}
     for pass_name in (FORWARD, BOTH):
         yield bench_ppo_loss.case(cases.TINY_TOKENS, pass_name, device, **options)
-        yield bench_whiten.case(cases.TINY_TOKENS, pass_name, device, **options)
+        yield bench_masked.case(cases.TINY_TOKENS, pass_name, device, **options)
         for name in bench_logprobs.OPS:
             yield bench_logprobs.case(name, cases.TINY_LOGITS, torch.float32, pass_name, device, **options)
         yield bench_full_kl.case(cases.TINY_LOGITS, torch.float32, pass_name, device, **options)
-    yield bench_rewards.case(cases.TINY_TOKENS, device, **options)
+    yield bench_kl_rewards.case(cases.TINY_TOKENS, device, **options)
     yield bench_gae.case("gae", cases.TINY_TOKENS, device, **options)
 
 

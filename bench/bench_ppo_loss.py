@@ -9,7 +9,7 @@ loss, and the statistics that an implementation gives.
 import torch
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 from . import cases, peers
 from .passes import BACKWARD, BOTH, FORWARD, Op

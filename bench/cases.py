@@ -31,8 +31,8 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens] of the ops on per-token tensors: (selection, full)
 TOKENS = {
     "gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
-    "rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-    "whiten": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
+    "kl_rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
+    "masked": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
     "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)]),
 }
 # [sequences, tokens, vocabulary] of a training minibatch's loss head

@@ -10,7 +10,7 @@ import sys
 import torch
 import tqdm
 
-from ppo_ext import _native
+from ppo_ext.ops import _native
 
 from . import machine, rows, table
 from .rows import RESULTS
@@ -19,8 +19,8 @@ MODULES = (
     "logprobs",
     "full_kl",
     "gae",
-    "rewards",
-    "whiten",
+    "kl_rewards",
+    "masked",
     "ppo_loss",
     "loss_head",
     "linear_logprobs",

@@ -37,7 +37,7 @@ class Result:
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
 
-_OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
+_OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 # of the suite: what has a step of its own, and what a device changes nothing of
 _NOT_SUITE = [
     *_OPS,
@@ -59,7 +59,7 @@ _NOT_SUITE = [
 ]
 _LOADED = """
 import sys, ppo_ext
-state = ppo_ext._native.status()[sys.argv[1]]
+state = ppo_ext.ops._native.status()[sys.argv[1]]
 print(f"the library of {sys.argv[1]}: {state}")
 sys.exit(state != "loaded")
 """

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ppo_ext import _native
+from ppo_ext.ops import _native
 
 from . import machine, timing
 from .timing import Setting

@@ -6,12 +6,12 @@
 // Sums      online maxima and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
 // Limits    masked rows are not read
 
+#include "common/launch.h"
+#include "common/load.cuh"
+#include "common/reduce.cuh"
+#include "common/rows.h"
+#include "common/tiles.cuh"
 #include "full_kl.h"
-#include "launch.h"
-#include "load.cuh"
-#include "reduce.cuh"
-#include "rows.h"
-#include "tiles.cuh"
 
 namespace ppo_ext {
 namespace {

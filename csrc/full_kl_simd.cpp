@@ -2,7 +2,7 @@
 // Sums      8 vectors in fp32, the rest in fp64, in an order that depends on V only
 
 #include "full_kl_simd.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace ppo_ext {
 namespace {

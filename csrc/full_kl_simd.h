@@ -4,8 +4,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "common/levels.h"
 #include "full_kl.h"
-#include "levels.h"
 
 namespace ppo_ext {
 

@@ -4,7 +4,7 @@
 //           with t + 1 the next counted token; past the last one value and advantage are 0; masked tokens are passed over
 #pragma once
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace ppo_ext {
 

@@ -5,9 +5,9 @@
 // Sums      the serial recurrence, in TRL's order of operations: same bits for any threads and any batch
 // Limits    none
 
-#include "checks.h"
+#include "common/checks.h"
+#include "common/parallel.h"
 #include "gae_simd.h"
-#include "parallel.h"
 
 namespace ppo_ext {
 namespace {

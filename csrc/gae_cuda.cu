@@ -6,10 +6,10 @@
 // Sums      runs of tokens as affine maps, composed from the right in an order that depends on T only
 // Limits    none
 
+#include "common/launch.h"
+#include "common/load.cuh"
+#include "common/reduce.cuh"
 #include "gae.h"
-#include "launch.h"
-#include "load.cuh"
-#include "reduce.cuh"
 
 namespace ppo_ext {
 namespace {

@@ -2,7 +2,7 @@
 //               side. What is left of a sequence, and the sequences left over, go token by token, to the same bits.
 
 #include "gae_simd.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace ppo_ext {
 namespace {

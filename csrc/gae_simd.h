@@ -1,8 +1,8 @@
 // gae_simd.h: what gae_simd.cpp computes, at each level.
 #pragma once
 
+#include "common/levels.h"
 #include "gae.h"
-#include "levels.h"
 
 namespace ppo_ext {
 

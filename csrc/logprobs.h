@@ -6,7 +6,7 @@
 // Saved     m_n and log s_n apart: their sum would lose the bits of log s_n under a large common offset
 #pragma once
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace ppo_ext {
 

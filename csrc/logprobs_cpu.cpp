@@ -5,10 +5,10 @@
 // Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
 // Limits    a label outside [0, V) on a counted row is an error; masked rows are not read
 
-#include "checks.h"
+#include "common/checks.h"
+#include "common/pages.h"
+#include "common/parallel.h"
 #include "logprobs_simd.h"
-#include "pages.h"
-#include "parallel.h"
 
 namespace ppo_ext {
 namespace {

@@ -6,12 +6,12 @@
 // Sums      online max and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
 // Limits    a label outside [0, V) on a counted row is not read: the row becomes NaN and its gradient 0
 
-#include "launch.h"
-#include "load.cuh"
+#include "common/launch.h"
+#include "common/load.cuh"
+#include "common/reduce.cuh"
+#include "common/rows.h"
+#include "common/tiles.cuh"
 #include "logprobs.h"
-#include "reduce.cuh"
-#include "rows.h"
-#include "tiles.cuh"
 
 namespace ppo_ext {
 namespace {

@@ -2,7 +2,7 @@
 // Sums      16 vectors in fp32, the rest in fp64, in an order that depends on V only
 
 #include "logprobs_simd.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace ppo_ext {
 namespace {

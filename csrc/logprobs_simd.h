@@ -4,7 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "levels.h"
+#include "common/levels.h"
 #include "logprobs.h"
 
 namespace ppo_ext {

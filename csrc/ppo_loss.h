@@ -5,11 +5,11 @@
 // Backward  by the chain rule, with torch's ties: half to each side of a max or min, everything at the bounds of the clip
 #pragma once
 
-#include "whiten.h"
+#include "masked.h"
 
 namespace ppo_ext {
 
-// The order of STAT_NAMES in ppo_ext/ppo_loss.py.
+// The order of STAT_NAMES in ppo_ext/ops/ppo_loss.py.
 enum PPOStat {
   kLossPolicy,
   kLossValue,

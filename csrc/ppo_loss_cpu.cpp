@@ -7,8 +7,8 @@
 
 #include <vector>
 
-#include "checks.h"
-#include "parallel.h"
+#include "common/checks.h"
+#include "common/parallel.h"
 #include "ppo_loss_simd.h"
 
 namespace ppo_ext {

@@ -5,9 +5,9 @@
 // Sums      in fp64, variances by Chan's merge, in an order that depends on the number of tokens only
 // Limits    none
 
-#include "launch.h"
+#include "common/launch.h"
+#include "common/reduce.cuh"
 #include "ppo_loss.h"
-#include "reduce.cuh"
 
 namespace ppo_ext {
 namespace {

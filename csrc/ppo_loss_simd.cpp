@@ -2,7 +2,7 @@
 // Sums      fp64, lane by lane; the order depends on the number of tokens only
 
 #include "ppo_loss_simd.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace ppo_ext {
 namespace {

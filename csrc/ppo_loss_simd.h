@@ -1,7 +1,7 @@
 // ppo_loss_simd.h: what ppo_loss_simd.cpp computes, at each level.
 #pragma once
 
-#include "levels.h"
+#include "common/levels.h"
 #include "ppo_loss.h"
 
 namespace ppo_ext {

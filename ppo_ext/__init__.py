@@ -2,32 +2,32 @@
 
 import importlib
 
-from .full_kl import full_kl
-from .gae import gae
-from .labels import check_labels
-from .logprobs import logprobs, logprobs_and_entropy
-from .ppo_loss import ppo_loss
-from .rewards import kl_rewards
-from .whiten import masked_mean, masked_var, masked_whiten
+from .ops.check_labels import check_labels
+from .ops.full_kl import full_kl
+from .ops.gae import gae
+from .ops.kl_rewards import kl_rewards
+from .ops.logprobs import logprobs, logprobs_and_entropy
+from .ops.masked import masked_mean, masked_var, masked_whiten
+from .ops.ppo_loss import ppo_loss
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that the ops do not pull in transformers.
 _LAZY = {
-    "PPOConfig": "config",
-    "PPOTrainer": "trainer",
-    "FixedKLController": "kl",
-    "AdaptiveKLController": "kl",
-    "AutoModelForCausalLMWithValueHead": "models",
-    "AutoModelForSeq2SeqLMWithValueHead": "models",
-    "PreTrainedModelWrapper": "models",
-    "create_reference_model": "models",
-    "RewardConfig": "reward",
-    "RewardTrainer": "reward",
-    "normalize_rewards": "reward",
-    "reward_loss": "reward",
-    "SFTConfig": "sft",
-    "SFTTrainer": "sft",
+    "PPOConfig": "trainer.config",
+    "PPOTrainer": "trainer.ppo",
+    "FixedKLController": "trainer.kl_controller",
+    "AdaptiveKLController": "trainer.kl_controller",
+    "AutoModelForCausalLMWithValueHead": "models.auto",
+    "AutoModelForSeq2SeqLMWithValueHead": "models.auto",
+    "PreTrainedModelWrapper": "models.auto",
+    "create_reference_model": "models.auto",
+    "RewardConfig": "supervised.reward_model",
+    "RewardTrainer": "supervised.reward_model",
+    "normalize_rewards": "supervised.reward_model",
+    "reward_loss": "supervised.reward_model",
+    "SFTConfig": "supervised.sft",
+    "SFTTrainer": "supervised.sft",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits, assert_within_torch_error
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 
 @dataclasses.dataclass(frozen=True)

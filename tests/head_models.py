@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from ppo_ext import models
+from ppo_ext.models import auto as models
 
 VOCAB, HIDDEN, LAYERS = 53, 16, 3
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -77,7 +77,7 @@ def main(argv=None):
     device = torch.device(parser.parse_args(argv).device)
     if device.type == "cuda":  # each tensor an allocation of its own, so that a step out of one is a step out of memory
         os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-    assert ppo_ext._native.available(device.type), "the compiled ops must be loaded, or nothing of them is checked"
+    assert ppo_ext.ops._native.available(device.type), "the compiled ops must be loaded, or nothing of them is checked"
     torch.manual_seed(0)
     print(f"sanitizer_driver: {run_logits(device) + run_tokens(device)} runs on {device}, all close to the CPU's")
 

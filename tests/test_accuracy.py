@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import accuracy, accuracy_pages
-from ppo_ext import _native, info
+from ppo_ext.info import report
+from ppo_ext.ops import _native
 
 VOCABULARIES = (7, 1000, 50257)  # of those in the table
 
@@ -27,16 +28,16 @@ def measured():
 
 
 def test_no_error_has_grown(measured, kept):
-    assert info.cpu_level() in kept[0]["errors"], (
-        f"nothing is kept for {info.cpu_level()}: python -m bench.accuracy --save"
+    assert report.cpu_level() in kept[0]["errors"], (
+        f"nothing is kept for {report.cpu_level()}: python -m bench.accuracy --save"
     )
     assert len(measured) > 300
-    assert list(accuracy_pages.growth(measured, kept, info.cpu_level())) == []
+    assert list(accuracy_pages.growth(measured, kept, report.cpu_level())) == []
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["largest", "mean"])
 def test_an_error_that_grows_is_seen(measured, kept, which):
-    level, grown = info.cpu_level(), copy.deepcopy(measured)
+    level, grown = report.cpu_level(), copy.deepcopy(measured)
     row = max(grown, key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0))
     row["errors"][level][which] *= 1.2
     [sentence] = accuracy_pages.growth(grown, kept, level)
@@ -44,7 +45,7 @@ def test_an_error_that_grows_is_seen(measured, kept, which):
 
 
 def test_a_result_that_is_no_number_is_seen(measured, kept):
-    level, broken = info.cpu_level(), copy.deepcopy(measured)
+    level, broken = report.cpu_level(), copy.deepcopy(measured)
     broken[0]["errors"][level] = [float("inf"), float("nan")]
     assert len(list(accuracy_pages.growth(broken, kept, level))) == 2
 

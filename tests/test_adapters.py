@@ -8,7 +8,7 @@ import transformers
 from conftest import require_trl
 from head_models import assert_same_outputs, assert_same_state, inputs, lora, tiny, wrapped
 
-from ppo_ext import models
+from ppo_ext.models import auto as models
 
 
 def test_lora_matches_trl():

@@ -11,15 +11,15 @@ import bench.peers
 from bench import (
     bench_full_kl,
     bench_gae,
+    bench_kl_rewards,
     bench_linear_logprobs,
     bench_logprobs,
     bench_loss_head,
+    bench_masked,
     bench_overhead,
     bench_ppo_loss,
-    bench_rewards,
     bench_step,
     bench_sweeps,
-    bench_whiten,
     cases,
     passes,
     suite,
@@ -46,8 +46,8 @@ MODULES = (
     bench_logprobs,
     bench_full_kl,
     bench_gae,
-    bench_rewards,
-    bench_whiten,
+    bench_kl_rewards,
+    bench_masked,
     bench_ppo_loss,
     bench_loss_head,
     bench_linear_logprobs,
@@ -152,12 +152,9 @@ def test_a_pass_that_cannot_be_timed_says_why(monkeypatch):
 
 
 def test_some_offers_are_for_low_precision_or_worth_their_compilation_only(monkeypatch):
-    load = lambda device: {
-        "double": {
-            "low": Offer(_double, low_precision=True),  # noqa: E731
-            "compiled": Offer(_double, compiled=True),
-        }
-    }
+    def load(device):
+        return {"double": {"low": Offer(_double, low_precision=True), "compiled": Offer(_double, compiled=True)}}
+
     assert set(_found(monkeypatch, load, dtype=torch.float32)) == {"compiled"}
     assert set(_found(monkeypatch, load, dtype=torch.bfloat16)) == {"low", "compiled"}
     assert set(_found(monkeypatch, load, dtype=torch.bfloat16, with_compiled=False)) == {"low"}

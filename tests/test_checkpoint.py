@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ppo_ext import checkpoint
+from ppo_ext.models import checkpoint
 
 
 def fill(folder, value, shards):

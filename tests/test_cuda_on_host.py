@@ -17,7 +17,7 @@ from cuda_on_host import build
 TESTS = build.HERE.parent
 # On CUDA an id outside the vocabulary gives NaN instead of an error; that has a test of its own below.
 SELECTION = "not ids_outside_the_vocabulary and not equals_trl"
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
+OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 HOSTILE_TESTS = [f"test_{name}.py" for name in ("hostile_values", "hostile_operators", "properties")]
 RUNS = {
     "ops, seed 0": (0, OP_TESTS),
@@ -33,7 +33,7 @@ import sys
 import torch, ppo_ext
 
 note = torch.zeros(4, dtype=torch.int64)
-sys.modules["ppo_ext.logprobs"].note = lambda device: note
+sys.modules["ppo_ext.ops.logprobs"].note = lambda device: note
 
 logits = torch.randn(4, 3000, requires_grad=True)
 clean, clean_entropy = ppo_ext.logprobs_and_entropy(logits.detach(), torch.zeros(4, dtype=torch.int64))
@@ -101,7 +101,7 @@ def test_all_tests_pass(runs, name):
 
 
 def test_the_library_under_test_is_this_one(package):
-    result = run(package, "-c", "import ppo_ext; print(ppo_ext.__file__, ppo_ext._native.status()['cpu'])", seed=0)
+    result = run(package, "-c", "import ppo_ext; print(ppo_ext.__file__, ppo_ext.ops._native.status()['cpu'])", seed=0)
     assert result.stdout.split() == [str(package / "ppo_ext/__init__.py"), "loaded"]
 
 

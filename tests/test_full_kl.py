@@ -8,7 +8,7 @@ from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 INF = math.inf
 

@@ -14,7 +14,7 @@ import torch
 from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits
 
-from ppo_ext.ppo_loss import STAT_NAMES
+from ppo_ext.ops.ppo_loss import STAT_NAMES
 
 OPERATORS = {
     name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default

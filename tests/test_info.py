@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppo_ext import _native, info, selftest
+from ppo_ext.info import report, selftest
+from ppo_ext.ops import _native
 
-PACKAGE = Path(info.__file__).resolve().parent
+PACKAGE = Path(report.__file__).resolve().parent.parent
 
 
 def run(*arguments, folder=PACKAGE.parent, **variables):
@@ -134,16 +135,16 @@ def test_rejects_other_commands():
     ],
 )
 def test_coverage(capability, expected):
-    assert info.coverage(capability, ["8.0", "9.0", "10.0", "12.0"], ["9.0", "12.0"]) == expected
+    assert report.coverage(capability, ["8.0", "9.0", "10.0", "12.0"], ["9.0", "12.0"]) == expected
 
 
 def test_coverage_of_architecture_specific_code():
-    assert info.coverage((9, 0), ["9.0a"], []) == "SASS 9.0a"
-    assert info.coverage((10, 0), [], ["9.0a"]) is None
-    assert info.coverage((10, 3), ["10.0f"], []) == "SASS 10.0f"
+    assert report.coverage((9, 0), ["9.0a"], []) == "SASS 9.0a"
+    assert report.coverage((10, 0), [], ["9.0a"]) is None
+    assert report.coverage((10, 3), ["10.0f"], []) == "SASS 10.0f"
 
 
-def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver="13.0"):
+def facts(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver="13.0"):
     device = {"name": "a GPU", "capability": "7.5", "covered_by": covered}
     return {
         "libraries": {"cpu": cpu, "cuda": cuda},
@@ -155,31 +156,31 @@ def report(cpu="loaded", cuda="loaded", covered="SASS 9.0", passed=True, driver=
 
 @pytest.mark.parametrize("driver", ["13.0", "13.2", None])
 def test_diagnosis_of_a_good_report(driver):
-    assert info.diagnose(report(driver=driver)) == (None, None)
+    assert report.diagnose(facts(driver=driver)) == (None, None)
 
 
 @pytest.mark.parametrize(
     "broken, problem, command",
     [
-        (report(cuda="_C_cuda.so was not built"), "_C_cuda.so was not built", "PPO_EXT_CUDA=1"),
-        (report(covered=None), "no kernels for a GPU of capability 7.5", 'TORCH_CUDA_ARCH_LIST="7.5 9.0"'),
+        (facts(cuda="_C_cuda.so was not built"), "_C_cuda.so was not built", "PPO_EXT_CUDA=1"),
+        (facts(covered=None), "no kernels for a GPU of capability 7.5", 'TORCH_CUDA_ARCH_LIST="7.5 9.0"'),
         (
-            report(driver="12.8"),
+            facts(driver="12.8"),
             "kernels built by nvcc 13.0 need a newer driver than this one for CUDA 12.8",
             "CUDA_HOME=/usr/local/cuda-12.8 PPO_EXT_CUDA=1",
         ),
-        (report(passed=False), "the self-test fails on cuda", "pip install"),
+        (facts(passed=False), "the self-test fails on cuda", "pip install"),
     ],
 )
 def test_diagnosis_names_one_command(monkeypatch, broken, problem, command):
     monkeypatch.delenv("PPO_EXT_DISABLE_NATIVE", raising=False)
-    found, fix = info.diagnose(broken)
+    found, fix = report.diagnose(broken)
     assert found == problem and command in fix
 
 
 def test_diagnosis_of_a_disabled_library(monkeypatch):
     monkeypatch.setenv("PPO_EXT_DISABLE_NATIVE", "1")
-    assert info.diagnose(report(cpu="disabled"))[1] == "unset PPO_EXT_DISABLE_NATIVE"
+    assert report.diagnose(facts(cpu="disabled"))[1] == "unset PPO_EXT_DISABLE_NATIVE"
 
 
 @needs_native

@@ -11,7 +11,7 @@ from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits, assert_within_torch_error
 
 import ppo_ext
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 BEYOND = 2**30 + 16  # four times this does not fit into 32 bits, twice this does not with a sign

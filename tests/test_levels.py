@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ppo_ext import _native, info
+from ppo_ext.info import report
+from ppo_ext.ops import _native
 
 TESTS = pathlib.Path(__file__).parent
 OBJECTS = sorted((TESTS.parent / "build").glob("release*/*_simd.cpp.v*.o"))
@@ -18,7 +19,7 @@ LEVELS = {"1": "x86-64", "3": "x86-64-v3"}  # PPO_EXT_CPU_LEVEL: what runs then
 
 pytestmark = [
     pytest.mark.skipif(_native.status()["cpu"] != "loaded", reason="the compiled part is not built here"),
-    pytest.mark.skipif(info.cpu_level() != "x86-64-v4", reason="this machine has no other level to choose from"),
+    pytest.mark.skipif(report.cpu_level() != "x86-64-v4", reason="this machine has no other level to choose from"),
 ]
 
 
@@ -29,14 +30,14 @@ def run(*arguments, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_level_asked_for_runs(level):
-    result = run("-c", "from ppo_ext import info; print(info.cpu_level())", level=level)
+    result = run("-c", "from ppo_ext import info; print(report.cpu_level())", level=level)
     assert result.stdout.strip() == LEVELS[level], result.stderr
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_ops_pass_their_tests(level):
     files = [
-        str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "whiten", "ppo_loss", "hostile_values")
+        str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "masked", "ppo_loss", "hostile_values")
     ]
     result = run(
         "-m",

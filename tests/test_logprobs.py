@@ -9,7 +9,7 @@ from cases import FLOATS, GPT2, VOCABULARIES, logits_inputs
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
-from ppo_ext import labels, reference
+from ppo_ext.ops import check_labels, reference
 
 INF = math.inf
 
@@ -324,7 +324,7 @@ def test_rejects_bad_arguments(device):
 def test_validate_looks_at_the_ids_before_anything_else(device, monkeypatch):
     inputs = logits_inputs((2, 3, 7), torch.float32, device)
     inputs["labels"][1, 2] = 7
-    monkeypatch.setattr(sys.modules["ppo_ext.logprobs"], "_apply", None)  # what runs the kernel
+    monkeypatch.setattr(sys.modules["ppo_ext.ops.logprobs"], "_apply", None)  # what runs the kernel
     for op in (ppo_ext.logprobs, ppo_ext.logprobs_and_entropy):
         with pytest.raises(ValueError, match=rf"^{op.__name__}: labels\[1, 2\] must be an id in \[0, 7\), got 7$"):
             op(inputs["logits"], inputs["labels"], validate=True)
@@ -332,7 +332,7 @@ def test_validate_looks_at_the_ids_before_anything_else(device, monkeypatch):
 
 def test_check_labels_raises_once(device, monkeypatch):
     noted = torch.tensor([2, 11, -100, 7], device=device)
-    monkeypatch.setattr(labels, "_NOTES", {noted.device: noted})
+    monkeypatch.setattr(check_labels, "_NOTES", {noted.device: noted})
     ppo_ext.check_labels("meta")
     with pytest.raises(ValueError, match=r"^logprobs: labels must be ids in \[0, 7\), got -100 in row 11 .*; 2 in all"):
         ppo_ext.check_labels()

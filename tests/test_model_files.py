@@ -17,7 +17,7 @@ from head_models import (
     wrapper_name,
 )
 
-from ppo_ext import models
+from ppo_ext.models import auto as models
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "neox", "t5"])

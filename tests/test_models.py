@@ -20,8 +20,8 @@ from head_models import (
     wrapper_name,
 )
 
-from ppo_ext import models
-from ppo_ext.value_head import ValueHead
+from ppo_ext.models import auto as models
+from ppo_ext.models.value_head import ValueHead
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

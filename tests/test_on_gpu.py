@@ -157,7 +157,7 @@ def test_a_stopped_run_leaves_its_summary(tmp_path):
 
 def test_a_wheel_takes_the_place_of_the_build(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
-        for name in ("ppo_ext/_C_cuda.so", "ppo_ext/_build_info.json", "ppo_ext/gae.py", "ppo_ext/../_C_x.so"):
+        for name in ("ppo_ext/_C_cuda.so", "ppo_ext/_build_info.json", "ppo_ext/ops/gae.py", "ppo_ext/../_C_x.so"):
             archive.writestr(name, name)
     (tmp_path / "package").mkdir()
     result = on_gpu.take_wheel(tmp_path / "x.whl", tmp_path / "package")

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from ppo_ext import optimizers
+from ppo_ext.trainer import optimizers
 
 OPTIMIZERS = {"Adam": {"lr": 1e-2}, "AdamW": {"lr": 1e-2, "weight_decay": 0.3, "betas": (0.9, 0.95)}}
 

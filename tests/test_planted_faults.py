@@ -27,41 +27,41 @@ class Fault:
 
 FAULTS = {
     "missing barrier": Fault(
-        "reduce.cuh",
+        "common/reduce.cuh",
         "    if (lane == 0) parts[warp] = state;\n    __syncthreads();\n    if (warp == 0) state = reduce_lanes",
         "    if (lane == 0) parts[warp] = state;\n    if (warp == 0) state = reduce_lanes",
-        "whiten",
-        "test_whiten.py",
+        "masked",
+        "test_masked.py",
         "test_few_entries_give_no_nan",
         r"masked_\w+, block \d+, thread \d+: a (load|store) of (8|24) bytes of shared memory must be separated by a "
-        r"barrier from the (load|store) of thread \d+, got none \(csrc/reduce.cuh:\d+",
+        r"barrier from the (load|store) of thread \d+, got none \(csrc/common/reduce.cuh:\d+",
     ),
     "off-by-one tail": Fault(
-        "load.cuh",
+        "common/load.cuh",
         "  if (last < in.V) {",
         "  if (last <= in.V) {",
         "logprobs",
         "test_logprobs.py",
         "test_half_logits_give_fp32_accurate_logprobs",
         r"logprobs, block \d+, thread \d+: a load of 2 bytes must touch allocated memory only \(AddressSanitizer\), got "
-        r"0 bytes beyond the end of a heap block of \d+ bytes \(csrc/load.cuh:\d+",
+        r"0 bytes beyond the end of a heap block of \d+ bytes \(csrc/common/load.cuh:\d+",
     ),
     "misaligned vector load": Fault(
-        "load.cuh",
+        "common/load.cuh",
         "    if (kAligned || (stride == 1 && beyond == 0)) {",
         "    if (kAligned || stride == 1) {",
         "logprobs",
         "test_logprobs.py",
         "test_views_give_the_same_bits",
         r"logprobs, block \d+, thread \d+: a use of a 'const struct Pack' must be at a multiple of 16 bytes, got an "
-        r"address with remainder (2|4|8) \(csrc/load.cuh:\d+",
+        r"address with remainder (2|4|8) \(csrc/common/load.cuh:\d+",
     ),
     "wrong shuffle mask": Fault(
-        "reduce.cuh",
+        "common/reduce.cuh",
         "constexpr unsigned kWholeWarp = 0xffffffffu;",
         "constexpr unsigned kWholeWarp = 0x0000ffffu;",
-        "rewards",
-        "test_rewards.py",
+        "kl_rewards",
+        "test_kl_rewards.py",
         "test_hand_worked_case",
         r"kl_rewards, block 0, thread \d+: the mask must name lane (1[6-9]|2\d|3[01]), which calls, got "
         r"__shfl_down_sync \(reduce.cuh:\d+\) with mask 0x0000ffff",

@@ -8,8 +8,8 @@ from cases import FLOATS, TOKEN_SHAPES, token_inputs
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error, require_trl
 
 import ppo_ext
-from ppo_ext import reference
-from ppo_ext.ppo_loss import STAT_NAMES
+from ppo_ext.ops import reference
+from ppo_ext.ops.ppo_loss import STAT_NAMES
 
 ORDER = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from op_calls import OPS, run
 from property_inputs import KINDS, arguments, cases, quarters
 
-from ppo_ext import reference
+from ppo_ext.ops import reference
 
 ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels, run by fibers: slow
 settings.register_profile("ci", max_examples=15 if ON_HOST else 200, derandomize=True, deadline=None)

@@ -7,7 +7,7 @@ import torch
 from conftest import require_trl
 from head_models import ARCHITECTURES, LAYER_LISTS, assert_same_outputs, inputs, wrapped
 
-from ppo_ext import models
+from ppo_ext.models import auto as models
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "neox", "opt"])

@@ -16,8 +16,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from ppo_ext.reward import RewardConfig, RewardTrainer, normalize_rewards, reward_loss, score
-from ppo_ext.sequences import right_pad
+from ppo_ext.supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards, reward_loss, score
+from ppo_ext.supervised.sequences import right_pad
 
 PAD = 11
 

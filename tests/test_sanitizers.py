@@ -13,7 +13,7 @@ import sys
 import pytest
 from sanitized import build
 
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "rewards", "whiten", "ppo_loss")]
+OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 # Left out is what runs little of the kernels and much of torch.
 SELECTION = "not trl and not opcheck and not compile and not gradcheck"
 RUNS = {
@@ -113,7 +113,7 @@ def test_a_warning_is_an_error_where_native_parts_are_required(tmp_path):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)
-    source = tmp_path / "csrc" / "levels_cpu.cpp"
+    source = tmp_path / "csrc" / "common" / "levels_cpu.cpp"
     source.write_text(source.read_text() + "\nstatic int planted(int unused) { int x; return 0; }\n")
     env = {**os.environ, "PPO_EXT_REQUIRE_NATIVE": "1", "PPO_EXT_CUDA": "0", "MAX_JOBS": "2"}
     result = subprocess.run(

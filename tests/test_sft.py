@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ppo_ext.sft import SFTConfig, SFTTrainer
+from ppo_ext.supervised.sft import SFTConfig, SFTTrainer
 
 
 def tiny_model(context=16):

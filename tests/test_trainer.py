@@ -10,7 +10,7 @@ import tiny_models
 import torch
 
 import ppo_ext
-from ppo_ext.stats import RunningMoments
+from ppo_ext.trainer.stats import RunningMoments
 
 PER_TOKEN = ("objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
 
@@ -255,11 +255,11 @@ def test_full_penalty_takes_whole_distributions_too():
 
 
 def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
-    from ppo_ext import scoring
+    from ppo_ext.trainer import forward
 
-    seen, op = [], scoring.full_kl
+    seen, op = [], forward.full_kl
     monkeypatch.setattr(
-        scoring, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
+        forward, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
     )
     steps(tiny_models.trainer(kl_penalty="full"))
     assert seen == [2, 2]

@@ -7,8 +7,8 @@ import pytest
 import tiny_models
 import torch
 
-from ppo_ext import checkpoint
-from ppo_ext.resume import STATE_FILE
+from ppo_ext.models import checkpoint
+from ppo_ext.trainer.resume import STATE_FILE
 
 
 def make(**options):

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from ppo_ext.rollout import Rollout, next_tokens, position_ids, takes_position_ids, token_mask
+from ppo_ext.trainer.rollout import Rollout, next_tokens, position_ids, takes_position_ids, token_mask
 
 QUERIES, RESPONSES = [3, 5, 4, 6], [4, 6, 2, 5]
 

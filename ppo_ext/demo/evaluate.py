@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..logprobs import logprobs
-from ..reward import score
+from ..ops.logprobs import logprobs
+from ..supervised.reward_model import score
 from .gold import GoldMetric
 
 SAMPLING_BATCH = 256

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ppo_ext
 
-from ..reward import score
+from ..supervised.reward_model import score
 from .corpus import Corpus, prompts
 from .display import Display
 from .evaluate import evaluate, generation_kwargs, sample

@@ -5,8 +5,8 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from ..reward import RewardConfig, RewardTrainer, normalize_rewards
-from ..sft import SFTConfig, SFTTrainer
+from ..supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards
+from ..supervised.sft import SFTConfig, SFTTrainer
 from .corpus import Corpus, prompts, windows
 from .display import Display
 from .evaluate import Samples, sample

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 
-from ..logprobs import logprobs, logprobs_and_entropy
-from ..stats import WANDB_PADDING, convert_to_scalar, flatten_dict, stack_dicts, stats_to_np
-from ..whiten import masked_mean, masked_var
-from ..whiten import masked_whiten as _masked_whiten
+from ..ops.logprobs import logprobs, logprobs_and_entropy
+from ..ops.masked import masked_mean, masked_var
+from ..ops.masked import masked_whiten as _masked_whiten
+from ..trainer.stats import WANDB_PADDING, convert_to_scalar, flatten_dict, stack_dicts, stats_to_np
 
 __all__ = [
     "LengthSampler",

@@ -1,6 +1,6 @@
 """The value-head part of `trl.models`."""
 
-from ..models import (
+from ..models.auto import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,

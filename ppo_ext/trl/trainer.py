@@ -1,8 +1,8 @@
 """The PPO part of `trl.trainer`."""
 
-from ..config import PPOConfig
-from ..kl import AdaptiveKLController, FixedKLController
-from ..stats import RunningMoments
-from ..trainer import PPOTrainer
+from ..trainer.config import PPOConfig
+from ..trainer.kl_controller import AdaptiveKLController, FixedKLController
+from ..trainer.ppo import PPOTrainer
+from ..trainer.stats import RunningMoments
 
 __all__ = ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer", "RunningMoments"]

@@ -82,7 +82,7 @@ def forget_unused(days=7):
 
 
 def headers(*folders):
-    return [path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.glob(pattern)]
+    return [path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)]
 
 
 def kernel_object(source, csrc=CSRC):
@@ -138,6 +138,14 @@ def test_kernels():
     return library([lambda source=source: kernel_object(source) for source in sorted((HERE / "kernels").glob("*.cu"))])
 
 
+def link_python(folder):
+    """Makes `folder` one to import ppo_ext's Python from: folders of its own, links to the files."""
+    for source in (ROOT / "ppo_ext").rglob("*.py"):
+        link = folder / source.relative_to(ROOT)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(source)
+
+
 def package(folder, replaced=None):
     """Makes `folder` one to import ppo_ext from whose CPU library holds the CUDA kernels. `replaced` gives, for the
     name of a .cu file, another folder to take that file and its headers from."""
@@ -147,9 +155,7 @@ def package(folder, replaced=None):
         return lambda: kernel_object(csrc / name, csrc)
 
     built = library([compile_one(source.name) for source in sorted(CSRC.glob("*_cuda.cu"))])
-    (folder / "ppo_ext").mkdir()
-    for source in (ROOT / "ppo_ext").glob("*.py"):
-        (folder / "ppo_ext" / source.name).symlink_to(source)
+    link_python(folder)
     (folder / "ppo_ext" / "_C_cpu.so").symlink_to(built)
     return folder
 

@@ -13,7 +13,7 @@ from conftest import assert_same_bits
 from cuda_on_host import build
 
 import ppo_ext
-from ppo_ext import _native
+from ppo_ext.ops import _native
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(ops, dtype):
 
 def test_bad_labels_of_many_rows_are_counted(monkeypatch):
     note = torch.zeros(4, dtype=torch.int64)
-    monkeypatch.setattr(sys.modules["ppo_ext.logprobs"], "note", lambda device: note)
+    monkeypatch.setattr(sys.modules["ppo_ext.ops.logprobs"], "note", lambda device: note)
     ppo_ext.logprobs(torch.randn(40, 7), torch.full((40,), 9))
     count, row, label, V = note.tolist()
     assert (count, label, V) == (40, 9, 7) and 0 <= row < 40

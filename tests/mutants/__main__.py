@@ -40,8 +40,8 @@ def markdown(report):
                 "# Mutants",
                 "",
                 f"{killed} of {len(rows)} wrong changes are seen by the tests; {stamp['date']}, "
-                f"commit {stamp['commit']}. Written by `python -m tests.mutants --save` (`make mutants`). Without the change the "
-                'same tests pass. "CUDA on the host" are the .cu files, run without a GPU.',
+                f"commit {stamp['commit']}. Written by `python -m tests.mutants --save` (`make mutants`). "
+                'Without the change the same tests pass. "CUDA on the host" are the .cu files, run without a GPU.',
                 "",
                 "| change | side | file | first test that fails |",
                 "| --- | --- | --- | --- |",

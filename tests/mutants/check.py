@@ -34,12 +34,12 @@ class Outcome:
 
 
 def includes(name, csrc, found=None):
-    """The names of all files that a source includes, itself among them."""
+    """The names below csrc of all files that a source includes, itself among them."""
     found = set() if found is None else found
     if name not in found and (csrc / name).exists():
         found.add(name)
         for other in re.findall(r'#include "([^"]+)"', (csrc / name).read_text()):
-            includes(other, csrc, found)
+            includes(os.path.normpath(os.path.join(os.path.dirname(name), other)), csrc, found)
     return found
 
 
@@ -55,10 +55,11 @@ def _csrc(mutant, folder):
     """(a copy of csrc with the mutant, the sources that see it)."""
     csrc = folder / "csrc"
     shutil.copytree(on_host.CSRC, csrc)
-    changed = pathlib.Path(mutant.file).name
+    changed = mutant.file.removeprefix("csrc/")
     (csrc / changed).write_text(mutated_text(mutant))
     pattern = "*_cuda.cu" if mutant.side == CUDA else "*.cpp"
-    return {path.name: csrc for path in csrc.glob(pattern) if changed in includes(path.name, csrc)}
+    sources = [str(path.relative_to(csrc)) for path in csrc.rglob(pattern)]
+    return {source: csrc for source in sources if changed in includes(source, csrc)}
 
 
 def package(mutant, folder, mutate=True):
@@ -69,10 +70,9 @@ def package(mutant, folder, mutate=True):
         return on_host.package(target, _csrc(mutant, folder) if mutate else None)
     if mutant.side == CPU:
         return on_cpu.package(target, PLAIN, _csrc(mutant, folder) if mutate else None)
-    (target / "ppo_ext").mkdir()
-    for path in (ROOT / "ppo_ext").iterdir():
-        if path.name != "__pycache__":
-            (target / "ppo_ext" / path.name).symlink_to(path)
+    on_host.link_python(target)
+    for path in (ROOT / "ppo_ext").glob("_C_*.so"):
+        (target / "ppo_ext" / path.name).symlink_to(path)
     if mutate:
         changed = target / mutant.file
         changed.unlink()

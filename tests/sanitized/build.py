@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import torch
-from cuda_on_host.build import CSRC, CXX, TORCH, headers, made, missing  # noqa: F401
+from cuda_on_host.build import CSRC, CXX, TORCH, headers, link_python, made, missing  # noqa: F401
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -75,7 +75,9 @@ def _object(source, sanitizer, csrc):
 
 def package(folder, sanitizer, replaced=None):
     """Makes `folder` one to import ppo_ext from. `replaced` gives, for the name of a source, another csrc for it."""
-    sources = sorted(path.name for pattern in ("*_cpu.cpp", "*_simd.cpp") for path in CSRC.glob(pattern))
+    sources = sorted(
+        str(path.relative_to(CSRC)) for pattern in ("*_cpu.cpp", "*_simd.cpp") for path in CSRC.rglob(pattern)
+    )
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda name: _object(name, sanitizer, (replaced or {}).get(name, CSRC)), sources))
     libraries = TORCH / "lib"
@@ -91,9 +93,7 @@ def package(folder, sanitizer, replaced=None):
         f"-Wl,-rpath,{libraries}",
     ]
     built = made(link, objects, ".so")
-    (folder / "ppo_ext").mkdir(parents=True)
-    for source in (ROOT / "ppo_ext").glob("*.py"):
-        (folder / "ppo_ext" / source.name).symlink_to(source)
+    link_python(folder)
     (folder / "ppo_ext" / "_C_cpu.so").symlink_to(built)
     return folder
 

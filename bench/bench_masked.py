@@ -1,0 +1,49 @@
+"""masked_whiten: mean and variance over the counted tokens, then the scaled values. Floor: one array in, one out.
+
+Reads the values, 4 bytes per token, and the int64 mask; writes 4; a backward pass does so again. Compared where the mask
+counts; the gradient is that of the counted entries.
+"""
+
+import torch
+
+import ppo_ext
+from ppo_ext.ops import reference
+
+from . import cases, peers
+from .bench_gae import masked_in
+from .passes import BACKWARD, BOTH, FORWARD, Op
+from .suite import OURS, Case, in_float64
+from .timing import Traffic
+
+OP = Op(lambda inputs, op: op(inputs["advantages"], inputs["mask"]), ("advantages",), ("incoming",))
+
+
+def _inputs(shape, device):
+    inputs = cases.token_inputs(shape, device)
+    return {**inputs, "incoming": torch.where(inputs["mask"] != 0, torch.randn(shape, device=device), 0.0)}
+
+
+def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
+    tokens = shape[0] * shape[1] * (2 if pass_name == BOTH else 1)
+    return Case(
+        "masked_whiten",
+        pass_name,
+        shape,
+        torch.float32,
+        make=lambda device: _inputs(shape, device),
+        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.masked_whiten),
+        implementations={
+            OURS: OP.implementation(pass_name, ppo_ext.masked_whiten),
+            **peers.implementations("masked_whiten", OP, pass_name, device, with_compiled=with_compiled),
+        },
+        select=masked_in,
+        traffic=Traffic(read=8 * tokens, copy=4 * tokens),
+        kind=kind,
+        capturable=True,
+    )
+
+
+def suite(device, full):
+    for i, shape in enumerate(cases.token_shapes("masked", full)):
+        for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (FORWARD,):
+            yield case(shape, pass_name, device)

@@ -1,0 +1,87 @@
+// kl_rewards_cuda.cu
+// Computes  see kl_rewards.h
+// Bytes     22 per token in fp32: two log-probabilities, three results, and the mask twice
+// Launch    one warp per sequence up to T = 1024, else one block of 256 threads
+// Sums      none
+// Limits    a sequence in which no token counts drops its score
+
+#include "common/launch.h"
+#include "common/reduce.cuh"
+#include "kl_rewards.h"
+
+namespace ppo_ext {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int64_t kWarpPerSequence = 1024;
+
+template <class A>
+struct Job {
+  const A *scores, *logprobs, *ref_logprobs;
+  const bool* mask;
+  A *rewards, *non_score_rewards, *kls;
+  int64_t B, T;
+  A kl_coef;
+  int64_t kl_penalty;
+};
+
+// ---- kernels ----
+
+template <int kThreads, class A>
+__global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job) {
+  constexpr int kGroups = kBlock / kThreads;
+  const int thread = thread_of_group<kThreads>();
+  for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B;
+       b += int64_t(gridDim.x) * kGroups) {
+    const int64_t row = b * job.T;
+    int64_t last = -1;
+    for (int64_t t = thread; t < job.T; t += kThreads)
+      if (job.mask[row + t]) last = t;
+    last = reduce_group<kThreads>(last, [](int64_t x, int64_t y) { return x > y ? x : y; });
+    last = share_first<kThreads>(last);
+    for (int64_t t = thread; t < job.T; t += kThreads) {
+      const bool counts = job.mask[row + t];
+      const A kl = counts ? token_kl(job.kl_penalty, job.logprobs[row + t], job.ref_logprobs[row + t]) : A(0);
+      const A reward = counts ? -job.kl_coef * kl : A(0);
+      job.kls[row + t] = kl;
+      job.non_score_rewards[row + t] = reward;
+      job.rewards[row + t] = t == last ? reward + job.scores[b] : reward;
+    }
+  }
+}
+
+// ---- entry points ----
+
+std::tuple<Tensor, Tensor, Tensor> kl_rewards_cuda(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
+                                                   double kl_coef, int64_t kl_penalty) {
+  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
+  const Launcher launch("kl_rewards", logprobs);
+  const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
+  Tensor rewards = token(), non_score_rewards = token(), kls = token();
+  dispatch_floats(logprobs.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    const Job<A> job{pointer<A>(scores),
+                     pointer<A>(logprobs),
+                     pointer<A>(ref_logprobs),
+                     pointer<bool>(mask),
+                     pointer<A>(rewards),
+                     pointer<A>(non_score_rewards),
+                     pointer<A>(kls),
+                     logprobs.size(0),
+                     logprobs.size(1),
+                     A(kl_coef),
+                     kl_penalty};
+    if (job.T <= kWarpPerSequence) {
+      launch(kl_rewards_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
+    } else {
+      launch(kl_rewards_kernel<kBlock, A>, job.B, kBlock, job);
+    }
+  });
+  return {rewards, non_score_rewards, kls};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_kl_rewards", TORCH_BOX(&kl_rewards_cuda)); }
+
+}  // namespace ppo_ext

@@ -1,0 +1,33 @@
+// masked_simd.h: what masked_simd.cpp computes of n entries and their weights, at each level.
+#pragma once
+
+#include "common/levels.h"
+#include "masked.h"
+
+namespace ppo_ext {
+
+template <class A>
+struct WeightedEntries {
+  const A *values, *weights;
+  int64_t count;
+};
+
+// The sums of the incoming gradient g and of g (x - mean).
+struct GradSums {
+  double grad, centred;
+};
+
+#define PPO_DECLARE_FOR(A)                                                                             \
+  Moments<double> moments_of(const WeightedEntries<A>& in);                                            \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out); \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);                     \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out);
+#define PPO_DECLARE(level)                       \
+  namespace level {                              \
+  PPO_DECLARE_FOR(float) PPO_DECLARE_FOR(double) \
+  }
+PPO_FOR_EACH_LEVEL(PPO_DECLARE)
+#undef PPO_DECLARE
+#undef PPO_DECLARE_FOR
+
+}  // namespace ppo_ext

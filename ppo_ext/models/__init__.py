@@ -1,0 +1,1 @@
+"""Value-head models: loading, saving, LoRA, and the frozen reference."""

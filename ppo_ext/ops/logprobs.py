@@ -1,0 +1,183 @@
+"""Token log-probabilities, and the entropy of each token's distribution, from logits in one pass."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _native, check, reference
+from .check_labels import note
+
+_forward, _forward_name = _native.define(
+    "_logprobs(Tensor logits, Tensor labels, Tensor? mask, float temperature, bool with_entropy,"
+    " Tensor(a!)? label_note) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
+)
+_GRADIENT_ARGUMENTS = (
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor labels, Tensor? mask, Tensor entropy,"
+    " Tensor row_max, Tensor log_sum, float temperature"
+)
+_backward, _backward_name = _native.define(f"_logprobs_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
+_backward_inplace, _backward_inplace_name = _native.define(
+    f"_logprobs_backward_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()"
+)
+
+
+@_native.register_fake(_forward_name)
+def _(logits, labels, mask, temperature, with_entropy, label_note):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    row = logits.new_empty(labels.shape, dtype=dtype)
+    return (
+        row,
+        torch.empty_like(row) if with_entropy else row.new_empty(0),
+        torch.empty_like(row),
+        torch.empty_like(row),
+    )
+
+
+@_native.register_fake(_backward_name)
+def _(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+@_native.register_fake(_backward_inplace_name)
+def _(logits, *_):
+    return None
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
+        logprobs, entropy, row_max, log_sum = _forward(logits, labels, mask, temperature, with_entropy, label_note)
+        ctx.save_for_backward(logits, labels, mask, entropy, row_max, log_sum)
+        ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
+        ctx.set_materialize_grads(False)
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        logits, labels, mask, entropy, row_max, log_sum = ctx.saved_tensors
+        arguments = (
+            None if grad_logprobs is None else grad_logprobs.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            labels,
+            mask,
+            entropy,
+            row_max,
+            log_sum,
+            ctx.temperature,
+        )
+        if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits):
+            return _backward(logits, *arguments), *(None,) * 6
+        _backward_inplace(logits, *arguments)
+        torch.autograd.graph.increment_version(logits)
+        return logits, *(None,) * 6
+
+
+def _prepare(op, logits, labels, temperature, mask):
+    check.floating(op, "logits", logits)
+    check.tensor(op, "labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        check.fail(op, "labels", "be int64 or int32", labels.dtype, TypeError)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        check.fail(op, "logits", "have the shape [..., V] with V >= 1", list(logits.shape))
+    check.shape(op, "labels", labels, logits.shape[:-1], "logits without its last dimension")
+    check.device(op, "labels", labels, logits.device, "logits")
+    temperature = check.temperature(op, temperature)
+    if mask is not None:
+        mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
+    usual = (
+        labels.dtype == torch.int64 and labels.is_contiguous()
+    )  # a look takes less than a conversion that does nothing
+    return labels if usual else labels.to(torch.int64).contiguous(), temperature, mask
+
+
+def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate):
+    labels, temperature, mask = _prepare(op, logits, labels, temperature, mask)
+    inplace_backward = check.flag(op, "inplace_backward", inplace_backward)
+    validate = check.flag(op, "validate", validate)
+    native = _native.available(logits.device.type)
+    if validate or not native:
+        _check_ids(op, logits, labels, mask)
+    if not native:
+        return reference.logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    check.no_tangent(op, "logits", logits)
+    arguments = (logits, labels, mask, temperature, with_entropy, note(logits.device))
+    if torch.compiler.is_compiling():
+        return _apply(*arguments, inplace_backward)
+    try:
+        return _apply(*arguments, inplace_backward)
+    except (RuntimeError, ValueError) as error:
+        raise check.value_error(op, error) from None
+
+
+def _apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Logprobs.apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward)
+    plain = logits.detach() if logits.requires_grad else logits
+    return _forward(plain, labels, mask, temperature, with_entropy, label_note)[:2]
+
+
+def _check_ids(op, logits, labels, mask):
+    outside = (labels < 0) | (labels >= logits.shape[-1])
+    if mask is not None:
+        outside &= mask
+    if outside.any():
+        position = outside.nonzero()[0].tolist()
+        check.fail(op, f"labels{position}", f"be an id in [0, {logits.shape[-1]})", labels[tuple(position)].item())
+
+
+def logprobs(logits, labels, *, temperature=1.0, mask=None, inplace_backward=False, validate=False):
+    """Log-probability of each label under the softmax of its row of logits.
+
+        logprobs[n] = logits[n, y_n] / temperature - log sum_v exp(logits[n, v] / temperature)
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
+        labels: [...] int64 or int32, the token ids y_n. Shifting is the caller's: to score the next token pass
+            labels one step ahead of the logits.
+        temperature: number in [1e-30, 1e30] that divides the logits.
+        mask: [...] bool, int or float, nonzero where a token counts. Rows that do not count are not read: their
+            result and their gradient are 0, whatever the logits and the label hold.
+        inplace_backward: let the backward pass write the gradient over `logits` (never the forward pass), which
+            saves one buffer of their size. A later use of the overwritten logits by autograd is an error. Has no
+            effect under torch.compile, nor if logits share memory with each other, as those of an expanded tensor do.
+        validate: on CUDA, look at the ids before anything else, which waits for the device. On the CPU they always are.
+
+    Returns:
+        [...] float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a type or dtype is not one of those above, or a tensor is not dense. ValueError: shapes or devices do
+        not match, temperature is out of its range, more than 8 leading dimensions of the logits cannot be merged, or,
+        on the CPU, a label outside [0, V) counts. On CUDA such a row becomes NaN and its gradient 0, and the next
+        `check_labels` raises; with `validate` it is an error at once, as on the CPU. NotImplementedError: the logits
+        carry a forward-mode tangent.
+
+    Notes:
+        Sums run in float32 in a fixed order: the same bits on every run, for any number of threads, however the rows
+        are batched. A row with a NaN or a +inf, or with nothing but -inf, is NaN, as in torch; a -inf elsewhere has
+        probability 0. Saved for backward: the logits themselves and two numbers a row. Differentiable once.
+        Empty input gives an empty result.
+
+    Source: TRL 0.11.4, `logprobs_from_logits`.
+    """
+    return _run("logprobs", logits, labels, temperature, mask, False, inplace_backward, validate)[0]
+
+
+def logprobs_and_entropy(logits, labels, *, temperature=1.0, mask=None, inplace_backward=False, validate=False):
+    """`logprobs` and the entropy of each row, from the same single read of the logits.
+
+        entropy[n] = -sum_v p_nv log p_nv,   p_n = softmax(logits[n] / temperature),   0 log 0 = 0
+
+    Arguments, errors, masked rows, precision and determinism are those of `logprobs`.
+
+    Returns:
+        (logprobs, entropy), both [...] float32 (float64 for float64 logits), both differentiable; their two gradients
+        share one pass over the logits.
+
+    Source: TRL 0.11.4, `logprobs_from_logits` and `entropy_from_logits` (which gives NaN when a logit is -inf).
+    """
+    return _run("logprobs_and_entropy", logits, labels, temperature, mask, True, inplace_backward, validate)

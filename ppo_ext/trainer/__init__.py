@@ -1,0 +1,1 @@
+"""`PPOTrainer`, one theme a file; `ppo` has `step`."""
