@@ -188,6 +188,12 @@ def test_sdist_holds_every_source(tmp_path):
     assert not [name for name in names if name.endswith((".so", "_build_info.json", ".pyc"))]
 
 
+def test_pre_commit_runs_the_pinned_versions():
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    used = re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(used) >= 3 and set(used) <= set(pinned)
+
+
 def test_versions_agree():
     import ppo_ext
 
