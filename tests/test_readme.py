@@ -127,7 +127,7 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
 
 
 def test_averages_over_the_tokens_that_count():
-    """What docs/migrating-from-trl.md computes from the statistics is about the tokens that the mask counts, and no others."""
+    """What docs/migrating-from-trl.md computes from the statistics is about the tokens that the mask counts."""
     seen = []
 
     class Recording(ppo_ext.PPOTrainer):
