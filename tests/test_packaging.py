@@ -184,7 +184,7 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
 def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(backend("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples")
+    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples", ".github")
     assert names >= tracked(*folders, "setup.py", "Makefile", "constraints.txt", "*.md", "CITATION.cff")
     assert not [name for name in names if name.endswith((".so", "_build_info.json", ".pyc"))]
 
