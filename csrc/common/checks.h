@@ -17,6 +17,11 @@
 
 #include "rows.h"
 
+// Torch's headers before 2.13 have this macro under its older name only.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace ppo_ext {
 
 using torch::headeronly::ScalarType;
