@@ -71,8 +71,8 @@ struct Tile {
       for (int s = 0; s < kSize; ++s) {
         if (s & kBlock) continue;
         const vector_of<A> a = x[s], b = x[s + kBlock];
-        x[s] = __builtin_shuffle(a, b, upper);
-        x[s + kBlock] = __builtin_shuffle(a, b, lower);
+        x[s] = shuffled(a, b, upper);
+        x[s + kBlock] = shuffled(a, b, lower);
       }
       transpose<2 * kBlock>();
     }

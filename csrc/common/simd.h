@@ -209,6 +209,19 @@ PPO_INLINE condition_of<A> lanes_where(const bool* flags) {
 
 // ---- across lanes ----
 
+// The lanes of a and b in the order of `lanes`, where those of b have the numbers from their count on.
+template <class V, class I>
+PPO_INLINE V shuffled(V a, V b, I lanes) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  V result{};
+  for (int l = 0; l < kCount; ++l) result[l] = lanes[l] < kCount ? a[lanes[l]] : b[lanes[l] - kCount];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // The larger (smaller) of two; the second if either is NaN. One instruction, which GCC 12 does not make of a ?: by
 // itself.
 PPO_INLINE f32v max_or_second(f32v a, f32v b) {
@@ -473,7 +486,8 @@ class Powers {
   }
 #endif
 
-  float scale_, lowest_, highest_;
+  float scale_, lowest_;
+  [[maybe_unused]] float highest_;  // in AVX-512
 };
 
 // x rounded to an integer n, which leaves x - n to exp2_fraction; and p * 2^n for n <= 128, by two factors, as 2^128 is
