@@ -25,7 +25,7 @@ _ARGUMENTS = {
     ("full_kl", "forward_kernel"): ("threads", "aligned", "dtype"),
     ("full_kl", "backward_kernel"): ("aligned", "dtype"),
     ("gae", "gae_kernel"): ("threads", "dtype"),
-    ("rewards", "kl_rewards_kernel"): ("threads", "dtype"),
+    ("kl_rewards", "kl_rewards_kernel"): ("threads", "dtype"),
 }
 # The hot kernels: (arrays read, arrays written) for each element in 16-byte accesses.
 _HOT = {

@@ -30,7 +30,7 @@ def run(*arguments, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_level_asked_for_runs(level):
-    result = run("-c", "from ppo_ext import info; print(report.cpu_level())", level=level)
+    result = run("-c", "from ppo_ext.info import report; print(report.cpu_level())", level=level)
     assert result.stdout.strip() == LEVELS[level], result.stderr
 
 
