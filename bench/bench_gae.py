@@ -10,11 +10,22 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import FORWARD, Op
+from .passes import FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
-OP = Op(lambda inputs, op: op(inputs["values"], inputs["rewards"], inputs["mask"]))
+OPS = {
+    "gae": Op(
+        lambda inputs, op: op(inputs["values"], inputs["rewards"], inputs["mask"]),
+        options={"gamma": cases.GAMMA, "lam": cases.LAM},
+    )
+}
+OPERATORS = {
+    "gae": Operators(
+        lambda x: torch.ops.ppo_ext._gae.default(x["values"], x["rewards"], x["mask"], cases.GAMMA, cases.LAM), 2
+    )
+}
+SHAPES = ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)])  # [B, T]: selection, full
 
 
 def masked_in(inputs, outputs):
@@ -22,7 +33,7 @@ def masked_in(inputs, outputs):
 
 
 def alone(library):
-    return lambda *inputs: library.gae(*inputs, gamma=cases.GAMMA, lam=cases.LAM)
+    return OPS["gae"].of(library, "gae")
 
 
 def with_whitening(library):
@@ -41,10 +52,10 @@ def case(name, shape, device, *, kind="speed", with_compiled=True):
         shape,
         torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
-        reference=lambda inputs: OP.forward(in_float64(inputs), of(reference)),
+        reference=lambda inputs: OPS["gae"].forward(in_float64(inputs), of(reference)),
         implementations={
-            OURS: OP.implementation(FORWARD, of(ppo_ext)),
-            **peers.implementations(name, OP, FORWARD, device, with_compiled=with_compiled),
+            OURS: OPS["gae"].implementation(FORWARD, of(ppo_ext)),
+            **peers.implementations(name, OPS["gae"], FORWARD, device, with_compiled=with_compiled),
         },
         select=masked_in,
         traffic=Traffic(read=8 * tokens, copy=8 * tokens),
@@ -54,6 +65,10 @@ def case(name, shape, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for shape in cases.token_shapes("gae", full):
+    for shape in SHAPES[full]:
         yield case("gae", shape, device)
         yield case("gae+masked_whiten", shape, device)
+
+
+def tiny_cases(device):
+    yield case("gae", cases.TINY_TOKENS, device, **cases.OVERHEAD)

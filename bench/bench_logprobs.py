@@ -13,7 +13,7 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import BACKWARD, BOTH, FORWARD, Op
+from .passes import BACKWARD, BOTH, FORWARD, Op, Operators
 from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 from .timing import Traffic
 
@@ -22,6 +22,26 @@ OPS = {
     "logprobs": Op(lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs",)),
     "logprobs_and_entropy": Op(
         lambda inputs, op: op(inputs["logits"], inputs["labels"]), ("logits",), ("grad_logprobs", "grad_entropy")
+    ),
+}
+
+
+def _gradient(inputs, out, grad_entropy):
+    return torch.ops.ppo_ext._logprobs_backward.default(
+        inputs["logits"], inputs["grad_logprobs"], grad_entropy, inputs["labels"], None, *out[1:], 1.0
+    )
+
+
+OPERATORS = {
+    "logprobs": Operators(
+        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, 1.0, False, None),
+        1,
+        lambda x, out: _gradient(x, out, None),
+    ),
+    "logprobs_and_entropy": Operators(
+        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, 1.0, True, None),
+        2,
+        lambda x, out: _gradient(x, out, x["grad_entropy"]),
     ),
 }
 
@@ -89,3 +109,9 @@ def suite(device, full):
             slow, shown = pass_name == BOTH and dtype != torch.float32, name == "logprobs" and shape == selected
             if full or not slow or (shown and device.type == "cuda"):
                 yield dataclasses.replace(case(name, shape, dtype, pass_name, device), featured=slow and shown)
+
+
+def tiny_cases(device):
+    for name in OPS:
+        for pass_name in (FORWARD, BOTH):
+            yield case(name, cases.TINY_LOGITS, torch.float32, pass_name, device, **cases.OVERHEAD)

@@ -12,7 +12,7 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import BACKWARD, BOTH, FORWARD, Op
+from .passes import BACKWARD, BOTH, FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
@@ -40,11 +40,19 @@ def _loss_and_stats(inputs, op):
     return loss, *(stats[name] for name in _STATS if name in stats)
 
 
-OP = Op(_loss_and_stats, ("logprobs", "vpreds"))
+OPS = {"ppo_loss": Op(_loss_and_stats, ("logprobs", "vpreds"))}
+OPERATORS = {
+    "ppo_loss": Operators(
+        lambda x: torch.ops.ppo_ext._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")),
+        1,
+        lambda x, out: torch.ops.ppo_ext._ppo_loss_backward.default(x["one"], out[1], *out[4:]),
+    )
+}
+SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T]: selection, full
 
 
 def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
-    tokens = shape[0] * shape[1]
+    op, tokens = OPS["ppo_loss"], shape[0] * shape[1]
     forward, backward = Traffic(read=16 * tokens, copy=16 * tokens), Traffic(copy=8 * tokens)
     both = Traffic(read=16 * tokens, copy=24 * tokens)
     return Case(
@@ -53,10 +61,10 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
         shape,
         torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
-        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.ppo_loss),
+        reference=lambda inputs: op.results(pass_name, in_float64(inputs), reference.ppo_loss),
         implementations={
-            OURS: OP.implementation(pass_name, ppo_ext.ppo_loss),
-            **peers.implementations("ppo_loss", OP, pass_name, device, with_compiled=with_compiled),
+            OURS: op.implementation(pass_name, ppo_ext.ppo_loss),
+            **peers.implementations("ppo_loss", op, pass_name, device, with_compiled=with_compiled),
         },
         traffic={FORWARD: forward, BACKWARD: backward, BOTH: both}[pass_name],
         kind=kind,
@@ -65,6 +73,11 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for i, shape in enumerate(cases.token_shapes("ppo_loss", full)):
+    for i, shape in enumerate(SHAPES[full]):
         for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (BOTH,):
             yield case(shape, pass_name, device)
+
+
+def tiny_cases(device):
+    for pass_name in (FORWARD, BOTH):
+        yield case(cases.TINY_TOKENS, pass_name, device, **cases.OVERHEAD)

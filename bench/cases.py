@@ -18,7 +18,6 @@ __all__ = [
     "logits_inputs",
     "logits_shapes",
     "token_inputs",
-    "token_shapes",
 ]
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
@@ -28,19 +27,13 @@ _OTHERS = [(1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]
 LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGITS_WITH_GRADIENT = {"cpu": ([(512, GPT2)], [(512, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
-# [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {
-    "gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
-    "kl_rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-    "masked": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-    "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)]),
-}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
 HEAD = {"cpu": (8, 32, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
 LINEAR = {"cpu": (128, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
-# what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
+# what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary], and the options of such a case
 TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
+OVERHEAD = {"kind": "overhead", "with_compiled": False}
 # what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches
 SWEEPS = {
     "cpu": {
@@ -85,10 +78,6 @@ STEPS = (
 
 def logits_shapes(device, full, with_gradient):
     return (LOGITS_WITH_GRADIENT if with_gradient else LOGITS)[device.type][full]
-
-
-def token_shapes(op, full):
-    return TOKENS[op][full]
 
 
 def head_shape(device):

@@ -11,24 +11,12 @@ import torch
 import tqdm
 
 from ppo_ext.ops import _native
+from tests.ops import STEMS
 
 from . import machine, rows, table
 from .rows import RESULTS
 
-MODULES = (
-    "logprobs",
-    "full_kl",
-    "gae",
-    "kl_rewards",
-    "masked",
-    "ppo_loss",
-    "loss_head",
-    "linear_logprobs",
-    "step",
-    "overhead",
-    "binding_overhead",
-    "sweeps",
-)
+MODULES = (*STEMS, "loss_head", "linear_logprobs", "step", "overhead", "binding_overhead", "sweeps")
 # What a case takes on 2 cores or a GPU, rounded up: its inputs and its float64 reference; for each implementation the
 # check, the warm-up and its share of the rounds beyond the seconds that are asked for; and what torch.compile takes.
 _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.ops import OP_TESTS
+
 from . import sass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +39,15 @@ class Result:
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
 
-_OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
-# of the suite: what has a step of its own, and what a device changes nothing of
+_OPS = [f"tests/{name}" for name in OP_TESTS]
+# not in the step "suite": files that have a step of their own, and files in which the device changes nothing
 _NOT_SUITE = [
     *_OPS,
     *(
         f"tests/test_{name}.py"
         for name in (
             "gpu",
+            "large",
             "on_gpu",
             "static_report",
             "cuda_on_host",
@@ -98,7 +101,7 @@ STEPS = (
     Step("info", 60, ("python", "-m", "ppo_ext", "info")),
     _pytest("ops", 180, *_OPS),
     _pytest("graphs", 90, "tests/test_gpu.py", "-k", "not large and not repeated"),
-    _pytest("large", 90, "tests/test_gpu.py", "-k", "large", gpu_only=True),
+    _pytest("large", 90, "tests/test_gpu.py", "tests/test_large.py", "-k", "large", gpu_only=True),
     _pytest("repeat", 150, "tests/test_gpu.py", "-k", "repeated"),
     _sanitizer("memcheck", "--padding", "32"),
     _sanitizer("racecheck", *_OUR_KERNELS),

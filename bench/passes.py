@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 
 import torch
 
@@ -12,12 +13,19 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """`call(inputs, function)` gives the output, or several, of a function of this op. `leaves` names the inputs that
-    get a gradient, `incoming` the gradients that come in, one for each output; without any, the first output is a loss."""
+    """How a benchmark calls an op. `call(inputs, function)` returns the output, or the outputs, of a function that
+    computes the op. `leaves` names the inputs that receive a gradient, `incoming` those that hold the incoming gradients,
+    one for each output; without any, the first output is a loss. `options`: keyword arguments for our op and for the
+    reference; the functions of the peers already have them."""
 
     call: collections.abc.Callable
     leaves: tuple = ()
     incoming: tuple = ()
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def of(self, library, name):
+        """The function `name` of ppo_ext or of the reference, with the options."""
+        return functools.partial(getattr(library, name), **self.options)
 
     def forward(self, inputs, function):
         outputs = self.call(inputs, function)
@@ -50,6 +58,17 @@ class Op:
             prepare=lambda inputs: _kept(self.graph, inputs, function),
             **more,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Operators:
+    """The torch operators below an op, for bench_overhead.py. `forward(inputs)` returns their outputs, of which the first
+    `results` are those of the op; `backward(inputs, outputs)` returns the gradient or the gradients. In `inputs` all tensors
+    are contiguous, the mask is bool, `weights` is the mask as floats and `one` the gradient of a loss."""
+
+    forward: collections.abc.Callable
+    results: int
+    backward: collections.abc.Callable | None = None
 
 
 def _kept(graph, inputs, function):

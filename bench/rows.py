@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 
+from tests.ops import OPS
+
 from . import fit
 from .suite import FLOOR, OURS
 
@@ -15,21 +17,7 @@ _BEFORE = {
     "mode": "eager",
     "version": "",
 }  # rows before these fields
-_ORDER = (
-    "logprobs",
-    "logprobs_and_entropy",
-    "full_kl",
-    "kl_rewards",
-    "gae",
-    "gae+masked_whiten",
-    "masked_whiten",
-    "ppo_loss",
-    "loss_head",
-    "linear_logprobs",
-    "step",
-    "overhead",
-    "sweep",
-)
+_ORDER = (*OPS, "loss_head", "linear_logprobs", "step", "overhead", "sweep")
 
 
 def folder_of(row):
@@ -85,7 +73,8 @@ def _read(path):
 
 
 def _place(path):
-    return _ORDER.index(path.stem) if path.stem in _ORDER else len(_ORDER), path.stem
+    first = path.stem.partition("+")[0]  # a chain of ops stands behind its first one
+    return _ORDER.index(first) if first in _ORDER else len(_ORDER), path.stem
 
 
 # ---- what is asked of rows ------------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ LIBRARY = ROOT / "ppo_ext/_C_cuda.so"
 EVIDENCE = Path(__file__).parent / "evidence"
 GROWTH = 1.10  # a hot loop may have this many times its kept instructions
 
-# What the arguments of the kernels' templates mean, by (op, kernel); of all others it is the dtype alone.
-_ARGUMENTS = {
-    ("logprobs", "forward_kernel"): ("threads", "aligned", "entropy", "dtype"),
-    ("logprobs", "backward_kernel"): ("aligned", "entropy", "dtype"),
-    ("full_kl", "forward_kernel"): ("threads", "aligned", "dtype"),
-    ("full_kl", "backward_kernel"): ("aligned", "dtype"),
-    ("gae", "gae_kernel"): ("threads", "dtype"),
-    ("kl_rewards", "kl_rewards_kernel"): ("threads", "dtype"),
+# What the bool arguments of the kernels' templates mean, by (op, kernel). An integer is the number of threads that work on
+# one row, and the first type is the dtype.
+_FLAGS = {
+    ("logprobs", "forward_kernel"): ("aligned", "entropy"),
+    ("logprobs", "backward_kernel"): ("aligned", "entropy"),
+    ("full_kl", "forward_kernel"): ("aligned",),
+    ("full_kl", "backward_kernel"): ("aligned",),
 }
 # The hot kernels: (arrays read, arrays written) for each element in 16-byte accesses.
 _HOT = {
@@ -89,8 +88,12 @@ def identify(mangled, demangled):
     """(op, kernel, its template's arguments, {meaning: argument}) of a kernel."""
     op = re.search(r"_GLOBAL__N__\w+?_\d+_(\w+)_cuda_cu_", mangled)[1]
     short = re.sub(r"ppo_ext::|\(anonymous namespace\)::|c10::", "", demangled)
-    kernel, arguments = re.search(r"(\w+)<([^()]*)>\(", short).groups()
-    return op, kernel, arguments, dict(zip(_ARGUMENTS.get((op, kernel), ("dtype",)), arguments.split(", ")))
+    kernel, text = re.search(r"(\w+)<([^()]*)>\(", short).groups()
+    arguments = text.split(", ")
+    meanings = dict(zip(_FLAGS.get((op, kernel), ()), (a for a in arguments if a in ("true", "false"))))
+    meanings["threads"] = next((a for a in arguments if a.isdigit()), None)
+    meanings["dtype"] = next(a for a in arguments if a in _DTYPES)
+    return op, kernel, text, meanings
 
 
 def name_of(op, kernel, arguments):

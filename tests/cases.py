@@ -57,3 +57,9 @@ def token_inputs(shape, device="cpu", dtype=torch.float32):
         "rewards": normal(0.1),
         "advantages": normal(),
     }
+
+
+def valid_arguments(op, shape=(2, 3), vocabulary=7, device="cpu", dtype=torch.float32):
+    """Arguments that `op`, an entry of `ops.OPS`, accepts, by name; about two thirds of the tokens count."""
+    inputs = token_inputs(shape, device, dtype) | logits_inputs((*shape, vocabulary), dtype, device)
+    return op.pick(inputs, shape, vocabulary, dtype, device)

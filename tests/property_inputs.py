@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from cases import FLOATS
 from hypothesis import strategies as st
-from op_calls import ROLES
+from ops import LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TOKENS, WEIGHTS
 
 KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # what an entry may be; zeros have either sign
 LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
@@ -95,54 +95,30 @@ def _pick(generator, *choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def options(op, generator):
-    """Numbers and flags of a call."""
-    if "temperature" in ROLES[op]:
-        return {"temperature": _pick(generator, 0.25, 1.0, 1.7)}
-    return {
-        "gae": {"gamma": _pick(generator, 0.0, 0.97, 1.0), "lam": _pick(generator, 0.0, 0.9, 1.0)},
-        "kl_rewards": {
-            "kl_coef": _pick(generator, 0.2, -1.0),
-            "kl_penalty": _pick(generator, "kl", "abs", "mse", "full"),
-        },
-        "masked_mean": {"axis": _pick(generator, None, 0, 1, (1, 0))},
-        "masked_var": {"unbiased": _pick(generator, True, False)},
-        "masked_whiten": {"shift_mean": _pick(generator, True, False)},
-        "ppo_loss": {
-            "cliprange": _pick(generator, 0.1, 0.2, 0.5),
-            "cliprange_value": _pick(generator, 0.0, 0.2),
-            "vf_coef": _pick(generator, 0.1, -1.0),
-            "ratio_threshold": _pick(generator, 10.0, float("inf")),
-        },
-    }[op]
-
-
 def arguments(op, case, device="cpu", draw=numbers):
-    """Arguments of `op` by name, and the incoming gradients of its per-token results."""
+    """Arguments of `op`, an entry of ops.OPS, by name, and incoming gradients for its per-token results."""
     generator, shape = case.generator(), (case.sequences, case.tokens)
-    made = options(op, generator)
-    for name in ROLES[op]:
-        if name in ("logits", "ref_logits"):
+    made = {name: _pick(generator, *values) for name, values in op.choices.items()}
+    for name, role in op.arguments.items():
+        if name in op.only_with and made[op.only_with[name][0]] != op.only_with[name][1]:
+            continue
+        if role in (LOGITS, REF_LOGITS):
             made[name] = draw((*shape, case.vocabulary), case, generator)
             if draw is numbers:  # the largest logits anywhere, or in the last block, or in the first
                 slope = _pick(generator, 0.0, 40.0, -40.0)
                 made[name] = (made[name] + torch.linspace(0, slope, case.vocabulary)).to(case.dtype)
-        elif name == "labels":
+        elif role is LABELS:
             made[name] = torch.randint(case.vocabulary, shape, generator=generator)
-        elif name == "mask":
+        elif role in (MASK, WEIGHTS):
             mask = torch.rand(shape, generator=generator) < case.density
-            weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if op.startswith("masked_") else 1
+            weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if role is WEIGHTS else 1
             made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
-        elif name == "scores":
+        elif role is SCORES:
             made[name] = draw(shape[:1], case, generator)
-        elif name not in made and name != "kls" and name not in ("temperature", "inplace_backward", "validate"):
-            # Multiples of 1/8: no ratio is so near a clip bound that rounding decides the side.
-            step = {"step": 0.125} if op == "ppo_loss" and "logprobs" in name and draw is numbers else {}
+        elif role is TOKENS:
+            step = {"step": 0.125} if name in op.coarse and draw is numbers else {}
             made[name] = draw(shape, case, generator, **step)
-    if made.get("kl_penalty") == "full":
-        made["kls"] = draw(shape, case, generator)
-    per_token = ("logprobs", "entropy", "full_kl", "masked_whiten")
-    grads = {name: torch.randn(shape, generator=generator).to(device) for name in per_token}
+    grads = {name: torch.randn(shape, generator=generator).to(device) for name in op.per_token}
     return {
         name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x for name, x in made.items()
     }, grads

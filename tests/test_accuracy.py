@@ -53,7 +53,6 @@ def test_a_result_that_is_no_number_is_seen(measured, kept):
 def test_every_op_dtype_and_size_is_kept(kept):
     found = {tuple(row[name] for name in ("op", "dtype", "V", "scale", "offset")) for row in kept}
     assert found == {tuple(input.key.values()) for input in accuracy.all_inputs()}
-    assert {row["op"] for row in kept} == set(accuracy.ON_LOGITS) | set(accuracy.PER_TOKEN)
 
 
 def test_no_error_is_beyond_torchs(kept):

@@ -1,6 +1,7 @@
 """Who ours is compared with: right on every op, or a row that says why they cannot run."""
 
 import dataclasses
+import importlib
 import sys
 import zipfile
 
@@ -8,23 +9,7 @@ import pytest
 import torch
 
 import bench.peers
-from bench import (
-    bench_full_kl,
-    bench_gae,
-    bench_kl_rewards,
-    bench_linear_logprobs,
-    bench_logprobs,
-    bench_loss_head,
-    bench_masked,
-    bench_overhead,
-    bench_ppo_loss,
-    bench_step,
-    bench_sweeps,
-    cases,
-    passes,
-    suite,
-    trl_baseline,
-)
+from bench import cases, command, passes, suite, trl_baseline
 from bench.peers import Offer, Peer, Unavailable, excerpt, implementations, trl_classic, wheels
 
 CPU = torch.device("cpu")
@@ -38,23 +23,13 @@ def tiny_shapes(monkeypatch):
     monkeypatch.setitem(cases.LINEAR, "cpu", (16, 8, 37))
     monkeypatch.setitem(cases.SWEEPS, "cpu", {"V": (8, (37,)), "N": (37, (1, 8)), "T": (4, (16,))})
     monkeypatch.setattr(cases, "STEPS", (cases.Step("small", 4, 16, 67, 32, 2, 4),))
-    for op in cases.TOKENS:
-        monkeypatch.setitem(cases.TOKENS, op, ([(4, 16)], [(4, 16)]))
+    for module in MODULES:
+        if hasattr(module, "SHAPES"):
+            monkeypatch.setattr(module, "SHAPES", ([(4, 16)], [(4, 16)]))
 
 
-MODULES = (
-    bench_logprobs,
-    bench_full_kl,
-    bench_gae,
-    bench_kl_rewards,
-    bench_masked,
-    bench_ppo_loss,
-    bench_loss_head,
-    bench_linear_logprobs,
-    bench_overhead,
-    bench_sweeps,
-    bench_step,
-)
+# binding_overhead compiles a module of its own, and compares ours with that alone
+MODULES = [importlib.import_module(f"bench.bench_{name}") for name in command.MODULES if name != "binding_overhead"]
 of_every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split("_", 1)[1])
 
 

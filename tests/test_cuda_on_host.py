@@ -13,11 +13,11 @@ import sys
 
 import pytest
 from cuda_on_host import build
+from ops import OP_TESTS
 
 TESTS = build.HERE.parent
 # On CUDA an id outside the vocabulary gives NaN instead of an error; that has a test of its own below.
 SELECTION = "not ids_outside_the_vocabulary and not equals_trl"
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 HOSTILE_TESTS = [f"test_{name}.py" for name in ("hostile_values", "hostile_operators", "properties")]
 RUNS = {
     "ops, seed 0": (0, OP_TESTS),

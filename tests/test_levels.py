@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from ops import OP_TESTS
 
 from ppo_ext.info import report
 from ppo_ext.ops import _native
@@ -36,9 +37,7 @@ def test_the_level_asked_for_runs(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_ops_pass_their_tests(level):
-    files = [
-        str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "masked", "ppo_loss", "hostile_values")
-    ]
+    files = [str(TESTS / name) for name in (*OP_TESTS, "test_hostile_values.py")]
     result = run(
         "-m",
         "pytest",

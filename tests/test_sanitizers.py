@@ -11,9 +11,9 @@ import subprocess
 import sys
 
 import pytest
+from ops import OP_TESTS
 from sanitized import build
 
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 # Left out is what runs little of the kernels and much of torch.
 SELECTION = "not trl and not opcheck and not compile and not gradcheck"
 RUNS = {
