@@ -1,4 +1,4 @@
-"""What README.md says is kept by a test, is."""
+"""The tests, rows and files that README.md names exist."""
 
 import pathlib
 import re
