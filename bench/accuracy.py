@@ -1,8 +1,10 @@
-"""How far each op is from float64, beside torch's own float32 and TRL 0.11.4: `python -m bench.accuracy --save`.
+"""The error of each op against float64, beside the errors of torch in float32 and of TRL 0.11.4: `python -m
+bench.accuracy`.
 
-Every figure is an absolute error against `ppo_ext.ops.reference` in float64 on the same, already rounded, inputs: the
-largest and the mean over the entries of a result. "torch" is that reference in float32, "TRL" its functions on float32
-copies of the inputs, which is what its models return. Ours is measured at each instruction set that this machine has.
+Every figure is an absolute error against `ppo_ext.ops.reference` in float64 on the same inputs, after they were rounded
+to their dtype: the largest and the mean over the entries of a result. "torch" is the reference in float32, "TRL" TRL's
+functions on float32 copies of the inputs, which is what TRL's models return. Ours is measured with the CPU kernels of
+each instruction set that this machine has.
 """
 
 import argparse
@@ -34,7 +36,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (2, 7, 1000, 32000, 50257, 128256, 151936)
 SCALES, OFFSETS = (1.0, 3.0, 30.0), (0.0, 1e4)
 _ROWS, _TOKENS = 4, (16, 257)
-_LEVELS = {"x86-64-v4": ("4", "3", "1"), "x86-64-v3": ("3", "1")}  # PPO_EXT_CPU_LEVEL for this and what is below it
+_LEVELS = {
+    "x86-64-v4": ("4", "3", "1"),
+    "x86-64-v3": ("3", "1"),
+}  # the values of PPO_EXT_CPU_LEVEL for a machine's best level and those below it
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -78,7 +83,7 @@ class Input:
 
 
 def all_inputs(vocabularies=VOCABULARIES, names=tuple(OPS)):
-    """The inputs of the ops of these names: first of those on logits, then of those on per-token tensors."""
+    """The inputs of the ops of these names: first for those on logits, then for those on per-token tensors."""
     on_logits = [name for name in names if OPS[name].on_logits]
     others = [name for name in names if not OPS[name].on_logits]
     return [
@@ -96,7 +101,8 @@ def _benchmark(name):
 
 
 def _results(name, tensors, function):
-    """{name of a result: result} of a function that computes the op, gradients first; masked tokens count as 0."""
+    """{name: result} of a function that computes the op, gradients first. Masked entries are replaced by 0, as TRL
+    fills them in."""
     op, benchmark = OPS[name], _benchmark(name)
     names = [f"grad {leaf}" for leaf in op.differentiable]
     names += [result for result, kind in op.results.items() if kind is not STATS]
@@ -108,7 +114,7 @@ def _results(name, tensors, function):
 
 
 def _error(result, exact):
-    """[largest, mean] absolute error; infinite where the result is not a number and should be."""
+    """[largest, mean] absolute error; infinite if a result is NaN where the exact one is not."""
     error = (result.double() - exact).abs().nan_to_num(nan=float("inf"))
     return [_short(error.max().item()), _short(error.mean().item())]
 
@@ -118,7 +124,7 @@ def _short(error):
 
 
 def _trl_functions():
-    """{op: TRL's function on float32 copies}."""
+    """{op: TRL's function, called on float32 copies of its inputs}."""
 
     def on_copies(function):
         return lambda *inputs, **named: function(
@@ -134,7 +140,8 @@ def _single(x):
 
 
 def measure(inputs, others=False, progress=True):
-    """One row for each result of an op on each of `inputs`: ours at this process's level and, if asked, everyone else's."""
+    """One row for each result of an op on each of `inputs`: our error at the level of this process and, if `others`,
+    those of torch and TRL."""
     found = []
     trl = _trl_functions() if others else {}
     for input in tqdm.tqdm(inputs, unit="input", disable=not progress, file=sys.stderr):
@@ -158,7 +165,7 @@ def measure(inputs, others=False, progress=True):
 
 
 def measure_all(names=tuple(OPS)):
-    """The rows of every input of these ops, with ours at each level."""
+    """The rows of all inputs of these ops, with our errors at each level."""
     rows = measure(all_inputs(names=names), others=True)
     for level in _LEVELS.get(report.cpu_level(), ())[1:]:
         env = {**os.environ, "PPO_EXT_CPU_LEVEL": level}
@@ -170,14 +177,14 @@ def measure_all(names=tuple(OPS)):
 
 
 def with_kept(rows, names):
-    """The rows of these ops and the kept ones of all others, in the order of the table."""
+    """These rows and the kept rows of all other ops, in the order of the table."""
     order = list(dict.fromkeys(input.op for input in all_inputs()))
     kept = [row for row in accuracy_pages.load()["rows"] if row["op"] in order and row["op"] not in names]
     return sorted(rows + kept, key=lambda row: order.index(row["op"]))
 
 
 def main(argv=None):
-    """Measures, prints the tables and, with --save, keeps them."""
+    """Measures, prints the tables and, with --save, writes them to bench/evidence."""
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="OP", help="measure these ops; default: all")
     parser.add_argument(
@@ -188,7 +195,7 @@ def main(argv=None):
     if set(options.names) - set(OPS):
         parser.error(f"OP must be one of {', '.join(OPS)}, got {', '.join(options.names)}")
     names = tuple(options.names) or tuple(OPS)
-    torch.set_num_threads(1)  # torch's own sums depend on it
+    torch.set_num_threads(1)  # torch's results depend on the number of threads
     if options.ours:
         print(json.dumps(measure(all_inputs(names=names))))
         return

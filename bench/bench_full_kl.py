@@ -1,6 +1,6 @@
-"""full_kl, forward, backward, and both. Floor: both logits once per pass, and the gradient of the policy's.
+"""full_kl: forward, backward, and both. Floor: both logits are read once in each pass, and the gradient is written.
 
-The forward reads 2*N*V*s bytes (s = size of a logit); the backward reads them again and writes N*V*s.
+The forward pass reads 2*N*V*s bytes (s = size of a logit). The backward pass reads them again and writes N*V*s.
 """
 
 import functools

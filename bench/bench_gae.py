@@ -1,7 +1,7 @@
-"""gae alone, and gae followed by whitening, as in TRL's `compute_advantages`. Floor: 4 arrays and the mask.
+"""gae alone, and gae followed by whitening as in TRL's `compute_advantages`. Floor: 4 arrays and the mask.
 
-Reads values and rewards, 8 bytes per token, and the int64 mask; writes advantages and returns, 8 bytes per token.
-Advantages are compared where the mask counts: elsewhere TRL lets the recursion run on, and we give 0.
+Reads values and rewards, 8 bytes for each token, and the int64 mask; writes advantages and returns, 8 bytes for each
+token. Results are compared where the mask counts: at other tokens TRL continues the recursion, and ours are 0.
 """
 
 import torch
@@ -25,7 +25,10 @@ OPERATORS = {
         lambda x: torch.ops.ppo_ext._gae.default(x["values"], x["rewards"], x["mask"], cases.GAMMA, cases.LAM), 2
     )
 }
-SHAPES = ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)])  # [B, T]: selection, full
+SHAPES = (
+    [(64, 1024)],
+    [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)],
+)  # [B, T] of the selection and of the full list
 
 
 def masked_in(inputs, outputs):

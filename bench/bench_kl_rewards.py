@@ -1,7 +1,7 @@
-"""kl_rewards: per-token KL, penalty and the score at the last token. Floor: 5 arrays and the mask.
+"""kl_rewards: the KL estimate and penalty of each token, and the score at the last one. Floor: 5 arrays and the mask.
 
-Reads logprobs and ref_logprobs, 8 bytes per token, and the int64 mask; writes rewards, non_score_rewards and kls, 12.
-Compared where the mask counts: elsewhere TRL computes a penalty for tokens that are no response, and we give 0.
+Reads logprobs and ref_logprobs, 8 bytes for each token, and the int64 mask; writes rewards, non_score_rewards and kls,
+12 bytes. Results are compared where the mask counts: at other tokens TRL computes a penalty too, and ours are 0.
 """
 
 import torch
@@ -23,7 +23,7 @@ OPERATORS = {
         lambda x: torch.ops.ppo_ext._kl_rewards.default(*(x[name] for name in _INPUTS), KL_COEF, 0), 3
     )
 }
-SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T]: selection, full
+SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T] of the selection and of the full list
 
 
 def case(shape, device, *, kind="speed", with_compiled=True):

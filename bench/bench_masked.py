@@ -1,7 +1,7 @@
 """masked_whiten: mean and variance over the counted tokens, then the scaled values. Floor: one array in, one out.
 
-Reads the values, 4 bytes per token, and the int64 mask; writes 4; a backward pass does so again. Compared where the mask
-counts; the gradient is that of the counted entries.
+Reads the values, 4 bytes for each token, and the int64 mask, and writes 4 bytes; a backward pass does the same again.
+Results and gradients are compared where the mask counts.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ OPERATORS = {
         ),
     )
 }
-SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T]: selection, full
+SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T] of the selection and of the full list
 
 
 def _inputs(shape, device):

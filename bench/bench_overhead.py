@@ -1,6 +1,6 @@
-"""What a call costs before there is anything to compute: inputs of a few tokens, microseconds on the host.
+"""The cost of a call before there is anything to compute: inputs of a few tokens, microseconds on the host.
 
-Ours is called as a user calls it. Beside it stand the torch operators below it: the same kernels, forward and backward,
+Ours is called as a user calls it. Beside it are the torch operators below it: the same kernels, forward and backward,
 called through torch's dispatcher without the checks and without autograd, on inputs that need no conversion. Each
 `bench_<stem>.py` has the cases (`tiny_cases`) and the operators (`OPERATORS`).
 """
@@ -16,7 +16,7 @@ from .passes import BOTH, FORWARD
 from .suite import Implementation, backend
 
 OPERATOR = "torch operator"
-# microseconds that a call may take: the project's own goals, printed beside what was measured
+# microseconds that a call may take: goals of this project, which tables show beside the measured time
 TARGET_US = {("ppo_loss", FORWARD): 25.0, ("kl_rewards", FORWARD): 25.0, ("ppo_loss", BOTH): 60.0}
 
 

@@ -1,9 +1,9 @@
-"""ppo_loss with all its statistics, forward, backward, and both. Floor: 6 arrays and the mask in, 4 arrays out.
+"""ppo_loss with all its statistics: forward, backward, and both. Floor: 6 arrays and the mask in, 4 arrays out.
 
-A forward reads 24 bytes per token and the int64 mask; it writes the gradients of logprobs and vpreds, which it knows up to
-a factor, and the two per-token statistics, 16. A backward reads the two gradients and writes them scaled. TRL's loss also
-takes the entropy of the logits; that is timed with logprobs_and_entropy and left out here. Checked: both gradients, the
-loss, and the statistics that an implementation gives.
+A forward pass reads 24 bytes for each token and the int64 mask. It writes 16 bytes: the gradients of logprobs and
+vpreds but for a factor, and the two per-token statistics. A backward pass reads the two gradients and writes them
+multiplied by the factor. TRL's loss also computes the entropy of the logits, which is left out here and timed with
+logprobs_and_entropy. Checked are both gradients, the loss, and those statistics that an implementation returns.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
 _PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
-# the first four are those that every TRL has
+# every version of TRL has the first four
 _STATS = (
     "loss/policy",
     "loss/value",
@@ -48,7 +48,7 @@ OPERATORS = {
         lambda x, out: torch.ops.ppo_ext._ppo_loss_backward.default(x["one"], out[1], *out[4:]),
     )
 }
-SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T]: selection, full
+SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T] of the selection and of the full list
 
 
 def case(shape, pass_name, device, *, kind="speed", with_compiled=True):

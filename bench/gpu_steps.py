@@ -1,4 +1,4 @@
-"""The steps of bench/on_gpu.sh in their order, the most important first, and how one of them is run."""
+"""The steps of bench/on_gpu.sh in their order, the most important first, and the function that runs one of them."""
 
 import dataclasses
 import os
@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`command` starts with a tool or with "python", and may hold {device} and {results}. `needs`: modules to import.
-    Without a `required` one that passed, what follows would test something else and is skipped."""
+    """`command` starts with a tool or with "python", and may contain {device} and {results}. `needs`: modules that
+    must be installed. If a `required` step does not pass, the following steps are skipped: they would test something
+    else."""
 
     name: str
     seconds: float
@@ -70,7 +71,9 @@ sys.exit(state != "loaded")
 
 def _pytest(name, seconds, *arguments, **more):
     command = ("python", "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *arguments)
-    return Step(name, seconds, command, needs=("pytest", "pytest_benchmark"), **more)  # the second by pyproject.toml
+    return Step(
+        name, seconds, command, needs=("pytest", "pytest_benchmark"), **more
+    )  # pyproject.toml has an option of the second
 
 
 def _sanitizer(tool, *options):
@@ -91,7 +94,7 @@ def _sanitizer(tool, *options):
     return Step(tool, 90, command, gpu_only=True)
 
 
-# Hazards are looked for in our kernels alone, at up to twenty times their time; initcheck must see who writes what.
+# racecheck and synccheck make kernels up to twenty times slower, so they watch ours only. initcheck must see all writes.
 _OUR_KERNELS = ("--kernel-name", "kernel_substring=ppo_ext")
 STEPS = (
     Step(
@@ -136,7 +139,8 @@ STEPS = (
 
 
 def first_failure(log):
-    """The first line of a log that says what went wrong: of pytest, compute-sanitizer or Python; else its last line."""
+    """The first line of a log that says what went wrong, in the form of pytest, compute-sanitizer or Python; else the
+    last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for pattern in (
         r"(FAILED|ERROR) ",
@@ -150,7 +154,7 @@ def first_failure(log):
 
 
 def missing_part(step, environment):
-    """The module or tool that a step needs and that is not here, else None."""
+    """The first module or tool that a step needs and that is not installed, else None."""
     for module in step.needs:
         if subprocess.run([sys.executable, "-c", f"import {module}"], env=environment, capture_output=True).returncode:
             return f"module {module}"
@@ -166,7 +170,7 @@ def _program(word):
 
 
 def run(step, places, seconds, log, environment):
-    """Runs one step, its output into the file `log`; ends it and its children when `seconds` are over."""
+    """Runs one step with its output in the file `log`; ends it and its child processes after `seconds`."""
     missing = missing_part(step, environment)
     if missing:
         return Result(step.name, "missing", note=missing)

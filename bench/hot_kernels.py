@@ -13,7 +13,7 @@ from .cases import LLAMA, logits_inputs
 
 
 def run(inputs):
-    """Both passes of every op on logits; the number of gradients."""
+    """Runs both passes of every op on logits; returns the number of gradients."""
     count = 0
     for op in OPS.values():
         if op.on_logits:

@@ -1,4 +1,5 @@
-"""Every op of ops.py, forward and backward, in a few sizes and variants; and what must hold of each on any device."""
+"""Calls of every op of ops.py, forward and backward, in a few sizes and variants, and checks that each must pass on any
+device."""
 
 import dataclasses
 from collections.abc import Callable
@@ -78,9 +79,10 @@ def check_same_bits_on_every_run(call, device, repeats):
 
 
 def check_no_host_sync(call, device):
-    """In this mode torch raises an error where one of its own calls waits for the device."""
+    """No host/device sync in a second call. In this debug mode torch raises an error where one of its own functions
+    waits."""
     inputs = call.make(device)
-    call.run(inputs)  # what is set up once may wait
+    call.run(inputs)  # what is set up in the first call may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         call.run(inputs)
@@ -89,7 +91,8 @@ def check_no_host_sync(call, device):
 
 
 def check_graph_replay(call, device):
-    """Captured on one input and replayed on another, forward and backward give the bits of an eager run."""
+    """Captured in a CUDA graph on one input and replayed on another, a call gives the same bits as an eager run on the
+    other."""
     static, other = call.make(device), call.make(device)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -106,7 +109,8 @@ def check_graph_replay(call, device):
 
 
 def check_current_stream(call, device):
-    """The inputs are written late on a stream of their own: a kernel on another stream would read the zeros before."""
+    """The kernels run on the current stream. The inputs are zeros until a slow stream overwrites them, so a kernel on
+    any other stream would read the zeros."""
     inputs = call.make(device)
     expected = call.run(inputs)
     late = {name: torch.zeros_like(x) for name, x in inputs.items()}
@@ -122,7 +126,7 @@ def check_current_stream(call, device):
 
 
 def check_device_guard(call, device, other):
-    """Inputs on a device that is not the current one."""
+    """Inputs on a device that is not the current one give the same bits."""
     inputs = call.make(device)
     with torch.cuda.device(device):
         results = call.run({name: x.to(other) for name, x in inputs.items()})
@@ -131,7 +135,8 @@ def check_device_guard(call, device, other):
 
 
 def check_rows_beyond(rows, vocabulary, element, device):
-    """Of logits [1, rows, vocabulary], the rows around a flat index are what they are alone, forward and backward."""
+    """Of logits [1, rows, vocabulary], the rows around the flat index `element` have the same results and gradients as
+    alone."""
     op, mask = OPS["logprobs_and_entropy"], torch.ones(1, rows, dtype=torch.bool, device=device)
     inputs = {
         "logits": torch.empty((1, rows, vocabulary), dtype=torch.bfloat16, device=device).normal_(),

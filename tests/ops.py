@@ -1,11 +1,11 @@
-"""The list of ops: what each takes and returns. Whatever has to run over every op, or over every op's tests, reads it here:
-the tests, the choice of tests for the CUDA host layer, the sanitizers, the CPU levels and the GPU script, the benchmarks,
-the accuracy table and README's table of ops.
+"""The list of ops: what each takes and returns.
 
-A new op is one more `Op` in `_LIST`. CONTRIBUTING.md lists the other files that it needs; test_ops_complete.py names those
-that are missing.
+All code that runs over every op, or over the tests of every op, reads this list: the tests themselves, the choice of
+tests for the CUDA host layer, the sanitizers, the CPU levels and the GPU script, the benchmarks, the accuracy table,
+and README's table of ops. A new op is one more `Op` in `_LIST`. CONTRIBUTING.md lists the other files that it needs,
+and test_ops_complete.py names those that are missing.
 
-This module is imported as `ops` by the tests and as `tests.ops` by the benchmarks, so it must not import other test modules.
+The tests import this module as `ops`, the benchmarks as `tests.ops`, so it must not import other modules of the tests.
 """
 
 import collections.abc
@@ -20,8 +20,8 @@ import ppo_ext
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What an argument means, which decides what it may be and what it must not be. `make(shape, vocabulary, dtype)` returns
-    a valid tensor for tokens of `shape`; it is None for the roles that are no tensors."""
+    """What an argument means, which decides which values are valid. `make(shape, vocabulary, dtype)` returns a valid
+    tensor for tokens of `shape`; it is None if the argument is not a tensor."""
 
     name: str
     make: collections.abc.Callable | None = None
@@ -51,7 +51,7 @@ LOGITS = Role("logits", _logits)
 REF_LOGITS = Role("reference logits", _logits)  # in the dtype of the logits
 LABELS = Role("labels", _labels)
 MASK = Role("mask", _mask)  # nonzero where a token counts
-WEIGHTS = Role("weights", _mask)  # a mask whose values weigh, and that is broadcast
+WEIGHTS = Role("weights", _mask)  # a mask that is broadcast and whose values are weights
 TOKENS = Role("one number a token", _floats)
 SCORES = Role("one number a sequence", _scores)
 TEMPERATURE = Role("temperature")
@@ -82,9 +82,9 @@ class Op:
     required: values for the keyword arguments without a default.
     choices: {option: values that the property tests draw from}.
     variants: {name: options} that take other ways through the kernels than the defaults do.
-    only_with: {argument: (option, value)} of the arguments that are given with this value of an option and with no other.
-    coarse: the arguments that the property tests draw in multiples of 1/8, so that no ratio of probabilities lies so near
-        to a clip bound that rounding decides on which side it is.
+    only_with: {argument: (option, value)}: the argument is given if the option has this value, and only then.
+    coarse: the arguments that the property tests draw in multiples of 1/8, so that no ratio of probabilities is so near
+        to a clip bound that rounding decides on which side it lies.
     """
 
     name: str

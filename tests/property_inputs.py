@@ -1,4 +1,5 @@
-"""Random inputs for test_properties.py: hypothesis draws their structure and a seed, torch's generators the numbers."""
+"""Random inputs for test_properties.py. Hypothesis draws their structure and a seed; torch's generators draw the
+numbers."""
 
 import dataclasses
 
@@ -7,7 +8,7 @@ from cases import FLOATS
 from hypothesis import strategies as st
 from ops import LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TOKENS, WEIGHTS
 
-KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # what an entry may be; zeros have either sign
+KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # of entries; zeros have both signs
 LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
 MASKS = (torch.bool, torch.int64, torch.float32)
 
@@ -29,8 +30,8 @@ class Case:
 
 
 def cases(kinds=KINDS, dtypes=FLOATS):
-    """Batches of 0 to 5 sequences, or of one more than the 16 that the CPU's gae takes side by side; one in three has
-    few tokens and a vocabulary around the kernels' block of 2048 or of several of them."""
+    """Batches of 0 to 5 sequences, or of 17, one more than the 16 that the CPU kernel of gae computes side by side. One
+    case in three has few tokens and a vocabulary near one or several of the kernels' blocks of 2048."""
 
     def of(sequences, tokens, vocabulary):
         return st.builds(
@@ -53,7 +54,7 @@ def cases(kinds=KINDS, dtypes=FLOATS):
 
 
 def numbers(shape, case, generator, step=None):
-    """Entries of the case's kinds; normal ones are multiples of `step`, if given."""
+    """Entries of the kinds of the case. Normal ones are multiples of `step`, if it is given."""
     wide = torch.promote_types(case.dtype, torch.float32)
     x = torch.randn(shape, generator=generator, dtype=wide).mul_(2.0)
     if step:
@@ -68,12 +69,13 @@ def numbers(shape, case, generator, step=None):
 
 
 def quarters(shape, case, generator):
-    """Multiples of 1/4 in [-8, 8): sums of a few, and of any number in float64, are exact in every dtype."""
+    """Multiples of 1/4 in [-8, 8). Sums of a few of them are exact in every dtype, and sums of any number in
+    float64."""
     return torch.randint(-32, 32, shape, generator=generator, dtype=torch.float32).div_(4).to(case.dtype)
 
 
 def laid_out(x, layout):
-    """The same numbers elsewhere in memory, between NaN."""
+    """The same numbers in another memory layout, with NaN (or invalid integers) in the gaps."""
     if layout == "contiguous" or x.numel() == 0:
         return x
     tokens = min(1, x.dim() - 1)
@@ -104,7 +106,7 @@ def arguments(op, case, device="cpu", draw=numbers):
             continue
         if role in (LOGITS, REF_LOGITS):
             made[name] = draw((*shape, case.vocabulary), case, generator)
-            if draw is numbers:  # the largest logits anywhere, or in the last block, or in the first
+            if draw is numbers:  # the largest logits are anywhere, in the last block, or in the first
                 slope = _pick(generator, 0.0, 40.0, -40.0)
                 made[name] = (made[name] + torch.linspace(0, slope, case.vocabulary)).to(case.dtype)
         elif role is LABELS:

@@ -1,4 +1,4 @@
-"""Who ours is compared with: right on every op, or a row that says why they cannot run."""
+"""The peers that ours is compared with: each is right on every op it offers, or a row says why it cannot run."""
 
 import dataclasses
 import importlib
@@ -28,7 +28,7 @@ def tiny_shapes(monkeypatch):
             monkeypatch.setattr(module, "SHAPES", ([(4, 16)], [(4, 16)]))
 
 
-# binding_overhead compiles a module of its own, and compares ours with that alone
+# binding_overhead compares only layers of our own, and compiles a module for it
 MODULES = [importlib.import_module(f"bench.bench_{name}") for name in command.MODULES if name != "binding_overhead"]
 of_every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split("_", 1)[1])
 
@@ -44,7 +44,7 @@ def test_every_eager_implementation_is_right(module, tiny_shapes):
             if isinstance(implementation, str) or implementation.compiled:
                 continue
             if case.dtype == torch.bfloat16 and name == trl_baseline.NAME:
-                continue  # TRL's own bfloat16 arithmetic can be too far off, and is then shown as WRONG
+                continue  # TRL computes in bfloat16 here; where that is too inaccurate its row says WRONG
             attempt = case.attempt(implementation, inputs, expected)
             assert attempt.note == "", f"{case.title}: {name}: {attempt.note}"
             checked.append(name)
@@ -136,7 +136,7 @@ def test_some_offers_are_for_low_precision_or_worth_their_compilation_only(monke
 
 
 def test_every_peer_has_a_row_for_each_of_its_ops():
-    """Also where none of them is installed, so that a table is never silent about one."""
+    """Also where none of them is installed: every table says who is missing."""
     for peer in bench.peers.everyone():
         for op in peer.ops:
             offered, reason = bench.peers.offers(peer, CPU)
@@ -162,7 +162,7 @@ def test_without_trl_the_rows_say_so(monkeypatch):
 
 @pytest.fixture
 def wheel_folder(tmp_path, monkeypatch):
-    """Two releases of one package as wheels, and what they would do to sys.modules undone."""
+    """A folder with two releases of a package as wheels. Changes of sys.path and sys.modules are undone afterwards."""
     monkeypatch.setattr(wheels, "FOLDER", tmp_path)
     monkeypatch.setattr(
         wheels, "WHEELS", {"old": "dummy-package==1.0", "new": "dummy-package==2.0", "absent": "nobody==3"}
@@ -204,7 +204,7 @@ def test_a_download_that_fails_is_no_error(wheel_folder, monkeypatch, capsys):
         "run",
         lambda command: asked.append(command[-1]) or wheels.types.SimpleNamespace(returncode=1),
     )
-    assert wheels.download() == asked == ["nobody==3"]  # what is here already is not fetched again
+    assert wheels.download() == asked == ["nobody==3"]  # a wheel that is there is not fetched again
 
 
 # ---- statements of a long method ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""What a GPU alone can show of the ops: no host sync, CUDA graphs, streams, devices, huge inputs, a thousand runs.
+"""Properties of the ops that only a GPU can show: no host/device sync, CUDA graphs, streams, devices, huge inputs, the
+same bits in a thousand runs.
 
-The checks stand in every_op.py; those that make sense on a CPU run there as well, smaller.
+The checks are in every_op.py. Those that make sense on a CPU run there too, on smaller inputs.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ LARGE_BYTES = 15 * 2**30
 
 
 def on_gpu(test):
-    """Runs `test` on a GPU only."""
+    """Skips `test` where there is no GPU."""
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is here")
     return pytest.mark.gpu(skip(test))
 
@@ -98,7 +99,7 @@ class Stream:
 
 @pytest.fixture
 def no_cuda(monkeypatch):
-    """torch.cuda's streams and graphs as no-ops; the list of sync debug modes that were set."""
+    """Stand-ins for torch.cuda's streams and graphs that do nothing; the list of sync debug modes that were set."""
     modes = []
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, Stream)

@@ -1,4 +1,4 @@
-"""The ops where torch does something unusual around them: other memory, other modes, other kinds of derivatives."""
+"""The ops in unusual surroundings: overlapping memory, modes of torch, other kinds of derivatives, compilation."""
 
 import contextlib
 import warnings
@@ -20,9 +20,9 @@ each_op = each(OPS.values())
 on_logits = each([op for op in OPS.values() if op.on_logits])
 with_gradients = each([op for op in OPS.values() if op.differentiable])
 without_gradients = each([op for op in OPS.values() if not op.differentiable])
-# torch itself refuses forward-mode differentiation of the masked ops, which are autograd functions also without gradients.
+# The masked ops are autograd functions even where no gradient is asked for, so torch refuses forward mode itself.
 CHECKED_FOR_TANGENTS = [op for op in OPS.values() if op.differentiable and op not in of_stem("masked")]
-# torch has no vmap for an autograd function, nor for an operator that writes to an argument, as logprobs to its label note.
+# torch has no vmap for autograd functions, nor for operators that write to an argument, as _logprobs to its label note.
 WITHOUT_VMAP = [*of_stem("masked"), *of_stem("logprobs")]
 
 
@@ -36,7 +36,7 @@ def tensors_of(arguments):
 
 
 def floats_with_gradients(op):
-    """Valid arguments in which every floating tensor, labels and masks aside, asks for a gradient."""
+    """Valid arguments among which every floating tensor requires a gradient."""
     return {
         name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in valid_arguments(op).items()

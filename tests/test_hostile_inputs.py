@@ -1,7 +1,7 @@
-"""Every argument of every op, given what it must not be: the error is one sentence that names the op and the argument.
+"""Every argument of every op is given invalid values: the error is one sentence that names the op and the argument.
 
-The cases are made from the roles of the arguments in ops.py, so none is left out. Unusual forms of valid arguments are here
-too: the result must have the same bits as with the usual form.
+The cases are made from the roles of the arguments in ops.py, so no argument is left out. Unusual forms of valid
+arguments are here too: the result must have the same bits as with the usual form.
 """
 
 import copy
@@ -39,7 +39,7 @@ OTHER_DTYPES = (
 
 
 def Plain(x):
-    """The outcome of an argument that must act as x does."""
+    """The outcome of a case in which the argument must act as x itself does."""
     return x
 
 
@@ -51,8 +51,8 @@ def jagged(x):
     return torch.nested.nested_tensor([x.flatten(), x.flatten()[1:]], layout=torch.jagged)
 
 
-# Rows of all tables: what the argument is instead; how that is made of a valid one; the outcome: an error's type and
-# what follows `<op>: <argument> must `, or Plain.
+# The rows of all tables: what the argument is; a function that makes it of a valid one; the type of the error and what
+# it says after `<op>: <argument> must `, or Plain and None.
 NO_TENSORS = (
     ("a float", lambda x: 1.0, TypeError, "be a torch.Tensor, got float"),
     ("a list", lambda x: x.tolist(), TypeError, "be a torch.Tensor, got list"),
@@ -128,7 +128,7 @@ BY_ROLE[ops.SCORES] = BY_ROLE[ops.TOKENS]
 
 
 def mask_of(op):
-    """What the mask's shape is compared with."""
+    """What the error says that the mask is compared with."""
     if ops.LABELS in op.arguments.values():
         return "labels"
     return "logits without its last dimension" if op.on_logits else op.first
@@ -148,8 +148,8 @@ def shape_condition(op, argument, x):
 
 
 def wrong_shapes(op, argument, x):
-    """Each argument in shapes near its own. Those that the others are compared with are left out: with them another argument
-    is wrong, see test_an_argument_of_another_shape_than_the_rest."""
+    """Each argument in shapes near its own. If the argument with which others are compared has another shape, the error
+    is about one of the others, see test_an_argument_of_another_shape_than_the_rest."""
     if argument == op.first or argument in op.only_with:
         return
     condition = shape_condition(op, argument, x)
@@ -186,7 +186,9 @@ def tensor_cases():
     return cases
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch's, of nested and quantized
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning"
+)  # of torch, about nested and quantized tensors
 @pytest.mark.parametrize("op, argument, make, kind, text", tensor_cases())
 def test_tensor(op, argument, make, kind, text):
     arguments = with_arguments(OPS[op], argument)
@@ -214,7 +216,7 @@ NOT_FINITE = tuple(
 )
 TOO_LARGE = tuple(("lie in the range of float32", ValueError, value, value) for value in (3.5e38, -1e300))
 AXIS_TEXT = "name dimensions of values, from [-2, 2) and each once"
-# What the op says, the type of the error, the value, and what the sentence repeats of it.
+# The rows: the condition in the error, its type, the value, and what the error shows of the value.
 SCALARS = {
     ops.TEMPERATURE: NOT_NUMBERS
     + tuple(
@@ -239,7 +241,7 @@ SCALARS = {
     )
     + tuple((AXIS_TEXT, ValueError, value, value) for value in (2, -3, 10**400, (), [], (0, 2), (0, 0), (0, -2))),
 }
-# A value of another type, and the plain one that it is.
+# The rows: a value of an unusual type, and the usual value that it stands for.
 SAME_SCALARS = {
     ops.TEMPERATURE: (
         (1, 1.0),
@@ -290,7 +292,7 @@ def test_scalar(op, argument, condition, kind, value, got):
     assert str(error.value) == f"{op}: {argument} must {condition}, got {got}"
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # numpy's own
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # of numpy
 @pytest.mark.parametrize("op, argument, value, plain", scalar_cases(SAME_SCALARS))
 def test_scalar_of_another_type(op, argument, value, plain):
     arguments = valid_arguments(OPS[op])
@@ -311,7 +313,7 @@ def test_the_product_of_gamma_and_lam():
 )
 def test_another_device(op, argument):
     arguments, of = with_arguments(OPS[op], argument), OPS[op].first
-    if argument in OPS[op].only_with:  # it takes the place of the first, so the others are not on its device
+    if argument in OPS[op].only_with:  # it takes the place of the first, with which the scores are compared
         argument, of = "scores", argument
     arguments[argument] = arguments[argument].to("meta")
     with pytest.raises(ValueError) as error:

@@ -1,8 +1,8 @@
-"""The operators torch.ops.ppo_ext.* below the public functions, with arguments that only their schemas allow.
+"""The operators torch.ops.ppo_ext.* below the public functions, with invalid arguments that their schemas allow.
 
-They read and write memory, so every wrong dtype, shape, stride and device must be refused with a sentence. The cases are
-made from the schemas, and the numbers from the roles of the public arguments with the same names in ops.py. A fuzzer with
-several wrong arguments at a time runs in a process of its own.
+They read and write memory, so every wrong dtype, shape, stride and device must be refused with a sentence. The cases
+are made from the schemas, and the numbers from the roles that public arguments of the same names have in ops.py. A
+fuzzer with several wrong arguments at a time runs in a process of its own.
 """
 
 import math
@@ -25,7 +25,7 @@ OPERATORS = {
     if name.startswith("ppo_ext::")
 }
 ROLES = {name: role for op in OPS.values() for name, role in op.arguments.items()}
-# By role: a valid number, what the error says of others, and such others; None if the operator takes any number.
+# By role: a valid number; the condition in the error (None if any number is valid); numbers that are invalid.
 NUMBERS = {
     ops.TEMPERATURE: (
         0.7,
@@ -56,14 +56,14 @@ def takes_tensor(parameter):
 
 
 def number(parameter):
-    """(a valid value, what the error says of others, others) of a parameter that is no tensor."""
+    """(a valid value, the condition in the error, invalid values) of a parameter that is not a tensor."""
     return (True, None, ()) if str(parameter.type) == "bool" else NUMBERS[ROLES[parameter.name]]
 
 
 def valid_arguments(name):
     """Arguments that the operator accepts, by name, in the order of its schema: [2, 3] tokens, 7 logits each.
 
-    Of what a forward pass would have saved, only the shape is right.
+    Tensors that a forward pass would have saved have the right shape but not the right values.
     """
     inputs = token_inputs((2, 3)) | logits_inputs((2, 3, 7), torch.float32)
     inputs |= {name: x.clone() for name, x in INTERNAL.items()}
@@ -75,7 +75,7 @@ def valid_arguments(name):
     return found
 
 
-# What is done to a valid tensor, and what the error asks for.
+# The rows: what is done to a valid tensor, and the condition in the error.
 SHAPE, DTYPE = "have the shape|have [0-9]+ entr|be contiguous", "be int64|be bool|be float"
 CHANGES = {
     "complex": (lambda x: x.to(torch.complex64), DTYPE),
@@ -95,8 +95,8 @@ CHANGES = {
     "on meta": (lambda x: x.to("meta"), "be on one device"),
 }
 STRIDES = {"every second entry", "stride 0"}
-# No faults: strides of logits are followed, their dtype and V are free where nothing else has them, and one number or a
-# vector may have dimensions of size 1 around it.
+# Changes that are no faults: logits may have any strides, any dtype and V unless another argument must match them, and
+# a number or vector may have additional dimensions of size 1.
 NO_FAULTS = {
     ("_logprobs", "logits"): STRIDES | {"float16", "float64", "one short", "one long"},
     ("_logprobs", "label_note"): {"one more dimension"},
@@ -119,11 +119,11 @@ def tensor_cases():
         if takes_tensor(parameter)
         for change in CHANGES
         if parameter.name != "grad_loss" or change not in STRIDES
-    ]  # it is one number
+    ]  # grad_loss has one entry only
 
 
 def call(name, arguments):
-    """What the operator returns or, if it returns nothing, what it has written."""
+    """The results of the operator or, if it returns nothing, the tensor that it has overwritten."""
     results = OPERATORS[name](*arguments.values())
     results = arguments["logits"] if results is None else results
     return results if isinstance(results, tuple) else (results,)
@@ -207,7 +207,7 @@ def test_every_operator_is_of_a_stem():
 
 
 def fuzz(calls):
-    """Any of the faults above, several at a time. Prints how often an operator ran and how often it refused."""
+    """Applies the faults above, up to three at a time. Prints how often an operator ran and how often it refused."""
     generator = torch.Generator().manual_seed(0)
 
     def pick(things):
@@ -223,7 +223,7 @@ def fuzz(calls):
                 try:
                     arguments[argument] = CHANGES[pick(list(CHANGES))][0](arguments[argument])
                 except (RuntimeError, IndexError):
-                    continue  # the change cannot be made of the last one's result
+                    continue  # this change cannot be applied after the previous one
             else:
                 parameter = next(p for p in parameters(OPERATORS[name]) if p.name == argument)
                 arguments[argument] = pick(number(parameter)[2] or (arguments[argument],))

@@ -1,6 +1,7 @@
-"""Values that break loss code elsewhere (NaN, inf, -inf, subnormal, huge, none at all), each with its exact result.
+"""Values with which loss code often fails (NaN, inf, -inf, subnormal, huge, empty), each with the exact result of the
+op.
 
-Most cases are worked by hand: what the arguments are, and what comes out, gradients included.
+Most cases are worked out by hand: the arguments, and the results and gradients that follow.
 """
 
 import math
@@ -18,7 +19,7 @@ TINY = 2.0**-149  # the smallest subnormal float32
 BIG = torch.finfo(torch.float32).max
 LN2, LN3 = math.log(2), math.log(3)
 
-# Op; what is hostile; arguments; results (those not named are not looked at). Lists are float32 tensors, labels int64.
+# The rows: op; what is hostile; arguments; the results that are compared. Lists are float32 tensors, labels int64.
 ON_LOGITS = (
     (
         "logprobs_and_entropy",
@@ -308,7 +309,7 @@ ON_TOKENS = (
         {"whitened": [[NAN, NAN, 0]]},
     ),
 )
-# Two tokens each; the others' values are those of an unchanged policy and a value head that is right.
+# The arguments that a case does not give: two tokens, an unchanged policy, and values equal to the returns.
 CALM = {
     "logprobs": [[-1, -1]],
     "old_logprobs": [[-1, -1]],
@@ -441,7 +442,8 @@ DIFFERENTIABLE = [op for op in OPS.values() if op.differentiable]
 @pytest.mark.parametrize("garbage", (NAN, INF, -INF))
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 def test_garbage_in_incoming_gradients(device, op, garbage):
-    """The gradient of masked tokens is 0 whatever flows back: garbage at masked tokens, or from a loss that overflowed."""
+    """The gradients of masked tokens are 0 for any incoming gradient: with garbage at masked tokens, or of an infinite
+    loss."""
     arguments = valid_arguments(op, device=device)
     mask = arguments["mask"] = torch.tensor([[1, 0, 1], [0, 0, 1]], device=device)
     clean = torch.ones((2, 3) if op.per_token else (), device=device)
@@ -491,7 +493,8 @@ def test_ids_outside_the_vocabulary_of_one_row():
 
 @each_op
 def test_sizes_that_no_memory_holds(op):
-    """Tensors of stride 0 may claim 2^50 tokens. torch reports that there is not enough memory, and nothing crashes."""
+    """Tensors of stride 0 can have 2^50 tokens. torch reports that there is not enough memory for the results; nothing
+    crashes."""
     arguments = {
         name: x.flatten()[0].expand(*[2**25] * min(x.dim(), 2), *x.shape[2:]) if isinstance(x, torch.Tensor) else x
         for name, x in valid_arguments(op).items()

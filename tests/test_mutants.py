@@ -1,4 +1,5 @@
-"""The mutants still apply, the evidence is of them, and two are made from end to end. `make mutants` makes all."""
+"""Each mutant still applies, the kept outcomes are of the present list, and two mutants are run. `make mutants` runs
+all."""
 
 import dataclasses
 import json

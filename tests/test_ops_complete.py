@@ -1,4 +1,4 @@
-"""Every op has all its parts, and every part belongs to an op of ops.py. What is missing is named, in one sentence each."""
+"""Every op has all its parts, and every part belongs to an op of ops.py. A sentence names each part that is missing."""
 
 import dataclasses
 import importlib
@@ -29,7 +29,8 @@ NO_OPS = {"check_labels"}  # public functions of ppo_ext.ops that compute nothin
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What there is, as sets: paths; stems in ops.py; files that a mutant changes; names of ops by where they stand."""
+    """What exists: paths, stems of ops.py, files that a mutant changes, and the names of ops in each place that must
+    list them."""
 
     files: frozenset
     stems: frozenset
@@ -160,7 +161,8 @@ def test_the_table_of_ops_is_of_the_docstrings():
 
 @pytest.mark.parametrize("name", OPS)
 def test_signatures_agree(name):
-    """ops.py has the arguments in their order; the reference has the same defaults, and leaves out how an op is executed."""
+    """ops.py has the arguments in their order. The reference has the same defaults, without the arguments of
+    execution."""
     parameters = inspect.signature(getattr(ppo_ext, name)).parameters
     assert list(parameters) == list(OPS[name].arguments)
     specified = inspect.signature(getattr(reference, name)).parameters

@@ -1,4 +1,5 @@
-"""What holds for every input of an op, tried on many: 200 each in CI, PPO_EXT_FUZZ_EXAMPLES each under `make fuzz`."""
+"""Properties that hold for every input of an op, each tried on many: 200 in CI, PPO_EXT_FUZZ_EXAMPLES under `make
+fuzz`."""
 
 import collections
 import functools
@@ -13,7 +14,7 @@ from property_inputs import KINDS, arguments, cases, quarters
 
 from ppo_ext.ops import reference
 
-ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels, run by fibers: slow
+ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels on the host layer, which is slow
 settings.register_profile("ci", max_examples=15 if ON_HOST else 200, derandomize=True, deadline=None)
 settings.register_profile(
     "fuzz", max_examples=int(os.environ.get("PPO_EXT_FUZZ_EXAMPLES", 20_000)), deadline=None, print_blob=True
@@ -27,14 +28,15 @@ OF_SEQUENCES = [name for name, op in OPS.items() if op.scope is SEQUENCE]
 MEANS = [name for name, op in OPS.items() if op.scope is BATCH]
 # No sequence influences another; where the op has an axis, the tests choose the one of the tokens.
 BY_SEQUENCE = [name for name, op in OPS.items() if op.scope is not BATCH or AXIS in op.arguments.values()]
-CALM = ("normal", "subnormal", "zero")  # of which sums do not cancel to much less than their rounding
-# For a handful of numbers torch's error is luck, and a mean of parts is rounded once more for each of them.
+CALM = ("normal", "subnormal", "zero")  # sums of these do not cancel to less than their rounding errors
+# Added to torch's error, in units in the last place: the error of a few numbers is chance, and a mean of several parts
+# is rounded once more for each part.
 UNITS = 8
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are small: on a busy machine a second thread makes torch many times slower."""
+    """The tensors are small. On a busy machine a second thread would make torch many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +44,7 @@ def one_thread():
 
 
 def property_of(*ops, kinds=KINDS):
-    """Makes a test of `check(op, case, device)` for each of the ops, which are given by name."""
+    """Makes a test of `check(op, case, device)` for each op; `ops` are names."""
 
     def decorate(check):
         @pytest.mark.parametrize("op", ops)
@@ -58,7 +60,7 @@ def property_of(*ops, kinds=KINDS):
 
 
 def tensors(function, inputs):
-    """`function` of each tensor among the arguments."""
+    """The arguments, with `function` applied to each tensor."""
     return {name: function(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
@@ -77,7 +79,8 @@ def assert_same_results(a, b):
 
 
 def assert_near(name, ours, torchs, exact, scale=0.0):
-    """The same NaN and infinities as float64; elsewhere within torch's error and UNITS of the largest entry or scale."""
+    """NaN and infinities must be those of float64. All else must be within torch's error plus UNITS of the largest
+    entry or scale."""
     rounded = exact.to(ours.dtype)
     finite = rounded.isfinite()
     assert_same_bits(f"{name} where not finite", ours.masked_fill(finite, 0), rounded.masked_fill(finite, 0))
@@ -86,8 +89,8 @@ def assert_near(name, ours, torchs, exact, scale=0.0):
 
 
 def without_undefined_gradients(op, inputs, results):
-    """The results with 0 for the gradients of rows whose result is not finite, or of tokens with an input that is not:
-    nothing defines them."""
+    """The results with 0 for gradients that nothing defines: of rows whose result is not finite, and of tokens with an
+    input that is not."""
     if op.on_logits:
         values = [x.isfinite() for name, x in results.items() if not name.startswith("grad_")]
         defined = torch.stack(values).all(0)[..., None]
@@ -123,15 +126,15 @@ def largest(x):
 
 
 def largest_gap(inputs):
-    """The largest difference between the two logits of an entry that has probability under the policy. full_kl subtracts
-    them before it subtracts anything from either, so it rounds by a unit of this size."""
+    """The largest difference between policy and reference logits at an entry with probability under the policy. full_kl
+    subtracts the two first, so its rounding error is of that size."""
     logits, ref_logits = (inputs[name].double() / inputs["temperature"] for name in ("logits", "ref_logits"))
     has_probability = torch.softmax(logits, -1) > torch.finfo(torch.float32).tiny
     return largest((logits - ref_logits)[has_probability])
 
 
 def scale_of_gradients(op, inputs, grads, exact):
-    """The size of the terms whose difference the gradient is, where it may be much smaller itself."""
+    """The size of the terms whose sum or difference a gradient is, where it may be much smaller itself."""
     if op.on_logits:
         gap = largest_gap(inputs) if "ref_logits" in inputs else 0.0
         sizes = [grads[name].abs() * (1 if name == "logprobs" else 1 + exact[name] + gap) for name in op.per_token]
@@ -167,8 +170,8 @@ def test_masked_values_never_matter(op, case, device):
 
 
 def without_rows_that_float32_decides(op, inputs, results):
-    """The results with 0 in the rows of full_kl in which a probability around or below the smallest of float32 meets a
-    reference without any: there it depends on the rounding to 0 whether the divergence is infinite."""
+    """The results with 0 in those rows of full_kl where the policy has a probability near the smallest float32 and the
+    reference has none. Whether their divergence is infinite depends on whether that probability is rounded to 0."""
     if "ref_logits" not in op.arguments:
         return results
     p = torch.softmax(inputs["logits"].double() / inputs["temperature"], -1)
@@ -215,7 +218,7 @@ def test_inplace_backward_changes_no_bit(op, case, device):
 
 
 def by_sequence(op, case, device):
-    """Arguments and incoming gradients of an op each of whose results is of one sequence."""
+    """Arguments and incoming gradients of an op that computes each result from one sequence."""
     inputs, grads = arguments(op, case, device)
     if AXIS in op.arguments.values():
         different = torch.arange(1.0, case.sequences + 1, device=device)
@@ -224,7 +227,7 @@ def by_sequence(op, case, device):
 
 
 def of_all_tokens(op, case, device):
-    """Arguments and incoming gradients of an op whose results are means over all tokens."""
+    """Arguments and incoming gradients of an op that takes means over all tokens."""
     inputs, grads = arguments(op, case, device)
     return inputs | ({"axis": None} if AXIS in op.arguments.values() else {}), grads
 
@@ -239,7 +242,7 @@ def test_sequences_in_any_order(op, case, device):
 
 @property_of(*MEANS, kinds=CALM)
 def test_tokens_in_any_order(op, case, device):
-    """A sum in another order is rounded otherwise; nothing else changes."""
+    """A sum in another order has other rounding errors; nothing else changes."""
     inputs, grads = of_all_tokens(op, case, device)
     count = case.sequences * case.tokens
     order = torch.randperm(count, generator=case.generator()).to(device)
@@ -286,7 +289,7 @@ def test_parts_of_a_batch_weighted_by_their_tokens_give_the_whole(op, case, devi
 
 @property_of(*ON_LOGITS)
 def test_a_number_added_to_all_logits_changes_nothing(op, case, device):
-    """Multiples of 1/4 below 64 are exact in every dtype, so the sums are, and the results have the same bits."""
+    """Multiples of 1/4 below 64 are exact in every dtype, so no sum is rounded and the results have the same bits."""
     inputs, grads = arguments(op, case, device, quarters)
     moved = dict(inputs)
     for name, turn in (("logits", 0), ("ref_logits", 16)):
@@ -318,7 +321,7 @@ def test_packed_tokens_are_padded_tokens(op, case, device):
 
 
 def one_by_one(op, inputs, keep):
-    """Each sequence alone, without the tokens that `keep` leaves out."""
+    """The results of each sequence alone, without the tokens that `keep` leaves out."""
     for b in range(len(keep)):
         alone = tensors(lambda x, b=b: x[b : b + 1] if x.dim() == 1 else x[b : b + 1, keep[b]], inputs)
         yield b, keep[b], op.run(alone)
@@ -326,7 +329,8 @@ def one_by_one(op, inputs, keep):
 
 @property_of(*OF_SEQUENCES)
 def test_padded_sequences_are_sequences_alone(op, case, device):
-    """Padding left and right of one block of tokens that count; quarters with gamma and lam 1 give the same bits."""
+    """Padding to the left and right of one block of tokens that count. Sums of quarters with gamma = lam = 1 are exact,
+    so the bits are the same."""
     inputs, _ = arguments(op, case, device, quarters)
     inputs = inputs | {"gamma": 1.0, "lam": 1.0} if op.name == "gae" else inputs
     start = torch.randint(case.tokens + 1, (case.sequences, 1), generator=case.generator()).to(device)
@@ -339,7 +343,8 @@ def test_padded_sequences_are_sequences_alone(op, case, device):
 
 @property_of("gae")
 def test_holes_are_tokens_deleted(op, case, device):
-    """With quarters and gamma = lam = 1 all sums are exact, and so are the bits; else within float32's error."""
+    """Sums of quarters with gamma = lam = 1 are exact, so the bits are the same; for other gamma and lam the results
+    agree within float32's error."""
     inputs, _ = arguments(op, case, device, quarters)
     for gamma, lam in ((1.0, 1.0), (0.97, 0.9)):
         inputs |= {"gamma": gamma, "lam": lam}

@@ -1,6 +1,6 @@
-"""What only the host shows about the kernels: bounds of memory, the width of accesses, grids of few blocks.
+"""What only the host layer can check of the kernels: bounds of memory, the width of accesses, grids of few blocks.
 
-test_cuda_on_host.py runs this file in a process whose ppo_ext is the CUDA sources', under AddressSanitizer.
+test_cuda_on_host.py runs this file in a process whose ppo_ext runs the CUDA sources, under AddressSanitizer.
 """
 
 import subprocess
@@ -115,7 +115,8 @@ def test_bad_labels_of_many_rows_are_counted(monkeypatch):
 
 
 def results_of_all_ops():
-    """Each op at sizes where a grid of 40 blocks has to loop; the partial sums of a mean are fewer than 40."""
+    """The results of every op at sizes where a grid of 40 blocks has to loop. No sum is split into more than 40
+    parts."""
     for op in OPS.values():
         # a block for each row of 1100 logits or tokens, a warp for each row of 20
         sizes = (((100, 1), 1100), ((400, 1), 20)) if op.on_logits else (((70, 1100), 1), ((400, 20), 1))

@@ -1,5 +1,7 @@
-"""The mutants: one wrong change of text each,
-and the tests that must see it. Several were real faults of other libraries."""
+"""The mutants: a wrong change of text each, and the tests that must fail with it.
+
+Several of them are faults that other libraries have had.
+"""
 
 import dataclasses
 
@@ -8,7 +10,8 @@ PYTHON, CPU, CUDA = "Python", "CPU", "CUDA on the host"
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """`right` stands once in `file`. `side`: what is run with `wrong` in its place. `tests`: files, and what of them."""
+    """In `file`, the text `right`, which must occur once, is replaced by `wrong`. `side`: whether the Python package,
+    the CPU library or the CUDA kernels are run with it. `tests`: the test files; `selection`: which of their tests."""
 
     name: str
     side: str
@@ -364,11 +367,11 @@ MUTANTS = (
     ),
 )
 
-# Faults of other libraries that are no mutant here, and why.
+# Faults of other libraries that have no mutant here, and why.
 NOT_APPLICABLE = {
     "whitening by the numbers of one process": "each process whitens its own batch, as TRL 0.11.4 does; the scores' "
     "moments, which are of all processes, have a mutant",
-    "a mean of the means of accumulated mini batches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
+    "a mean of the means of accumulated minibatches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
     "the op's own merge of parts has a mutant",
     "k3 with its sign swapped": "no op has that estimator; those there are have mutants of their signs",
 }
