@@ -52,9 +52,10 @@ __device__ __forceinline__ void store_tokens(const A (&x)[kTokens], int present,
 
 // ---- kernels ----
 
-// packed: every run of kTokens tokens is whole and starts at a multiple of 16 bytes, in all four arrays.
+// packed: every run of kTokens tokens is whole and starts at a multiple of 16 bytes, in all four arrays. It is an int, as
+// nvcc 13.0 needs more registers for a bool.
 template <int kThreads, class A>
-__global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, bool packed) {
+__global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int packed) {
   constexpr int kGroups = kBlock / kThreads;
   constexpr int kTile = kThreads * kTokens;
   const int thread = thread_of_group<kThreads>();
@@ -113,8 +114,8 @@ struct OnCUDA {
   template <class A>
   static void run(const GAEJob<A>& job, const Tensor& like) {
     const Launcher launch("gae", like);
-    const bool packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
-                        is_aligned(job.advantages) && is_aligned(job.returns);
+    const int packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
+                       is_aligned(job.advantages) && is_aligned(job.returns);
     if (job.T <= kWarpPerSequence) {
       launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job, packed);
     } else {
