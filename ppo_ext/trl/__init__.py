@@ -51,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name in ("RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"):  # imported on first use
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
