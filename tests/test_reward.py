@@ -214,6 +214,15 @@ def test_texts_and_token_ids_give_the_same_batches(config):
     assert all(batch == batches[0] for batch in batches)
 
 
+def test_a_data_collator_gets_the_examples_as_they_are(config):
+    def collate(numbers):
+        return RewardDataCollatorWithPadding(tiny_model().config)([pairs()[i] for i in numbers])
+
+    trainer = RewardTrainer(tiny_model(), config(), collate, eval_dataset=[0, 1, 2, 3])
+    expected = evaluated(tiny_model(), config(), pairs())["loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_script_for_trl_runs(tmp_path):
     """As in the examples of TRL 0.11: a mapped dataset, a config of training arguments, evaluation, saving."""
     datasets = pytest.importorskip("datasets")

@@ -60,7 +60,8 @@ class RewardTrainer(SupervisedTrainer):
     Args:
         model: a sequence classifier with num_labels=1 and a pad_token_id.
         args: a `RewardConfig`, or plain TrainingArguments; it is copied.
-        data_collator: makes a batch of examples; None: `RewardDataCollatorWithPadding` with the model's pad_token_id.
+        data_collator: makes a batch, with the columns below, of examples as they are in the dataset. None: examples are
+            encoded, and padded by `RewardDataCollatorWithPadding` with the model's pad_token_id.
         train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts or a torch dataset of dicts (eval_dataset:
             or a dict of those), with the columns input_ids_chosen and input_ids_rejected and, optionally,
             attention_mask_chosen and attention_mask_rejected; or with the texts chosen and rejected. Optionally margin,
@@ -101,10 +102,11 @@ class RewardTrainer(SupervisedTrainer):
         config.check()
         tokenizer = choose_tokenizer("RewardTrainer", tokenizer, processing_class)
         convert = partial(_encode_pair, tokenizer=tokenizer, max_length=config.max_length)
-        train_dataset, eval_dataset = (
-            convert_dataset(f"RewardTrainer: {name}", dataset, convert, config.dataset_num_proc)
-            for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
-        )
+        if data_collator is None:
+            train_dataset, eval_dataset = (
+                convert_dataset(f"RewardTrainer: {name}", dataset, convert, config.dataset_num_proc)
+                for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+            )
         super().__init__(
             model,
             config,
