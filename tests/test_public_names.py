@@ -15,7 +15,8 @@ NAMES = {
         masked_whiten normalize_rewards ppo_loss reward_loss reward_scores""",
     "ppo_ext.trl": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
         BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer
-        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model extras import_utils models set_seed trainer""",
+        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model extras
+        import_utils models set_seed trainer""",
 }
 MODULES = {"ppo_ext": ppo_ext, "ppo_ext.trl": ppo_ext.trl}
 
