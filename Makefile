@@ -16,7 +16,7 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo test fuzz mutants build lint bench bench-full info clean
+.PHONY: help demo test fuzz mutants build lint format bench bench-full info clean
 
 ## print this list
 help:
@@ -59,9 +59,20 @@ info: build
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
+
 ## check style, formats and types
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+## bring Python and C++ files into the format that lint checks
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ppo_ext needs python >= 3.10, this is " + sys.version if sys.version_info < (3, 10) else 0)'
