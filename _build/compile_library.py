@@ -52,7 +52,17 @@ def plan(library: Library, folder: Path) -> list[Step]:
     for source in library.sources:
         output = folder / source.object
         depfile = output.with_suffix(".d")
-        command = [*library.compile, *source.flags, "-MD", "-MF", str(depfile), "-c", str(source.path), "-o", str(output)]
+        command = [
+            *library.compile,
+            *source.flags,
+            "-MD",
+            "-MF",
+            str(depfile),
+            "-c",
+            str(source.path),
+            "-o",
+            str(output),
+        ]
         steps.append(Step(output, [source.path], command, depfile))
     objects = [step.output for step in steps]
     output = folder / library.name

@@ -158,8 +158,12 @@ def _toolkit_at(root: Path) -> Cuda | str:
     include = _first(root, ("include", f"{target}/include"), "cuda_runtime.h")
     cccl = _first(root, ("include", "include/cccl", f"{target}/include", f"{target}/include/cccl"), "nv/target")
     library = _first(root, ("lib64", f"{target}/lib", "lib", f"lib/{machine}-linux-gnu"), "libcudart_static.a")
-    parts = {"bin/nvcc": nvcc.exists(), "include/cuda_runtime.h": include, "include/nv/target": cccl,
-             "lib64/libcudart_static.a": library}
+    parts = {
+        "bin/nvcc": nvcc.exists(),
+        "include/cuda_runtime.h": include,
+        "include/nv/target": cccl,
+        "lib64/libcudart_static.a": library,
+    }
     missing = [name for name, found in parts.items() if not found]
     if include is None or library is None or missing:
         return f"{root} lacks {', '.join(missing)}"

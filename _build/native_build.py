@@ -18,8 +18,8 @@ TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every t
 SASS = ("8.0", "9.0", "10.0", "12.0")
 PTX = ("9.0", "12.0")  # 9.0 for the families between those of SASS, 12.0 for the ones to come
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
-# The instruction sets that csrc/*_simd.cpp is compiled for, the namespaces of csrc/common/levels.h. The lowest comes first: of
-# functions that the linker finds more than once it keeps the first.
+# The instruction sets that csrc/*_simd.cpp is compiled for; each is a namespace in csrc/common/levels.h. The lowest comes
+# first, because the linker keeps the first of several definitions of a function.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 HIDE = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
@@ -140,7 +140,9 @@ class NativeBuild:
         libraries = [*self._link_torch(torch, "-ltorch_cpu", "-lc10"), "-Wl,--no-undefined"]
         sources = self._sources("*_cpu.cpp")
         for level, machine in levels.items():
-            sources += [Source(source.path, (*machine, f"-DPPO_LEVEL={level}"), level) for source in self._sources("*_simd.cpp")]
+            sources += [
+                Source(source.path, (*machine, f"-DPPO_LEVEL={level}"), level) for source in self._sources("*_simd.cpp")
+            ]
         return Library("_C_cpu.so", sources, compile, self._link(cxx), libraries)
 
     def cuda_library(self) -> Library:
@@ -167,7 +169,9 @@ class NativeBuild:
         compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it
         # has not. The static runtime stays private: its symbols must not mix with those of torch's own runtime.
-        libraries = [*self._link_torch(torch, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")]
+        libraries = [
+            *self._link_torch(torch, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")
+        ]
         libraries += [str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
         return Library("_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries)
 

@@ -1,6 +1,7 @@
 """PPO for language models: the loss path in C++ and CUDA, and a trainer with TRL's classic step loop."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from .ops.check_labels import check_labels
 from .ops.full_kl import full_kl
@@ -10,28 +11,37 @@ from .ops.logprobs import logprobs, logprobs_and_entropy
 from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
 
+if TYPE_CHECKING:
+    from .models.auto import (
+        AutoModelForCausalLMWithValueHead,
+        AutoModelForSeq2SeqLMWithValueHead,
+        PreTrainedModelWrapper,
+        create_reference_model,
+    )
+    from .supervised.reward_loss import reward_loss
+    from .supervised.reward_scores import normalize_rewards, reward_scores
+    from .supervised.reward_trainer import RewardConfig, RewardTrainer
+    from .supervised.sft import SFTConfig, SFTTrainer
+    from .trainer.config import PPOConfig
+    from .trainer.kl_controller import AdaptiveKLController, FixedKLController
+    from .trainer.ppo import PPOTrainer
+
 __version__ = "0.1.0"
 
-# Imported on first use, so that the ops do not pull in transformers.
-_LAZY = {
-    "PPOConfig": "trainer.config",
-    "PPOTrainer": "trainer.ppo",
-    "FixedKLController": "trainer.kl_controller",
-    "AdaptiveKLController": "trainer.kl_controller",
-    "AutoModelForCausalLMWithValueHead": "models.auto",
-    "AutoModelForSeq2SeqLMWithValueHead": "models.auto",
-    "PreTrainedModelWrapper": "models.auto",
-    "create_reference_model": "models.auto",
-    "RewardConfig": "supervised.reward_model",
-    "RewardTrainer": "supervised.reward_model",
-    "normalize_rewards": "supervised.reward_model",
-    "reward_loss": "supervised.reward_model",
-    "SFTConfig": "supervised.sft",
-    "SFTTrainer": "supervised.sft",
-}
-
 __all__ = [
+    "AdaptiveKLController",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "FixedKLController",
+    "PPOConfig",
+    "PPOTrainer",
+    "PreTrainedModelWrapper",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
     "check_labels",
+    "create_reference_model",
     "full_kl",
     "gae",
     "kl_rewards",
@@ -40,16 +50,38 @@ __all__ = [
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "normalize_rewards",
     "ppo_loss",
-    *_LAZY,
+    "reward_loss",
+    "reward_scores",
 ]
 
+# The modules of the names above that need transformers; they are imported on first use, so that the ops work without it.
+_LAZY = {
+    "AdaptiveKLController": "trainer.kl_controller",
+    "AutoModelForCausalLMWithValueHead": "models.auto",
+    "AutoModelForSeq2SeqLMWithValueHead": "models.auto",
+    "FixedKLController": "trainer.kl_controller",
+    "PPOConfig": "trainer.config",
+    "PPOTrainer": "trainer.ppo",
+    "PreTrainedModelWrapper": "models.auto",
+    "RewardConfig": "supervised.reward_trainer",
+    "RewardTrainer": "supervised.reward_trainer",
+    "SFTConfig": "supervised.sft",
+    "SFTTrainer": "supervised.sft",
+    "create_reference_model": "models.auto",
+    "normalize_rewards": "supervised.reward_scores",
+    "reward_loss": "supervised.reward_loss",
+    "reward_scores": "supervised.reward_scores",
+}
 
-def __getattr__(name):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"ppo_ext.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'ppo_ext' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept any name because of it
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return getattr(importlib.import_module(f"ppo_ext.{_LAZY[name]}"), name)
+        raise AttributeError(f"module 'ppo_ext' has no attribute {name!r}")
 
 
-def __dir__():
-    return sorted([*globals(), *_LAZY])
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -186,8 +186,15 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
 def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(backend("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= tracked("csrc", "_build", "ppo_ext", "tests", "bench", "setup.py", "Makefile", "constraints.txt")
+    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples", ".github")
+    assert names >= tracked(*folders, "setup.py", "Makefile", "constraints.txt", "*.md", "CITATION.cff")
     assert not [name for name in names if name.endswith((".so", "_build_info.json", ".pyc"))]
+
+
+def test_pre_commit_runs_the_pinned_versions():
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    used = re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(used) >= 3 and set(used) <= set(pinned)
 
 
 def test_versions_agree():
@@ -195,6 +202,7 @@ def test_versions_agree():
 
     assert f'version = "{ppo_ext.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {ppo_ext.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {ppo_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 # ---- finding torch and CUDA -----------------------------------------------------------------------------------------

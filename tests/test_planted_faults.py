@@ -70,7 +70,7 @@ FAULTS = {
         r"__shfl_down_sync \(reduce.cuh:\d+\) with mask 0x0000ffff",
     ),
     "int32 row offset": Fault(
-        "rows.h",
+        "common/rows.h",
         "return dims > 0 ? result + n * strides[0] : result;",
         "return dims > 0 ? result + int32_t(n * strides[0]) : result;",
         "logprobs",

@@ -73,8 +73,8 @@ FAULTS = {
     "misaligned load": Fault(
         build.ADDRESS,
         "ppo_loss_cpu.cpp",
-        "pointer<A>(stats)[kGradScale]",
-        "*reinterpret_cast<const A*>(reinterpret_cast<const char*>(pointer<A>(stats)) + 1)",
+        "job.stats[kGradScale]",
+        "*reinterpret_cast<const A*>(reinterpret_cast<const char*>(job.stats) + 1)",
         "test_ppo_loss.py",
         "ppo_loss",
         "runtime error: load of misaligned address",

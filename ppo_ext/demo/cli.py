@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 EPILOG = """\
-The labeller is a stand-in for people: it votes by Flesch reading ease with noise, so the result can be judged by the
+The labeller takes the place of people: it votes by Flesch reading ease with noise, so the result can be judged by the
 same formula. PPO only sees the reward model. A second run into the same folder is refused unless --overwrite (start
 over) or --resume (keep the finished stages) is given."""
 
@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--control", action=argparse.BooleanOptionalAction, default=True,
         help="also run PPO without a KL penalty, for comparison (default: yes)",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="every stage in seconds; no pass gate")
+    parser.add_argument("--quick", action="store_true", help="every stage in seconds; without the gate")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     again.add_argument("--resume", action="store_true", help="keep the finished stages of an earlier run in --out")
@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo. Returns 0, or 1 if the pass gate fails, 2 after an error that was said, 130 after Ctrl-C."""
+    """Runs the demo. Exit status: 0; 1 if the gate fails; 2 after an error, which is printed; 130 after Ctrl-C."""
     options = parse(argv)
     missing = [name for name in ("rich", "matplotlib") if not _installed(name)]
     if missing:

@@ -1,11 +1,12 @@
-"""The gold metric: what the stand-in for human labellers goes by, and what the result is judged by.
+"""The gold metric: by it the simulated labeller votes, and by it the result is judged.
 
-PPO never sees it. Its only way into the pipeline is through noisy preferences, from which the reward model learns.
+PPO never sees it. It enters training only through noisy preferences, from which the reward model learns.
 """
 
 import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,12 +18,13 @@ _PROBE = ["The first text is short.", "The second text is a little longer than t
 
 
 class GoldMetric:
-    """A function of texts with its name; every way it can fail is a ValueError that says so.
+    """A named function of texts; whatever is wrong with its results is reported as a ValueError.
 
     Args:
         name: for tables and plots.
         function: list of texts -> list of numbers.
-        noise: labeller noise in the metric's unit; None: `RELATIVE_NOISE` standard deviations of the labelled texts.
+        noise: scale of the labeller's noise, in the metric's unit; None: `RELATIVE_NOISE` standard deviations of the
+            labelled texts.
     """
 
     def __init__(self, name: str, function: Callable[[list[str]], list[float]], noise: float | None = None):
@@ -74,7 +76,7 @@ def load_scorer(path: str) -> GoldMetric:
 
 
 def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]]:
-    """The function as one of lists; which kind it is, two probe texts tell."""
+    """The function as one that takes lists; a call with two texts finds out which kind it is."""
     failures = []
     try:
         scores = function(list(_PROBE))
@@ -96,7 +98,7 @@ def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]
     )
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     try:
         float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A whole demo run: the stages in order, what is said around them, and what happens when one fails."""
+"""A whole demo run: the stages in order, the printed report, and what happens when a stage fails."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from . import ppo, report, settings, stages
 from .corpus import build_corpus, python_reference, read_paragraphs
 from .display import Display
 from .folder import RunFolder
-from .gold import flesch_metric, load_scorer
+from .gold import GoldMetric, flesch_metric, load_scorer
 from .plot import plot_curves
 
 
@@ -28,25 +28,27 @@ def run(options: argparse.Namespace) -> int:
         return _run(options, gold, paragraphs, folder, display)
     except KeyboardInterrupt:
         display.error("demo: stopped by Ctrl-C")
-        _say_what_is_left(folder, display)
+        _print_what_is_kept(folder, display)
         return 130
     except (ValueError, FloatingPointError) as error:
         display.error(str(error))
-        _say_what_is_left(folder, display)
+        _print_what_is_kept(folder, display)
         return 2
     except OSError as error:
         display.error(f"demo: --out must stay readable and writable, got {error}")
-        _say_what_is_left(folder, display)
+        _print_what_is_kept(folder, display)
         return 2
 
 
-def _run(options, gold, paragraphs: list[str], folder: RunFolder, display: Display) -> int:
+def _run(
+    options: argparse.Namespace, gold: GoldMetric, paragraphs: list[str], folder: RunFolder, display: Display
+) -> int:
     sizes = settings.quick(options.seed) if options.quick else settings.full(options.seed)
     source = str(options.corpus) if options.corpus else "Python's language reference"
     corpus = build_corpus(paragraphs, sizes.vocab_size, sizes.held_out_fraction, sizes.seed)
     display.heading(f"ppo_ext demo, seed {options.seed}, into {folder.path}")
     display.note(f"text: {source}, {corpus.paragraphs} paragraphs, {len(corpus.train) + len(corpus.held_out)} tokens")
-    display.note(f"labeller: a stand-in for people that votes by {gold.name}, with noise")
+    display.note(f"labeller: a program that votes by {gold.name}, with noise")
     arguments = (corpus, sizes, gold, folder, display)
     steps: list[tuple[str, str, Callable[[], dict]]] = [
         ("sft", "SFT: a language model from scratch", lambda: stages.train_sft(corpus, sizes, folder, display)),
@@ -63,7 +65,9 @@ def _run(options, gold, paragraphs: list[str], folder: RunFolder, display: Displ
     return _finish(options, gold, folder, display)
 
 
-def _run_stage(number: str, name: str, title: str, stage: Callable[[], dict], folder: RunFolder, display: Display):
+def _run_stage(
+    number: str, name: str, title: str, stage: Callable[[], dict], folder: RunFolder, display: Display
+) -> None:
     display.heading(f"{number}  {title}")
     if name in folder.stages:
         display.note("kept from the earlier run (--resume)")
@@ -71,12 +75,12 @@ def _run_stage(number: str, name: str, title: str, stage: Callable[[], dict], fo
     folder.drop_log(name)
     wall, cpu = time.perf_counter(), time.process_time()
     results = stage()
-    # On a busy machine the two differ; the processor time is the one that compares between runs.
+    # On a busy machine the two differ; only the processor time can be compared between runs.
     seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     folder.finish(name, results | seconds)
 
 
-def _finish(options, gold, folder: RunFolder, display: Display) -> int:
+def _finish(options: argparse.Namespace, gold: GoldMetric, folder: RunFolder, display: Display) -> int:
     """Plot, samples, tables, summary and the gate."""
     done = {name: results for name, results in folder.stages.items() if name != "control" or options.control}
     control = folder.read_log("control") if "control" in done else []
@@ -99,7 +103,9 @@ def _finish(options, gold, folder: RunFolder, display: Display) -> int:
     return 0 if passed else 1
 
 
-def _summary(options, gold_name: str, done: dict, checks: list[report.Check], passed: bool | None) -> dict:
+def _summary(
+    options: argparse.Namespace, gold_name: str, done: dict, checks: list[report.Check], passed: bool | None
+) -> dict:
     return {
         "arguments": _arguments(options),
         "gold": gold_name,
@@ -111,7 +117,7 @@ def _summary(options, gold_name: str, done: dict, checks: list[report.Check], pa
     }
 
 
-def _say_what_is_left(folder: RunFolder | None, display: Display) -> None:
+def _print_what_is_kept(folder: RunFolder | None, display: Display) -> None:
     if folder is None:
         display.note("nothing was written")
         return
@@ -120,8 +126,8 @@ def _say_what_is_left(folder: RunFolder | None, display: Display) -> None:
     display.note("go on with the same command and --resume, or start over with --overwrite")
 
 
-def _arguments(options) -> dict:
-    """What a resumed run has to share with the one it goes on from."""
+def _arguments(options: argparse.Namespace) -> dict:
+    """The arguments that must be the same when a run is resumed."""
     return {
         "seed": options.seed,
         "quick": options.quick,
@@ -134,5 +140,5 @@ def _prepare_torch() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # a second thread costs more in waiting than it saves at this size
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # the ops run on CPU and CUDA; keep accelerate off other devices
+        torch.set_num_threads(1)  # at this size a second thread costs more in synchronisation than it saves
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # the ops run on CPU and CUDA only; accelerate may choose others

@@ -1,0 +1,41 @@
+"""The public names of `ppo_ext` and `ppo_ext.trl`: none may vanish, and all that is listed can be imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ppo_ext
+import ppo_ext.trl
+
+NAMES = {
+    "ppo_ext": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
+        FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer SFTConfig SFTTrainer
+        check_labels create_reference_model full_kl gae kl_rewards logprobs logprobs_and_entropy masked_mean masked_var
+        masked_whiten normalize_rewards ppo_loss reward_loss reward_scores""",
+    "ppo_ext.trl": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
+        BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer
+        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model extras
+        import_utils models set_seed trainer""",
+}
+MODULES = {"ppo_ext": ppo_ext, "ppo_ext.trl": ppo_ext.trl}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names_are_these(module):
+    names = NAMES[module].split()
+    assert sorted(MODULES[module].__all__) == sorted(names)
+    assert set(names) <= set(dir(MODULES[module]))
+    assert all(getattr(MODULES[module], name) is not None for name in names)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'ppo_ext' has no attribute 'PPOTrainr'"):
+        ppo_ext.PPOTrainr  # noqa: B018
+
+
+def test_type_checkers_import_what_is_imported_on_first_use():
+    tree = ast.parse(Path(ppo_ext.__file__).read_text(encoding="utf-8"))
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = {alias.name: statement.module for statement in block.body for alias in statement.names}
+    assert seen == ppo_ext._LAZY
