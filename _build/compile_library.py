@@ -7,11 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_options import BuildError
 from find_tools import find_ninja
-
-
-class BuildError(Exception):
-    """A native part cannot be built; the text says what to do."""
 
 
 @dataclass(frozen=True)
