@@ -53,7 +53,8 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, vpreds, outputs):
         loss, *ctx.saved = outputs  # not inputs: they need not go through save_for_backward, which takes longer
-        return loss
+        # torch 2.10 cannot trace a function that returns a tensor of its caller's as it is
+        return loss.view_as(loss) if torch.compiler.is_compiling() else loss
 
     @staticmethod
     def backward(ctx, grad_loss):
