@@ -6,13 +6,15 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+import manylinux
 from build_options import BuildError, NoCompiler, NotWanted, Options
 from compile_library import Library, Source, compile_library
 from cuda_archs import gencode_flags, known_archs, resolve_archs
-from find_tools import Torch, find_cuda, find_cxx, find_torch, run_text
+from find_tools import Cuda, Torch, find_cuda, find_cxx, find_torch, run_text
 
 TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every torch from here on
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
@@ -26,12 +28,22 @@ WAY_OUT = {
 }
 
 
+@dataclass(frozen=True)
+class Tools:
+    """What to build with, where that is not what this machine has: another torch or compiler, another machine's."""
+
+    torch: Torch | None = None
+    cxx: list[str] | None = None
+    cuda: Cuda | None = None
+
+
 class NativeBuild:
     """Builds the libraries of the source tree `root`; `facts` collects what _build_info.json will say."""
 
-    def __init__(self, root: Path, options: Options):
+    def __init__(self, root: Path, options: Options, tools: Tools = Tools()):
         self.root = root
         self.options = options
+        self.tools = tools
         self._strict = options.require_native == "1"
         kind = ["debug" if options.debug else "release"]
         kind += ["strict"] * self._strict + ["manylinux"] * options.manylinux
@@ -44,7 +56,7 @@ class NativeBuild:
         for backend, describe in (("cpu", self.cpu_library), ("cuda", self.cuda_library)):
             library = target / f"_C_{backend}.so"
             try:
-                install(compile_library(describe(), self.folder, self.options.max_jobs), library)
+                install(self.compile(describe(), self.folder), library)
                 self.facts[backend] = "built"
                 continue
             except NotWanted as reason:
@@ -59,6 +71,14 @@ class NativeBuild:
             library.unlink(missing_ok=True)  # one from an earlier build would not fit these sources
         info = {"version": version, "git": git_sha(self.root), "date": build_date(), **self.facts}
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+    def compile(self, library: Library, folder: Path) -> Path:
+        """Build `library` in `folder` and return its path."""
+        if not self.options.manylinux:
+            return compile_library(library, folder, self.options.max_jobs)
+        library.sources.append(Source(manylinux.SOURCE))
+        built = compile_library(library, folder, self.options.max_jobs)
+        return manylinux.relink(library, built, self._cxx())
 
     def _must_succeed(self, backend: str, error: BuildError) -> bool:
         if backend == "cuda" and self.options.cuda == "1":
@@ -87,7 +107,7 @@ class NativeBuild:
     def cuda_library(self) -> Library:
         if self.options.cuda == "0":
             raise NotWanted("PPO_EXT_CUDA=0")
-        cuda, rejected = find_cuda()
+        cuda, rejected = (self.tools.cuda, []) if self.tools.cuda else find_cuda()
         if cuda is None:
             reason = f"no complete CUDA toolkit found ({'; '.join(rejected)}); set CUDA_HOME to one"
             raise BuildError(reason) if self.options.cuda == "1" else NotWanted(reason)
@@ -121,7 +141,7 @@ class NativeBuild:
         return sources
 
     def _torch(self) -> Torch:
-        torch = find_torch()
+        torch = self.tools.torch or find_torch()
         if torch is None:
             raise BuildError(f"no torch {TORCH_TARGET} or newer is installed; pip install torch")
         self.facts["torch"] = torch.version
@@ -130,7 +150,7 @@ class NativeBuild:
     def _cxx(self) -> list[str]:
         if sys.platform != "linux":
             raise NoCompiler(f"the kernels are built on Linux only, not on {sys.platform}")
-        cxx = find_cxx()
+        cxx = self.tools.cxx or find_cxx()
         if cxx is None:
             raise NoCompiler("no C++ compiler found; install g++ (apt-get install g++) or set CXX")
         version = run_text([*cxx, "--version"])
