@@ -34,7 +34,7 @@ def test_find_torch_takes_the_first_usable_one(tmp_path):
 
 
 def test_find_torch_looks_out_of_build_isolation():
-    """Without site-packages on its path, as under pip's isolation, it still finds the torch of this interpreter."""
+    """Without site-packages on its path, as in pip's build isolation, the build finds the torch of this interpreter."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import find_tools; print(find_tools.find_torch())"
     )
@@ -93,7 +93,7 @@ def make_toolkit(root, release="13.0", lack=()):
 
 
 def test_find_cuda_is_not_fooled_by_a_wrapper(tmp_path):
-    """nvcc on $PATH may be a script in a folder that holds no toolkit."""
+    """nvcc on $PATH may be a script in a folder without a toolkit."""
     wrapper = make_toolkit(tmp_path / "local", lack=("header", "cccl", "runtime"))
     half = make_toolkit(tmp_path / "half", lack=("runtime",))
     good = make_toolkit(tmp_path / "cuda", "12.8")
@@ -115,7 +115,7 @@ def test_find_cuda_says_what_each_place_lacks(tmp_path):
 
 @pytest.mark.parametrize("beside", ["torch", "interpreter"])
 def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
-    """pip puts nvcc's packages into nvidia/cu13, the runtime into lib: beside torch, or in this interpreter's folder."""
+    """pip installs nvcc into nvidia/cu13 with the runtime in lib, beside torch or in this interpreter's folder."""
     folders = {name: tmp_path / name for name in ("torch", "interpreter")}
     torch = find_tools.Torch(make_torch(folders["torch"], "2.13.0"), "2.13.0")
     monkeypatch.setattr(find_tools, "find_torch", lambda env: torch)
@@ -128,7 +128,7 @@ def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
 
 
 def test_find_cuda_misses_the_headers_that_nvcc_does_not_bring(tmp_path):
-    """nvidia-cuda-nvcc does not ask for nvidia-cuda-cccl, without which no kernel compiles."""
+    """The package nvidia-cuda-nvcc does not depend on nvidia-cuda-cccl, without which no kernel compiles."""
     cuda, rejected = find_tools.find_cuda({}, [make_toolkit(tmp_path / "nvidia/cu13", lack=("cccl",))])
     assert cuda is None and rejected == [f"{tmp_path / 'nvidia/cu13'} lacks include/nv/target"]
 

@@ -1,4 +1,4 @@
-"""What is shipped: the wheel, the libraries' symbols and architectures, the package's habits."""
+"""What is installed: the wheel, the libraries' symbols and architectures, what an import does."""
 
 import ast
 import json
@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT / "_build"))
 
 import find_tools  # noqa: E402
 
-# exported by libtorch_cuda only, so that the library links against a torch without CUDA
+# Only libtorch_cuda exports these. They stay undefined, so that the library can be linked against a torch without CUDA.
 CUDA_SHIMS = {"aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg"}
 
 
 def python(*arguments, cwd="/", **variables):
-    """Runs this interpreter in a clean process, outside the checkout."""
+    """Runs this interpreter in a new process, outside the checkout and without its environment variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PPO_EXT_") and k != "PYTHONPATH"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
@@ -33,9 +33,9 @@ def python(*arguments, cwd="/", **variables):
 
 
 def backend(hook, target, **variables):
-    """Runs one hook of the build backend on this checkout and returns the file it made.
+    """Runs one hook of the build backend on this checkout; returns the file that it made.
 
-    The options are those of the checkout's own build, so that its objects are used and nothing is compiled again.
+    The options are those with which the checkout itself was built, so that no object has to be compiled again.
     """
     facts = PACKAGE / "_build_info.json"
     info = json.loads(facts.read_text()) if facts.exists() else {}
@@ -97,7 +97,8 @@ def test_undefined_symbols_are_allowed(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_library_exports_nothing_of_its_own(backend):
-    """In one process with torch's CUDA runtime, a symbol of the private static one must not be visible."""
+    """The library contains a private static CUDA runtime. Its symbols must not be visible beside those of torch's
+    runtime."""
     exported = symbols(library(backend), "-C", "--defined-only")
     own = [name for name in exported if not re.search(r"\bstd::|__gnu_cxx|_edata|_end|__bss_start|_fini|_init", name)]
     assert not own
