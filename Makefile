@@ -21,7 +21,7 @@ endif
 ## print this list
 help:
 	@echo 'make TARGET [ARGS="..."]: every target does its own set-up in $(VENV)'
-	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-11s %s\n", $$0, text } { text = "" }' Makefile
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-14s %s\n", $$0, text } { text = "" }' Makefile
 
 ## SFT, reward model and PPO on real text, in minutes (ARGS=--help for its options)
 demo: build
