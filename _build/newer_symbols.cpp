@@ -17,7 +17,5 @@ void new_ostringstream(std::ostringstream* self) { new (self) std::ostringstream
 
 void new_stringstream(std::stringstream* self) __asm__(
     "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
-void new_stringstream(std::stringstream* self) {
-  new (self) std::stringstream(std::ios_base::in | std::ios_base::out);
-}
+void new_stringstream(std::stringstream* self) { new (self) std::stringstream(std::ios_base::in | std::ios_base::out); }
 }
