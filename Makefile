@@ -48,7 +48,7 @@ wheel: $(INSTALLED)
 # apt-get install clang-16 clang-22 g++-aarch64-linux-gnu qemu-user, on Debian 12 as root
 ## builds and runs with the oldest and the newest torch, with clang and on aarch64; hours and 15 GB (ARGS=--keep keeps them)
 torch-versions: wheel
-	$(BIN)/python -m tests.platforms torches aarch64 --wheel dist/ppo_ext-*.whl --save \
+	$(BIN)/python -m tests.platforms compilers torches aarch64 --wheel dist/ppo_ext-*.whl --save \
 	    --compiler g++ --compiler clang++-16 --compiler clang++-22 $(ARGS)
 
 # without a GPU there is no need to wait for the CUDA kernels

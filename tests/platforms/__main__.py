@@ -1,8 +1,9 @@
 """The long checks of where the package builds and runs.
 
-headers   compiles the CPU library against the oldest torch's headers; a minute, in every CI run
-torches   compiles it against the oldest and the newest, and runs the op tests of one wheel on four versions of torch
-aarch64   cross-compiles both libraries and runs the op tests under emulation
+headers    checks the CPU library's sources against the oldest torch's headers; a minute, in every CI run
+compilers  compiles them against the oldest and the newest
+torches    runs the op tests of one wheel on four versions of torch
+aarch64    cross-compiles both libraries and runs the op tests under emulation
 """
 
 import argparse
@@ -22,36 +23,40 @@ from .aarch64 import check_aarch64  # noqa: E402
 EVIDENCE = packages.ROOT / "bench" / "evidence"
 
 
-def headers(options):
+def compile_sources(options, versions, syntax_only):
     """Every source against the headers of each torch, by each compiler."""
-    oldest_only = "torches" not in options.checks
-    for version in [packages.OLDEST] if oldest_only else [packages.OLDEST, packages.newest_version()]:
+    for version in versions:
         for cxx in options.compiler:
-            yield compilers.check_compiler(packages.fetch_torch(version), cxx, syntax_only=oldest_only)
+            yield compilers.check_compiler(packages.fetch_torch(version), cxx, syntax_only)
 
 
-def run_checks(options):
-    """{name of a table: its rows}, printed as they come."""
-    report = {}
-    checks = {
-        "headers": lambda: headers(options),
-        "torches": lambda: (torches.check_torch(v, options.wheel, options.keep) for v in torches.versions()),
-        "aarch64": check_aarch64,
-    }
-    for name, check in checks.items():
-        if name in options.checks or (name == "headers" and "torches" in options.checks):
-            report[name] = []
-            for row in check():
-                print(json.dumps(row), flush=True)
-                report[name].append(row)
-    return report
+def run_torches(options):
+    for version in torches.versions():
+        yield torches.check_torch(version, options.wheel, options.keep)
+
+
+CHECKS = {
+    "headers": lambda options: compile_sources(options, [packages.OLDEST], syntax_only=True),
+    "compilers": lambda options: compile_sources(options, [packages.OLDEST, packages.newest_version()], False),
+    "torches": run_torches,
+    "aarch64": lambda options: check_aarch64(),
+}
+
+
+def save(name, rows):
+    """Puts the rows of one check into the kept report, and writes the page anew."""
+    path = EVIDENCE / "platforms.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[name] = {"stamp": machine.stamp(torch.device("cpu")), "rows": rows}
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    (EVIDENCE / "platforms.md").write_text(pages.markdown(kept))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tests.platforms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checks", nargs="+", choices=("headers", "torches", "aarch64"))
+    parser.add_argument("checks", nargs="+", choices=tuple(CHECKS))
     parser.add_argument("--wheel", type=pathlib.Path, help="the wheel whose op tests run on every torch")
     parser.add_argument("--compiler", action="append", help="for the headers, instead of g++; may be repeated")
     parser.add_argument("--keep", action="store_true", help="keep each torch's environment, 5 to 7 GB")
@@ -60,15 +65,16 @@ def main(argv=None):
     options.compiler = options.compiler or ["g++"]
     if "torches" in options.checks and options.wheel is None:
         parser.error("torches needs --wheel; make torch-versions builds one")
-    report = run_checks(options)
-    failures = [failure for rows in report.values() for row in rows for failure in row["failures"]]
-    if options.save:
-        path = EVIDENCE / "platforms.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        kept.update(report, stamp=machine.stamp(torch.device("cpu")))
-        path.write_text(json.dumps(kept, indent=1) + "\n")
-        (EVIDENCE / "platforms.md").write_text(pages.markdown(kept))
-    return 1 if failures else 0
+    failed = False
+    for name in options.checks:
+        rows = []
+        for row in CHECKS[name](options):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            failed |= bool(row["failures"])
+        if options.save:
+            save(name, rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from compile_library import plan
 from native_build import NativeBuild, Tools
 
 
-def check_compiler(torch, cxx, syntax_only=False):
+def check_compiler(torch, cxx, syntax_only=False, root=ROOT):
     """Compiles every source. In the result "failures" holds what the compiler said, if anything."""
     if shutil.which(cxx) is None:
         package = cxx.replace("++", "")
         return {"torch": torch.version, "compiler": cxx, "failures": [f"not installed; apt-get install {package}"]}
     folder = FOLDER / f"objects-{torch.version}-{cxx}"
     folder.mkdir(parents=True, exist_ok=True)
-    build = NativeBuild(ROOT, Options(cuda="0", require_native="1"), Tools(torch, [cxx]))
+    build = NativeBuild(root, Options(cuda="0", require_native="1"), Tools(torch, [cxx]))
     *steps, _ = plan(build.cpu_library(), folder)
     begin = time.perf_counter()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
