@@ -16,7 +16,7 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo test fuzz mutants wheel torch-versions build lint format bench bench-full info clean
+.PHONY: help demo test third-party fuzz mutants wheel torch-versions build lint format bench bench-full info clean
 
 ## print this list
 help:
@@ -30,6 +30,10 @@ demo: build
 ## the whole test suite (ARGS=tests/test_gae.py for a part)
 test: build
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
+third-party: build
+	$(BIN)/python -m tests.third_party --save $(ARGS)
 
 ## each property of each op on 20,000 random inputs, in hours (EXAMPLES=2000 for fewer, ARGS=--save keeps the counts)
 fuzz: build
