@@ -1,13 +1,12 @@
 """Samples of a policy and what they are worth: gold metric, reward model, distance from the start, variety."""
 
-import math
-import re
 from typing import NamedTuple
 
 import torch
 
-from ..ops.logprobs import logprobs
-from ..supervised.reward_model import score
+from ...ops.logprobs import logprobs
+from ...supervised.reward_model import score
+from ..figures import distinct_2, interval
 from .gold import GoldMetric
 
 SAMPLING_BATCH = 256
@@ -80,17 +79,3 @@ def evaluate(policy, reference, reward_model, gold: GoldMetric, samples: Samples
         "ref_nll": -ref_logprobs.mean().item(),
         "distinct_2": distinct_2(samples.texts),
     }
-
-
-def interval(values: torch.Tensor) -> float:
-    """Half the width of the 95 % confidence interval of the mean (normal approximation)."""
-    return 1.96 * values.double().std().item() / math.sqrt(len(values))
-
-
-def distinct_2(texts: list[str]) -> float:
-    """Different word pairs divided by all word pairs, over all texts (Li et al. 2016); 0.0 where there are none."""
-    pairs = []
-    for text in texts:
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        pairs += zip(words, words[1:], strict=False)
-    return len(set(pairs)) / len(pairs) if pairs else 0.0

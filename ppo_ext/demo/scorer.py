@@ -1,7 +1,4 @@
-"""The gold metric: what the stand-in for human labellers goes by, and what the result is judged by.
-
-PPO never sees it. Its only way into the pipeline is through noisy preferences, from which the reward model learns.
-"""
+"""A function of texts that gives each a number, and every way in which a user's can be wrong."""
 
 import importlib
 import math
@@ -9,29 +6,23 @@ from collections.abc import Callable
 
 import torch
 
-from .flesch import flesch
-
-FLESCH_NOISE = 10.0  # points of difference at which a labeller is right 73 times of 100
-RELATIVE_NOISE = 0.43  # the same for any other metric, in standard deviations; 10 points are .43 sd of Flesch
 _PROBE = ["The first text is short.", "The second text is a little longer than the first."]
 
 
-class GoldMetric:
+class Scorer:
     """A function of texts with its name; every way it can fail is a ValueError that says so.
 
     Args:
         name: for tables and plots.
         function: list of texts -> list of numbers.
-        noise: labeller noise in the metric's unit; None: `RELATIVE_NOISE` standard deviations of the labelled texts.
     """
 
-    def __init__(self, name: str, function: Callable[[list[str]], list[float]], noise: float | None = None):
+    def __init__(self, name: str, function: Callable[[list[str]], list[float]]):
         self.name = name
         self.function = function
-        self.noise = noise
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Gold scores [N] float64 of N texts."""
+        """Scores [N] float64 of N texts."""
         try:
             scores = list(self.function(texts))
         except Exception as error:
@@ -47,21 +38,12 @@ class GoldMetric:
                 raise ValueError(f"demo: scorer {self.name} must return finite numbers, got {value!r} for {text!r}")
         return torch.tensor([float(value) for value in scores], dtype=torch.float64)
 
-    def prefer_first(self, first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One noisy vote per pair: first wins with probability sigmoid((first - second) / noise). Returns [N] bool."""
-        noise = self.noise or RELATIVE_NOISE * torch.cat([first, second]).std().item()
-        if noise == 0.0:
-            raise ValueError(f"demo: scorer {self.name} must tell texts apart, got {first[0].item()} for all of them")
-        draws = torch.rand(len(first), generator=generator, dtype=torch.float64)
-        return draws < torch.sigmoid((first - second) / noise)
 
+def load_function(path: str) -> Callable[[list[str]], list[float]]:
+    """The function at "package.module:function", taken as one of lists whether it scores texts or lists of texts.
 
-def flesch_metric() -> GoldMetric:
-    return GoldMetric("Flesch reading ease", lambda texts: [flesch(text) for text in texts], FLESCH_NOISE)
-
-
-def load_scorer(path: str) -> GoldMetric:
-    """The function at "package.module:function", either list of texts -> list of numbers or text -> number."""
+    Raises ValueError if it cannot be imported, or if what it gives for two short texts are no finite numbers.
+    """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"demo: --scorer must be package.module:function, got {path!r}")
@@ -70,7 +52,9 @@ def load_scorer(path: str) -> GoldMetric:
     except Exception as error:  # a user's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"demo: --scorer must be importable, got {path!r} ({reason})") from error
-    return GoldMetric(path, _by_list(path, function))
+    by_list = _by_list(path, function)
+    Scorer(path, by_list)(list(_PROBE))  # NaN or infinity is refused here, before any training
+    return by_list
 
 
 def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]]:

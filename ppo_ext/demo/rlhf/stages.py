@@ -5,12 +5,12 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from ..supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards
-from ..supervised.sft import SFTConfig, SFTTrainer
+from ...supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards
+from ...supervised.sft import SFTConfig, SFTTrainer
+from ..display import Display
+from ..folder import RunFolder
 from .corpus import Corpus, prompts, windows
-from .display import Display
 from .evaluate import Samples, sample
-from .folder import RunFolder
 from .gold import GoldMetric
 from .settings import Settings
 
