@@ -1,9 +1,5 @@
-# On a fresh clone, with python3 >= 3.10 and g++ (nvcc is used if there), each of these does all its own set-up:
-#   make demo    SFT, reward model and PPO on a small task     (ARGS="--help" for its options)
-#   make test    the whole test suite                          (ARGS="tests/test_gae.py" for a part)
-#   make mutants wrong changes, each seen by a test           (a quarter of an hour; ARGS=NAME for some)
-#   make bench   ours and its peers, a selection in minutes    (make bench-full: everything, and keeps the rows)
-#   make fuzz    each property of each op on 20,000 inputs     (hours; EXAMPLES=2000 for fewer, ARGS=--save to keep the counts)
+# On a fresh clone, with python3 >= 3.10 and g++ (nvcc is used if there), every target does its own set-up. `make help` lists
+# the targets; its texts are the comments that begin with ## above each of them.
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
@@ -20,44 +16,59 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: demo test fuzz mutants build lint format bench bench-full info clean
+.PHONY: help demo test fuzz mutants build lint format bench bench-full info clean
 
+## print this list
+help:
+	@echo 'make TARGET [ARGS="..."]: every target does its own set-up in $(VENV)'
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-11s %s\n", $$0, text } { text = "" }' Makefile
+
+## SFT, reward model and PPO on real text, in minutes (ARGS=--help for its options)
 demo: build
 	$(BIN)/python -m ppo_ext demo $(or $(ARGS),--overwrite)
 
+## the whole test suite (ARGS=tests/test_gae.py for a part)
 test: build
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
 
+## each property of each op on 20,000 random inputs, in hours (EXAMPLES=2000 for fewer, ARGS=--save keeps the counts)
 fuzz: build
 	PPO_EXT_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m tests.property_counts -v $(ARGS)
 
 # without a GPU there is no need to wait for the CUDA kernels
 bench bench-full: export PPO_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
+## wrong changes of the sources, each of which a test must see; a quarter of an hour (ARGS=NAME for some)
 mutants: build
 	$(BIN)/python -m tests.mutants --save $(ARGS)
 
+## ours and its peers, a selection in minutes (ARGS="--only gae" for one op)
 bench: build $(PEERS)
 	$(BIN)/python -m bench $(ARGS)
 
+## every benchmark; keeps the rows and renders the pages
 bench-full: build $(PEERS)
 	$(BIN)/python -m bench --full --save $(ARGS)
 	$(BIN)/python -m bench.render
 
+## what was built, what loads, and whether it works
 info: build
 	$(BIN)/python -m ppo_ext info
 
+## compile the kernels in place
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
 
+## check style, formats and types
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
+## bring Python and C++ files into the format that lint checks
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -77,5 +88,6 @@ $(PEERS): $(INSTALLED)
 	$(BIN)/python -m bench.peers --download
 	touch $@
 
+## remove everything that was built or installed here
 clean:
 	rm -rf $(VENV) build dist ppo_ext.egg-info ppo_ext/_C_*.so ppo_ext/_build_info.json

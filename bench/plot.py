@@ -1,7 +1,8 @@
-"""The plots of one machine: speed against each alternative, share of the memory floor, peak memory, growth with V, N, T.
+"""The plots of one machine: five bars for README, speed against each alternative, share of the memory floor, peak memory,
+growth with V, N and T.
 
-One line per case and one mark per implementation, so that a dozen peers still fit; an implementation has the same colour
-and mark in every plot.
+The plots of all cases have one line per case and one mark per implementation, so that a dozen peers still fit; an
+implementation has the same colour and mark in each of them.
 """
 
 import matplotlib
@@ -9,12 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
 
+from . import featured  # noqa: E402
 from . import rows as rows_of  # noqa: E402
 from .rows import is_floor, is_ours, timed  # noqa: E402
 from .suite import FLOOR, OURS  # noqa: E402
 
 _MARKS = "osD^vP*Xh<>p"
-_WIDTH, _DPI = 9.0, 110  # about the width of a README
+_WIDTH, _DPI = 9.0, 110  # about the width of a page on GitHub
 _GROWTH = {
     "V": ("vocabulary V", "logprobs_and_entropy forward"),
     "N": ("rows N", "logprobs_and_entropy forward"),
@@ -27,7 +29,12 @@ def all_of(rows, folder):
     styles = _styles(rows)
     drawn = [
         _save(name, draw(rows, styles), folder)
-        for name, draw in (("speedup.png", speedups), ("floor.png", floor_shares), ("memory.png", memory))
+        for name, draw in (
+            ("featured.png", bars),
+            ("speedup.png", speedups),
+            ("floor.png", floor_shares),
+            ("memory.png", memory),
+        )
     ]
     drawn += [_save(f"growth-{letter}.png", growth(rows, styles, letter), folder) for letter in _GROWTH]
     return [name for name in drawn if name]
@@ -86,6 +93,29 @@ def _dots(cases, styles, xlabel, *, mark=None, log=False):
 def _legend(figure, axes):
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside upper center", ncols=3, frameon=False)
+
+
+def bars(rows, styles):
+    """How many times longer TRL and the fastest alternative take, two bars for each of README's cases."""
+    cases = list(featured.groups(rows))
+    if not cases:
+        return None
+    figure, axes = pyplot.subplots(figsize=(_WIDTH, 0.8 + 0.75 * len(cases)), layout="constrained")
+    for i, (_, group) in enumerate(cases):
+        ours, trl, fastest = rows_of.ours(group), rows_of.trl(group), rows_of.fastest_other(group)
+        shown = [(trl, "tab:orange"), (fastest, "tab:blue")] if fastest is not trl else [(trl, "tab:orange")]
+        for j, (row, color) in enumerate((row, color) for row, color in shown if row and timed(row)):
+            times, y = row["p50_ms"] / ours["p50_ms"], -i + (0.2 - 0.4 * j if len(shown) > 1 else 0.0)
+            axes.barh(y, times - 1, left=1, height=0.36, color=color)
+            axes.annotate(f" {times:.3g}x  {row['implementation']}", (max(times, 1.0), y), va="center", fontsize=9)
+    axes.set_yticks([-i for i in range(len(cases))], [title for title, _ in cases])
+    axes.set_xscale("log")
+    axes.set_xlim(left=min(0.9, *axes.get_xlim()), right=12 * axes.get_xlim()[1])  # room for the names behind the bars
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.axvline(1.0, color="black", linewidth=1.0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("time of the alternative / time of ppo_ext (logarithmic; longer bars are slower)")
+    return figure
 
 
 def speedups(rows, styles):

@@ -1,15 +1,21 @@
-"""Saved rows to pages: the README's table between its markers, one page per machine with every row, and the plots.
+"""From saved rows to pages: README's five rows, the tables of docs/performance.md, one page per machine, and the plots.
 
-`python -m bench.render` reads bench/results/*/*.jsonl and nothing else; no number is typed by hand, and losses stay.
+`python -m bench.render` reads bench/results/*/*.jsonl and nothing else. It replaces what stands between two markers in
+README.md and docs/performance.md, so no number there is typed by hand, and cases in which we lose are shown like the rest.
 """
 
+import re
+
+from . import featured, table
 from . import rows as rows_of
-from . import table
 from .rows import RESULTS, timed
 from .suite import OURS
 from .table import number, percent, speedup, time
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs/performance.md"
+# README is also shown on package indexes, where a relative link leads nowhere; this is the only place that has the address
+REPOSITORY = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _HEAD = ("op", "pass", "shape", "dtype", "ours")
 _TAIL = ("of the floor", "TRL", "ours vs TRL", "ours vs the fastest other", "max error, ours / TRL")
@@ -22,18 +28,73 @@ _STATES = {
     "cuda": 'A time is the median of calls after a flush of L2. "Device" is the replay of a CUDA graph, and "of '
     'the floor" compares graphs; everything else is what a user pays, host included.',
 }
-_IN_README = ("speedup.png", "memory.png")
+_CAPTIONS = {
+    "speedup.png": "How many times longer each alternative takes. Left of the line it is faster than ppo_ext.",
+    "floor.png": "How near each implementation comes to a plain read or copy of the same bytes, which is 100 %.",
+    "memory.png": "Peak memory beyond the inputs; 1 is one buffer of the logits' size.",
+    "growth-V.png": "Time over the vocabulary V. Parallel lines differ by a factor; a steeper one loses more as V grows.",
+    "growth-N.png": "Time over the number of rows N. Near the left edge it is the cost of a call.",
+    "growth-T.png": "Time over the number of tokens T of each sequence.",
+}
+
+
+def address(path, kind="blob"):
+    """The absolute link to a file (kind "blob"), a folder ("tree") or an image ("raw") of the repository."""
+    return f"{REPOSITORY}/{kind}/main/{path}"
+
+
+def _images(plots, folder=""):
+    """Each plot under its caption; README's own is left out."""
+    return [f"{_CAPTIONS[plot]}\n\n![{plot}]({folder}{plot})" for plot in plots if plot in _CAPTIONS]
 
 
 def _markdown(header, lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-# ---- the README's block ---------------------------------------------------------------------------------------------
+# ---- README ---------------------------------------------------------------------------------------------------------
+
+
+def _featured_line(title, group):
+    """One line of README's table."""
+    ours, trl, fastest = rows_of.ours(group), rows_of.trl(group), rows_of.fastest_other(group)
+
+    def against(row):
+        return f"{time(row['p50_ms'])} ({speedup(row, ours)})" if row and timed(row) else ""
+
+    name = f", {fastest['implementation']}" if fastest else ""
+    return title, "x".join(map(str, ours["shape"])), time(ours["p50_ms"]), against(trl), against(fastest) + name
+
+
+def short_summary(machines, plots):
+    """README's block: five rows of one machine, as a plot and as a table."""
+    name = featured.machine(machines)
+    if name is None:
+        return "\n\n".join(_NOTHING.values())
+    rows = machines[name]
+    parts = [f"Measured on {_stamp(rows)}:"]
+    if "featured.png" in plots[name]:
+        alt = "How many times longer TRL and the fastest alternative take than ppo_ext"
+        parts.append(f"![{alt}]({address(f'bench/results/{name}/featured.png', 'raw')})")
+    header = ("", "input", "ppo_ext", "TRL 0.11.4", "fastest alternative")
+    parts.append(_markdown(header, [_featured_line(title, group) for title, group in featured.groups(rows)]))
+    parts += [] if rows[0]["device_type"] == "cuda" else [_NOTHING["cuda"]]
+    return "\n\n".join(parts)
+
+
+# ---- docs/performance.md --------------------------------------------------------------------------------------------
+
+
+def _stamp(rows):
+    """What the rows of one machine have in common, such as "AMD EPYC, 2 threads, torch 2.13.0, commit abc"."""
+    values = {
+        name: ", ".join(sorted({str(row[name]) for row in rows})) for name in ("device", "threads", "torch", "commit")
+    }
+    return "{device}, {threads} threads, torch {torch}, commit {commit}".format(**values)
 
 
 def _summary_line(key, group, device_type):
-    """One line of the README's table: our row against TRL's and against the fastest of the others."""
+    """One line of the table: our row against TRL's and against the fastest of the others."""
     _, op, pass_name, shape, dtype = key
     ours, trl, fastest = rows_of.ours(group), rows_of.trl(group), rows_of.fastest_other(group)
     graph = rows_of.in_graph(group)
@@ -64,7 +125,7 @@ def _goals(rows):
         for op, pass_name, _, ours, *_, goal in table.overhead_lines(rows)
         if goal
     ]
-    return f"Host time of a call on next to no data: {'; '.join(with_goal)}." if with_goal else ""
+    return f"Time until a call on almost no data returns: {'; '.join(with_goal)}." if with_goal else ""
 
 
 def _growth(rows):
@@ -72,7 +133,7 @@ def _growth(rows):
     found = [
         f"{letter}^{exponents[OURS]:.2f}" for letter in "VNT" if OURS in (exponents := rows_of.exponents(rows, letter))
     ]
-    return f"Our cost grows as {', '.join(found)} (V and N: logprobs_and_entropy; T: gae)." if found else ""
+    return f"The time of ppo_ext grows as {', '.join(found)} (V and N: logprobs_and_entropy; T: gae)." if found else ""
 
 
 def _machine_summary(rows):
@@ -83,26 +144,22 @@ def _machine_summary(rows):
         if group[0]["selected"] and key[0] == "speed" and rows_of.ours(group)
     }
     device_type = rows[0]["device_type"]
-    stamp = "; ".join(
-        f"{name} {', '.join(sorted({str(row[name]) for row in rows}))}"
-        for name in ("device", "threads", "torch", "commit")
-    )
     header = (*_HEAD, *(("device",) if device_type == "cuda" else ()), *_TAIL)
-    yield f"{stamp}. {_STATES[device_type]}"
+    yield f"{_stamp(rows)}. {_STATES[device_type]}"
     yield _markdown(header, [_summary_line(key, group, device_type) for key, group in chosen.items()])
     yield from filter(None, (_goals(rows), _growth(rows)))
 
 
 def summary(machines, plots):
-    """The README's block, CPU and GPU apart; an empty half says so, and holds no estimate. `plots`: of each machine."""
+    """The block of docs/performance.md, CPU and GPU apart. Where nothing was measured it says so: there are no estimates."""
     parts = []
-    for device_type, title in (("cpu", "**CPU**"), ("cuda", "**GPU**")):
+    for device_type, title in (("cpu", "### CPU"), ("cuda", "### GPU")):
         of_type = {name: rows for name, rows in machines.items() if rows and rows[0]["device_type"] == device_type}
-        parts.append(title if of_type else f"{title}: {_NOTHING[device_type]}")
+        parts += [title] if of_type else [title, _NOTHING[device_type]]
         for name, rows in of_type.items():
             parts += _machine_summary(rows)
-            parts += [f"![{plot}](bench/results/{name}/{plot})" for plot in plots[name] if plot in _IN_README]
-            parts.append(f"Every row and every plot: [{name}](bench/results/{name}/README.md).")
+            parts += _images(plots[name], f"../bench/results/{name}/")
+            parts.append(f"Every row of this machine: [{name}](../bench/results/{name}/README.md).")
     return "\n\n".join(parts)
 
 
@@ -123,13 +180,15 @@ def machine_page(rows, plots):
     parts = [
         f"# {rows[0]['device']}",
         "Written by `python -m bench.render`; how to read it stands in [bench/README.md](../../README.md).",
-        *(f"![{plot}]({plot})" for plot in plots),
+        *_images(plots),
     ]
     parts += filter(None, (table.exponent_line(rows, letter) for letter in "VNT"))
     parts += ["## Who ran", _markdown(("implementation", "version"), versions)] if versions else []
     parts += ["## Who could not", _markdown(("implementation", "ops", "why"), absent)] if absent else []
     parts += (
-        ["## Host time of a call on next to no data", _markdown(table.OVERHEAD_HEADER, overhead)] if overhead else []
+        ["## Time until a call on almost no data returns", _markdown(table.OVERHEAD_HEADER, overhead)]
+        if overhead
+        else []
     )
     parts += ["## Every case", _markdown(("case", *table.HEADER), lines)]
     return "\n\n".join(parts) + "\n"
@@ -140,19 +199,20 @@ def replace_block(text, block):
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"render: README.md must hold the markers {BEGIN} and {END}, got none")
+        raise ValueError(f"render: the page must hold the markers {BEGIN} and {END}, got none")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
-def main(results=RESULTS, readme=README):
-    """Writes every page and plot, and replaces the README's block."""
+def main(results=RESULTS, readme=README, performance=PERFORMANCE):
+    """Writes every page and plot, and replaces the blocks of README.md and docs/performance.md."""
     from . import plot  # matplotlib is needed for nothing else
 
     machines = rows_of.load(results)
     plots = {name: plot.all_of(rows, results / name) for name, rows in machines.items()}
     for name, rows in machines.items():
         (results / name / "README.md").write_text(machine_page(rows, plots[name]))
-    readme.write_text(replace_block(readme.read_text(), summary(machines, plots)))
+    for page, block in ((readme, short_summary), (performance, summary)):
+        page.write_text(replace_block(page.read_text(), block(machines, plots)))
 
 
 if __name__ == "__main__":

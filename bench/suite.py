@@ -61,7 +61,7 @@ class Case:
     kind: str = "speed"  # speed, overhead, or sweep over what
     buffer_bytes: int | None = None  # the unit of peak memory; None: it is not taken
     capturable: bool = False  # whether a CUDA graph can hold it
-    featured: bool = False  # in the README though too slow for the selection
+    featured: bool = False  # in docs/performance.md though too slow for the selection
 
     @property
     def title(self):

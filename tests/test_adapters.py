@@ -123,7 +123,7 @@ def test_reward_scores_match_trl_and_the_classifier(base_path, reward_path):
     torch.testing.assert_close(scores[:1, -1], expected, rtol=0, atol=1e-6)
 
 
-def test_scoring_leaves_the_policy_as_it_was(base_path, reward_path):
+def test_reward_scores_leave_the_policy_as_it_was(base_path, reward_path):
     model = load_with_reward(models, base_path, reward_path)
     model.v_head.eval()
     model.pretrained_model.train()
@@ -144,7 +144,7 @@ def test_scoring_leaves_the_policy_as_it_was(base_path, reward_path):
     assert torch.equal(model.eval()(**inputs())[0], outputs)
 
 
-def test_scoring_leaves_a_frozen_policy_frozen(base_path, reward_path, tmp_path):
+def test_reward_scores_leave_a_frozen_policy_frozen(base_path, reward_path, tmp_path):
     load_with_reward(models, base_path, reward_path).save_pretrained(tmp_path / "policy")
     model = models.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy", reward_adapter=reward_path)
     model.compute_reward_score(**inputs())

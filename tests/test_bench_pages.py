@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import fit, render, rows, suite, table
+from bench import featured, fit, render, rows, suite, table
 from bench.bench_overhead import OPERATOR
 
 
@@ -168,10 +168,15 @@ def test_times_read_well(ms, text):
 # ---- pages and plots ------------------------------------------------------------------------------------------------
 
 
-def _readme_after(results, readme):
-    readme.write_text(f"before\n{render.BEGIN}\nbygone\n{render.END}\nafter\n")
-    render.main(results, readme)
-    return readme.read_text()
+def _pages_after(results):
+    """What README and docs/performance.md hold after rendering these results."""
+    pages = results.with_suffix(".readme.md"), results.with_suffix(".performance.md")
+    for page in pages:
+        page.write_text(f"before\n{render.BEGIN}\nbygone\n{render.END}\nafter\n")
+    render.main(results, *pages)
+    texts = [page.read_text() for page in pages]
+    assert all(text.startswith("before\n") and text.endswith("after\n") and "bygone" not in text for text in texts)
+    return texts
 
 
 def test_rendering_is_deterministic_and_shows_losses(tmp_path):
@@ -179,30 +184,55 @@ def test_rendering_is_deterministic_and_shows_losses(tmp_path):
     everything = _some_rows() + _sweep("T", suite.OURS, [(8, 1.0), (80, 10.0), (800, 100.0)])
     everything[0]["peak_buffers"] = 1.0
     pages = []
-    for name in ("first", "second"):
-        results, readme = tmp_path / name, tmp_path / f"{name}.md"
+    for folder in ("first", "second"):
+        results = tmp_path / folder / "results"
         rows.save(everything, results)
-        _readme_after(results, readme)
-        render.main(results, readme)
-        pages.append({path.name: path.read_bytes() for path in [readme, *results.rglob("*.*")] if path.suffix != ".md"})
-        text = readme.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "bygone" not in text
-        assert "| 4 ms | 25 % | 2 ms | 0.5x | 0.4x (fast) |" in text
-        assert "![speedup.png](bench/results/some-cpu-2-threads/speedup.png)" in text
-        assert "Our cost grows as T^1.00" in text and "**GPU**: No GPU has been measured yet" in text
+        readme, performance = _pages_after(results)
+        assert _pages_after(results) == [readme, performance]
+        pages.append({path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.*")})
     assert pages[0] == pages[1]
-    assert {name for name in pages[0] if name.endswith(".png")} == {"speedup.png", "memory.png", "growth-T.png"}
-    page = (tmp_path / "first/some-cpu-2-threads/README.md").read_text()
-    assert (
-        "![growth-T.png](growth-T.png)" in page and "| QuACK | gae | runs on a GPU only |" in page and "WRONG" in page
-    )
+    plots = {"featured.png", "speedup.png", "memory.png", "growth-T.png"}
+    assert {name for name in pages[0] if name.endswith(".png")} == plots
+    assert "| 4 ms | 25 % | 2 ms | 0.5x | 0.4x (fast) |" in performance
+    assert "](../bench/results/some-cpu-2-threads/speedup.png)" in performance and "featured" not in performance
+    assert "The time of ppo_ext grows as T^1.00" in performance and "### GPU\n\nNo GPU has been measured" in performance
+    page = (tmp_path / "first/results/some-cpu-2-threads/README.md").read_text()
+    assert "](growth-T.png)" in page and "| QuACK | gae | runs on a GPU only |" in page and "WRONG" in page
+
+
+def test_readme_shows_five_cases_by_absolute_links(tmp_path):
+    pytest.importorskip("matplotlib")
+    case = {"op": "step", "pass": "PPOTrainer.step, GPT-2 small", "shape": [4, 64, 7]}
+    others = {"op": "masked_whiten"}  # in performance.md, but none of the five
+    rows.save([*_some_rows(), _row(suite.OURS, 2.0, **case), _row(suite.OURS, 3.0, **others)], tmp_path / "results")
+    readme, performance = _pages_after(tmp_path / "results")
+    assert "| gae, forward | 2x3 | 4 ms | 2 ms (0.5x) | 1.6 ms (0.4x), fast |" in readme
+    assert "| PPOTrainer.step, GPT-2 small | 4x64x7 | 2 ms |  |  |" in readme
+    assert f"]({render.REPOSITORY}/raw/main/bench/results/some-cpu-2-threads/featured.png)" in readme
+    assert "masked_whiten" not in readme and "masked_whiten" in performance
+    assert "Some CPU, 2 threads, torch 2.13, commit abc" in readme and "No GPU has been measured" in readme
+
+
+def test_readme_shows_one_machine_the_last_gpu_if_there_is_one(tmp_path):
+    def measured(date, **of):
+        return [_row(suite.OURS, 4.0, date=date, **of)]
+
+    gpu = {"device_type": "cuda", "cache": "cold"}
+    machines = {
+        "old": measured("2024", device="Old GPU", **gpu),
+        "new": measured("2025", device="New GPU", **gpu),
+        "cpu": measured("2026"),
+    }
+    assert featured.machine(machines) == "new" and featured.machine({"cpu": machines["cpu"], "empty": []}) == "cpu"
+    readme = render.short_summary(machines, {name: [] for name in machines})
+    assert readme.startswith("Measured on New GPU") and "Old GPU" not in readme and "has been measured" not in readme
 
 
 def test_the_share_of_the_floor_has_a_plot_of_its_own(tmp_path):
     pytest.importorskip("matplotlib")
-    rows.save([{**row, "op": "logprobs"} for row in _some_rows()], tmp_path)
-    _readme_after(tmp_path, tmp_path / "README.md")
-    assert (tmp_path / "some-cpu-2-threads/floor.png").stat().st_size > 0
+    rows.save([{**row, "op": "logprobs"} for row in _some_rows()], tmp_path / "results")
+    _, performance = _pages_after(tmp_path / "results")
+    assert (tmp_path / "results/some-cpu-2-threads/floor.png").stat().st_size > 0 and "floor.png" in performance
 
 
 def test_a_gpu_stands_apart_with_its_device_time(tmp_path):
@@ -216,15 +246,17 @@ def test_a_gpu_stands_apart_with_its_device_time(tmp_path):
             _row(suite.OURS, 0.2, **graph),
             _row(suite.FLOOR, 0.1, **graph),
         ],
-        tmp_path,
+        tmp_path / "results",
     )
-    gpu = _readme_after(tmp_path, tmp_path / "README.md").partition("**GPU**")[2]
+    _, performance = _pages_after(tmp_path / "results")
+    cpu, _, gpu = performance.partition("### GPU")
     assert "| ours | device | of the floor |" in gpu and "| 0.5 ms | 0.2 ms | 500 % |" in gpu
-    assert "**CPU**: No CPU has been measured yet" in _readme_after(tmp_path, tmp_path / "README.md")
+    assert "### CPU\n\nNo CPU has been measured yet" in cpu
 
 
 def test_without_rows_nothing_is_estimated():
     assert render.summary({}, {}).count("has been measured yet") == 2
+    assert render.short_summary({}, {}).count("has been measured yet") == 2
 
 
 def test_a_readme_without_markers_is_refused():

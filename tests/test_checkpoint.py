@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, kills at every step, hostile and damaged input."""
+"""Checkpoint files: atomic writes, kills at every step, hostile and damaged input."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_checkpoint(old, new, tmp_pat
         if status == 0:
             break
     assert status == 0 and steps >= 4
-    # one switch from old to new, and no way back
+    # killed later means never an older checkpoint: old values first, then new ones
     assert seen == sorted(seen) and {seen[0], seen[-1]} == {1.0, 2.0}
     weights = [name for name in os.listdir(folder) if "model" in name]
     assert len(weights) == (1 if new == 1 else new + 1)
@@ -192,7 +192,7 @@ def test_state_dict_that_does_not_fit_is_named():
 
 
 def test_needs_no_transformers():
-    code = "import sys; import ppo_ext.checkpoint; sys.exit('transformers' in sys.modules)"
+    code = "import sys; import ppo_ext.models.checkpoint; sys.exit('transformers' in sys.modules)"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

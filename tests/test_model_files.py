@@ -227,3 +227,12 @@ def test_offloaded_model_is_refused_and_one_device_is_not():
     backbone.hf_device_map = {"transformer": 0, "lm_head": "disk"}
     with pytest.raises(ValueError, match="device_map must not offload to cpu or disk"):
         models.AutoModelForCausalLMWithValueHead.from_pretrained(backbone)
+
+
+def test_outputs_of_a_model_on_two_devices_come_to_the_first():
+    backbone = tiny("gpt2")
+    backbone.hf_device_map = {"transformer": "meta", "lm_head": 0}  # a claim: all parameters are on the CPU
+    model = models.AutoModelForCausalLMWithValueHead.from_pretrained(backbone)
+    logits, loss, value = model(**inputs())
+    assert model.is_sequential_parallel and loss is None
+    assert (logits.device.type, value.device.type) == ("meta", "meta")

@@ -1,4 +1,4 @@
-"""The value-head models against live TRL 0.11.4: same head, outputs, gradients; checkpointing and the cache."""
+"""The value-head models against an installed TRL 0.11.4: head, outputs, gradients; checkpointing and the cache."""
 
 from types import SimpleNamespace
 
@@ -133,7 +133,7 @@ def test_gradient_checkpointing_recomputes_in_train_mode(arch, adapter):
     def gradients():
         calls.clear()
         model.zero_grad()
-        # the recomputation must also draw the dropout of the first pass again
+        # the recomputation must draw the same dropout masks as the first pass
         torch.manual_seed(0)
         logits, _, value = model(**inputs(arch))
         (logits.square().mean() + value.square().mean()).backward()
@@ -171,8 +171,15 @@ def test_value_reads_the_last_hidden_states_and_keeps_no_others(arch):
 def test_model_whose_hooks_do_not_run_gives_the_same_value(arch, monkeypatch):
     model = wrapped(arch)
     expected = model(**inputs(arch))[2]
-    monkeypatch.setattr("ppo_ext.value_head._backbones", lambda model: [])
+    monkeypatch.setattr("ppo_ext.models.value_head._backbones", lambda model: [])
     assert torch.equal(model(**inputs(arch))[2], expected)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_keywords_of_the_backbone_are_taken(arch):
+    model = wrapped(arch)
+    plain, given = model(**inputs(arch)), model(**inputs(arch), return_dict=True, use_cache=False)
+    assert torch.equal(plain[0], given[0]) and torch.equal(plain[2], given[2])
 
 
 def test_no_cache_is_built_when_none_is_asked_for():

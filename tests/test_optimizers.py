@@ -1,4 +1,4 @@
-"""The optimizers that the trainers make: the rule of torch's own, over the weights that train."""
+"""The optimizers that a trainer makes: torch's update rule, over the parameters that require a gradient."""
 
 import pytest
 import tiny_models

@@ -184,7 +184,8 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
 def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(backend("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= tracked("csrc", "_build", "ppo_ext", "tests", "bench", "setup.py", "Makefile", "constraints.txt")
+    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples")
+    assert names >= tracked(*folders, "setup.py", "Makefile", "constraints.txt", "*.md", "CITATION.cff")
     assert not [name for name in names if name.endswith((".so", "_build_info.json", ".pyc"))]
 
 
@@ -199,6 +200,7 @@ def test_versions_agree():
 
     assert f'version = "{ppo_ext.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {ppo_ext.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {ppo_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 # ---- finding torch and CUDA -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `PPOTrainer.step` refuses, in which words, and that nothing has changed by then."""
+"""What `PPOTrainer.step` refuses: the error texts, and that weights and random state are unchanged."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def valid():
 
 
 def replaced(name, i, value):
-    """A valid batch but for one sample of one argument."""
+    """A batch that is valid except for one sample of one argument."""
     arguments = valid()
     arguments[name][i] = value
     return arguments

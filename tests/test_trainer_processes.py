@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo): ragged shapes, one set of statistics, one set of weights."""
+"""Two processes on the CPU (gloo) with responses of different lengths: same statistics, same weights."""
 
 import json
 import os
@@ -45,7 +45,7 @@ report["moments"] = [ours.running.mean, ours.running.std, ours.running.count]
 report["kl_coef"] = ours.kl_ctl.value
 report["trained"] = digest(ours)
 
-if rank == 0:  # one process skips every mini batch, the other none: both must still make the same updates
+if rank == 0:  # one process skips every minibatch, the other none: both must still make the same updates
     ours.config.ratio_threshold = 1e-6
 ours.step(*batch(3))
 report["one_skips"] = digest(ours)
@@ -64,7 +64,7 @@ report["rewards"] = [values["env/reward_dist"].tolist() for values in logged]
 with open(os.path.join(sys.argv[1], f"{rank}.json"), "w") as file:
     json.dump(report, file)
 del ours
-torch.distributed.barrier()  # without an orderly end gloo's threads may abort the process that leaves first
+torch.distributed.barrier()  # without a barrier gloo's threads may abort the process that exits first
 torch.distributed.destroy_process_group()
 """
 

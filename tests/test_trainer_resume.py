@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is, bit for bit, the run that was not stopped."""
+"""A run that is stopped and resumed has the same bits as one that was not stopped."""
 
 import random
 
@@ -22,7 +22,7 @@ def make(**options):
 
 
 def go_on(trainer, first, last):
-    """Steps on sampled responses; what each left behind."""
+    """Steps on sampled responses; returns the statistics of each and the random numbers drawn after it."""
     trail = []
     for i in range(first, last):
         queries, _, scores = tiny_models.batch(4, 50 + i)
@@ -48,7 +48,7 @@ def test_resuming_changes_no_bit(tmp_path, options):
     assert [row["drawn"] for row in go_on(stopped, 0, 2)] == [row["drawn"] for row in expected[:2]]
     stopped.save_state(tmp_path)
     resumed = make(**options())
-    go_on(resumed, 7, 8)  # whatever it did before is forgotten
+    go_on(resumed, 7, 8)  # load_state must overwrite whatever this changed
     resumed.load_state(tmp_path)
     for got, row in zip(go_on(resumed, 2, 4), expected[2:], strict=True):
         for key, value in row.items():

@@ -1,4 +1,4 @@
-"""Which tokens count, where they stand, and slicing a rollout."""
+"""Which tokens count, their positions, and slicing a rollout."""
 
 import pytest
 import tiny_models

@@ -1,4 +1,4 @@
-"""PPOTrainer against TRL 0.11.4, live: the same model, batches and seed through both, all statistics compared."""
+"""PPOTrainer against an installed TRL 0.11.4: the same model, batches and seed; all statistics are compared."""
 
 import copy
 import warnings
@@ -26,7 +26,7 @@ def with_value_heads(library, name, peft_config=None, **changes):
 def make_trainer(library, model, *, padding_side="right", optimizer=None, lr_scheduler=None, **config):
     defaults = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 3e-4}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's announcements of its own removal
+        warnings.simplefilter("ignore")  # TRL warns that its PPOTrainer will be removed
         optimizer = optimizer and optimizer(model.parameters())
         return library.PPOTrainer(
             library.PPOConfig(**{**defaults, **config}),
@@ -63,7 +63,7 @@ def run(
 
 
 def assert_same_stats(theirs, ours, rtol=1e-4, atol=2e-6):
-    """All of TRL's keys, of its types and shapes, with its numbers; per-token arrays where the mask is 1."""
+    """The same keys, types, shapes and numbers; per-token arrays are compared where the mask is 1."""
     assert set(ours) == set(theirs) and len(ours) == 40
     for key, expected in theirs.items():
         got = ours[key]
@@ -76,7 +76,7 @@ def assert_same_stats(theirs, ours, rtol=1e-4, atol=2e-6):
         if key in PER_TOKEN:
             expected, got = expected[got != 0], got[got != 0]  # ours are 0 where the mask is
             assert got.size, key
-        # whitened advantages have scale 1, and the small among them are differences of larger numbers
+        # whitened advantages have scale 1; the small ones are differences of larger numbers, with the rounding of those
         floor = max(atol, 1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(got, expected, rtol=rtol, atol=floor, err_msg=key)
 
@@ -96,7 +96,7 @@ def lora(targets):
 
 
 def sgd(parameters):
-    # Adam would blow up the rounding errors of gradients that are 0 in exact arithmetic, such as that of a key's bias
+    # Adam would scale up rounding errors of gradients that are exactly 0 in theory, such as that of an attention key's bias
     return torch.optim.SGD(parameters, lr=3e-2)
 
 
@@ -170,7 +170,7 @@ def with_holes(response):
 
 
 def test_response_masks_with_holes_when_nothing_decays():
-    # the sum of TRL's deltas telescopes over a hole, so with gamma = lam = 1 passing through it is skipping it
+    # with gamma = lam = 1 TRL's sum of deltas telescopes over a hole, which gives the same as skipping the hole
     assert_parity("gpt2", response_masks=with_holes, gamma=1.0, lam=1.0)
 
 

@@ -134,3 +134,31 @@ def trainer(name="gpt2", *, padding_side="right", peft_config=None, changes=None
 
 def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def steps(trainer, count=1, **options):
+    """The statistics of some steps on batches of random ids."""
+    return [trainer.step(*batch(trainer.config.batch_size, 20 + i, **options)) for i in range(count)]
+
+
+def scalars(stats):
+    return {key: value for key, value in stats.items() if isinstance(value, float) and not key.startswith("time/")}
+
+
+def assert_unmoved(before, trainer):
+    for name, parameter in weights(trainer).items():
+        assert torch.equal(parameter, before[name]), name
+
+
+def spy_on_updates(trainer):
+    """The gradient's norm at every optimizer update."""
+    norms, step = [], trainer.optimizer.step
+
+    def counted(*args, **kwargs):
+        if trainer.accelerator.sync_gradients:
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = counted
+    return norms

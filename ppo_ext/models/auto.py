@@ -1,10 +1,15 @@
 """Value-head models with the names, parameters and files of TRL 0.11.4 (`trl/models`).
 
-Different from TRL on purpose: logits keep the backbone's dtype (the ops accumulate in fp32, so an fp32 copy of
-[B, T, V] would buy nothing), values are fp32 also under autocast, a key/value cache and the hidden states of all layers
-are kept only if asked for, weights are only ever safetensors, `compute_reward_score` leaves modes and gradients as they
-were, and layers shared with the reference model are the same tensors.
+These differences from TRL are on purpose:
+- logits keep the backbone's dtype: the ops accumulate in fp32, so an fp32 copy of [B, T, V] would only cost memory;
+- values are fp32, also under autocast;
+- a key/value cache and the hidden states of all layers are kept only if asked for;
+- weights are read and written as safetensors only;
+- `compute_reward_score` leaves training modes and requires_grad flags as they were;
+- layers that are shared with the reference model are the same tensors.
 """
+
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -33,6 +38,6 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
 
     transformers_parent_class = AutoModelForSeq2SeqLM
 
-    def __init__(self, pretrained_model, **kwargs):
+    def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
         super().__init__(pretrained_model, **kwargs)
         self.is_encoder_decoder = True

@@ -1,10 +1,12 @@
 """Checkpoint files: safetensors and JSON only, written so that a crash never leaves half a file.
 
-A save goes to a hidden staging folder inside the target folder first. Its files are then moved in one by one with
-`os.replace`, the file that a loader opens first (the index, or the one weight file) last: until then the folder loads
-as the old checkpoint, afterwards as the new one. Only an adapter that overwrites another has two weight files: a kill
-between their two moves leaves the new adapter with the old head. A killed save also leaves its `.tmp-*` folder behind.
-Every reader checks the whole file before it returns, so nothing of a model is changed by a file that does not load.
+A save first writes to a hidden staging folder inside the target folder. Then `os.replace` moves the files into the target
+folder one by one. The file that a loader opens first (the index, or the single weight file) is moved last: until then the
+folder loads as the old checkpoint, afterwards as the new one. There is one exception: an adapter that overwrites another
+has two weight files, and a kill between their moves leaves the new adapter with the old value head. A killed save also
+leaves its `.tmp-*` folder behind.
+
+Every reader checks the whole file before it returns, so a damaged file never changes a part of a model.
 """
 
 import contextlib
@@ -13,6 +15,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,21 +30,24 @@ PICKLE_OF = {
     WEIGHTS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ADAPTER_WEIGHTS: ("adapter_model.bin",),
 }
+
+Path = str | os.PathLike[str]
+
 _SHARD = re.compile(r"model-(?:\w+-)?\d{5}-of-\d{5}\.safetensors")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_json(path, content):
-    """Writes `content` as JSON to `path`, whole or not at all."""
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON to `path`; if that fails, a file that was there stays as it was."""
     with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)
         file.write("\n")
 
 
-def write_tensors(path, tensors, metadata=None):
-    """Writes a flat dict of tensors as safetensors to `path`, whole or not at all.
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a flat dict of tensors as safetensors to `path`; if that fails, a file that was there stays as it was.
 
     Tensors that share memory are stored separately. metadata: dict of str to str, kept in the file's header.
     """
@@ -50,7 +57,8 @@ def write_tensors(path, tensors, metadata=None):
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def _replacing(path: Path) -> Iterator[str]:
+    """Yields the name of a temporary file, which replaces the one at `path` if the block succeeds."""
     temporary = f"{path}.tmp-{uuid.uuid4().hex}"
     try:
         yield temporary
@@ -63,8 +71,8 @@ def _replacing(path):
 
 
 @contextlib.contextmanager
-def staged(directory):
-    """Yields an empty folder; when the block ends well its files move into `directory`, else nothing there changes."""
+def staged(directory: Path) -> Iterator[str]:
+    """Yields an empty folder whose files move into `directory` if the block succeeds; otherwise nothing changes there."""
     os.makedirs(directory, exist_ok=True)
     staging = os.path.join(directory, f".tmp-{uuid.uuid4().hex}")
     os.mkdir(staging)
@@ -76,8 +84,8 @@ def staged(directory):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_target(directory, is_adapter):
-    """Raises ValueError if a save would mix an adapter with the full model in the folder: neither would load again."""
+def check_target(directory: str, is_adapter: bool) -> None:
+    """Raises ValueError if a save would put an adapter and a full model into one folder, which would not load."""
     has_adapter = os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
     has_model = not has_adapter and any(
         os.path.exists(os.path.join(directory, name)) for name in (WEIGHTS, WEIGHTS_INDEX)
@@ -88,14 +96,15 @@ def check_target(directory, is_adapter):
         raise ValueError(f"save_pretrained: a full model must go to a folder without an adapter, got {directory}")
 
 
-def _publish(staging, directory):
+def _publish(staging: str, directory: Path) -> None:
+    """Moves the files of the staging folder into the target folder, in an order that is safe against a kill."""
     names = sorted(
         os.path.relpath(os.path.join(folder, file), staging) for folder, _, files in os.walk(staging) for file in files
     )
     names.sort(key=lambda name: _publish_rank(os.path.basename(name)))
     for name in names:
         target = os.path.join(directory, name)
-        # peft writes a model card with every save; a card the user has edited stays
+        # peft writes a model card with every save; one that the user has edited must not be overwritten
         if name == "README.md" and os.path.exists(target):
             continue
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -106,15 +115,15 @@ def _publish(staging, directory):
     _flush(directory)
 
 
-def _publish_rank(name):
-    """0 for files a loader cannot use alone, 2 for the file that makes the new weights the checkpoint."""
+def _publish_rank(name: str) -> int:
+    """Order of the moves: 2, the last, for the file by which a loader finds the new weights."""
     if name in (WEIGHTS, WEIGHTS_INDEX):
         return 2
     return 1 if name.endswith(".safetensors") else 0
 
 
-def _rename_colliding_shards(staging, directory):
-    """Gives new shards names that the folder does not have, so that the old index keeps meaning the old weights."""
+def _rename_colliding_shards(staging: str, directory: Path) -> None:
+    """Renames new shards whose names exist in the target folder, so that the old index still points to old weights."""
     index_path = os.path.join(staging, WEIGHTS_INDEX)
     if not os.path.exists(index_path):
         return
@@ -131,8 +140,8 @@ def _rename_colliding_shards(staging, directory):
     write_json(index_path, index)
 
 
-def _remove_stale_weights(directory, written):
-    """Removes the weights of an earlier save, which a loader would read instead of, or keep beside, the new ones."""
+def _remove_stale_weights(directory: Path, written: list[str]) -> None:
+    """Removes the weights of an earlier save, which a loader might read instead of the new ones."""
     if WEIGHTS not in written and WEIGHTS_INDEX not in written:
         return
     for name in os.listdir(directory):
@@ -140,8 +149,8 @@ def _remove_stale_weights(directory, written):
             os.remove(os.path.join(directory, name))
 
 
-def _flush(path):
-    """Waits until the file or folder is on disk; without it a power cut may keep the rename and lose the content."""
+def _flush(path: Path) -> None:
+    """Waits until the file or folder is on disk. Without it a power cut may keep the rename and lose the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,8 +161,8 @@ def _flush(path):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """Returns the JSON object in `path`. Raises ValueError naming the file if it is missing or is no JSON object."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in `path`. Raises ValueError that names the file if it is missing or holds anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -166,20 +175,21 @@ def read_json(path):
     return content
 
 
-def tensor_names(path):
-    """Returns the names in a safetensors file, whose header and length are checked on the way."""
+def tensor_names(path: Path) -> list[str]:
+    """Returns the names in a safetensors file; checks its header and length."""
     with _opened(path) as file:
         return list(file.keys())
 
 
-def read_tensors(path, prefix=""):
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Returns the tensors in a safetensors file whose names start with `prefix`, on the CPU, under their full names."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
 @contextlib.contextmanager
-def _opened(path):
+def _opened(path: Path) -> Iterator[Any]:
+    """Yields an open safetensors file. Raises ValueError that names it if it is missing, truncated or damaged."""
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint: {path} must exist, got no such file")
     try:
@@ -192,11 +202,12 @@ def _opened(path):
         ) from None
 
 
-def weight_files(directory, name=WEIGHTS):
+def weight_files(directory: Path, name: str = WEIGHTS) -> dict[str, str]:
     """Checks every weight file of a local checkpoint and returns {tensor name: file path}; {} if there is none.
 
-    name: WEIGHTS, single or sharded, or ADAPTER_WEIGHTS. Raises ValueError for a missing, truncated or corrupt file,
-    for an index that names what is not there, and for weights that exist only as pickle, which are never opened.
+    name: WEIGHTS (one file or shards with an index) or ADAPTER_WEIGHTS.
+    Raises: ValueError for a missing, truncated or corrupt file, for an index that names files or tensors that do not
+    exist, and for weights that exist only as pickle; pickle files are never opened.
     """
     path, index_path = os.path.join(directory, name), os.path.join(directory, WEIGHTS_INDEX)
     if os.path.exists(path):
@@ -208,11 +219,11 @@ def weight_files(directory, name=WEIGHTS):
     return {}
 
 
-def _sharded_files(directory, index_path):
+def _sharded_files(directory: Path, index_path: str) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"checkpoint: {index_path} must hold a weight_map from tensor to file, got {weight_map!r:.80}")
-    names = {}
+    names: dict[str, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         if os.path.basename(shard) != shard:
             raise ValueError(f"checkpoint: {index_path} must name files of its own folder, got {shard!r}")
@@ -225,7 +236,7 @@ def _sharded_files(directory, index_path):
     return {tensor: os.path.join(directory, shard) for tensor, shard in weight_map.items()}
 
 
-def _refuse_pickle(pickle, path):
+def _refuse_pickle(pickle: str, path: str) -> None:
     if os.path.exists(pickle):
         raise ValueError(
             f"checkpoint: weights must be safetensors, got the pickle file {pickle}, which can run code when read; "
@@ -234,10 +245,10 @@ def _refuse_pickle(pickle, path):
         )
 
 
-def check_fits(owner, expected, found, strict=True):
-    """Raises ValueError if the tensors in `found` cannot be loaded into `expected`, naming them; changes neither.
+def check_fits(owner: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, Any], strict: bool = True) -> None:
+    """Raises ValueError or TypeError that names the tensors in `found` that cannot be loaded into `expected`.
 
-    expected, found: dict of name to tensor. strict: also raise for missing and for unknown names.
+    owner: begins the error. strict: raise also for missing and for unknown names.
     """
     if strict:
         for what, names in (("hold", expected.keys() - found.keys()), ("not hold", found.keys() - expected.keys())):

@@ -1,9 +1,12 @@
-"""From a path or hub id to a backbone and the state of its value head; local files are checked before they are used."""
+"""Loads the backbone and the state of its value head from a path or a hub id; local files are checked first."""
 
 import contextlib
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from . import checkpoint, lora
@@ -11,18 +14,20 @@ from . import checkpoint, lora
 logger = logging.getLogger(__name__)
 
 
-def check_source(source):
-    """Raises ValueError for what looks like a path but is no folder, before anything asks the hub for it."""
+def check_source(source: str) -> None:
+    """Raises ValueError for what looks like a path but is not a folder, before the hub is asked for it."""
     looks_like_path = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count(os.sep) > 1
     if not os.path.isdir(source) and (looks_like_path or os.path.exists(source)):
         raise ValueError(f"from_pretrained: the model must be an existing folder or a hub id, got {source}")
 
 
-def load_pretrained(auto_class, source, is_trainable, model_args, kwargs):
+def load_pretrained(
+    auto_class: Any, source: str, is_trainable: bool, model_args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, bool]:
     """Returns the transformers model in `source`, or the PeftModel if it holds an adapter, and whether it does.
 
-    Raises ValueError for a path that is not there, for pickle weights, and for files that are missing, damaged or of
-    other shapes than the config says.
+    Raises: ValueError for a path that does not exist, for pickle weights, for missing or damaged files, and for tensors
+    of other shapes than the config says.
     """
     check_source(source)
     adapter_found = lora.find_adapter(source, kwargs)
@@ -34,7 +39,8 @@ def load_pretrained(auto_class, source, is_trainable, model_args, kwargs):
     return (lora.load(model, source, is_trainable, kwargs) if adapter_found else model), adapter_found
 
 
-def _check_folder(base, kwargs):
+def _check_folder(base: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a local folder has no config or no whole weights; other formats are transformers' matter."""
     if {"variant", "gguf_file", "state_dict"} & kwargs.keys():
         return
     folder = os.path.join(base, kwargs.get("subfolder", ""))
@@ -45,10 +51,11 @@ def _check_folder(base, kwargs):
         raise ValueError(f"checkpoint: {folder} must hold {wanted}, got {sorted(os.listdir(folder))}")
 
 
-def _load_backbone(auto_class, base, model_args, kwargs):
+def _load_backbone(auto_class: Any, base: str, model_args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     kwargs = dict(kwargs)
     ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    # use_safetensors holds for the hub too: no file is ever unpickled. Mismatches are let through to be named here
+    # use_safetensors: pickle files are not read from the hub either. Tensors of a wrong shape are ignored at first, so
+    # that the error below can name them
     with _without_v_head_report():
         model, info = auto_class.from_pretrained(
             base,
@@ -59,14 +66,14 @@ def _load_backbone(auto_class, base, model_args, kwargs):
         name, found, expected = _mismatch(min(info["mismatched_keys"]), model, base)
         raise ValueError(f"checkpoint: {name} in {base} must have shape {expected} as its config says, got {found}")
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("v_head."))
-    for names, fate in ((unexpected, "not used"), (sorted(info["missing_keys"]), "initialised anew")):
+    for names, fate in ((unexpected, "not used"), (sorted(info["missing_keys"]), "newly initialised")):
         if names and len(unexpected) < len(info["unexpected_keys"]):
             logger.warning("%s: %s", base, f"{', '.join(names)}: {fate}")
     return model
 
 
-def _mismatch(entry, model, base):
-    """Returns name, found and expected shape; transformers 4.57 gives the name alone where 5.23 gives all three."""
+def _mismatch(entry: Any, model: Any, base: str) -> tuple[str, Any, list[int]]:
+    """Returns name, found and expected shape of a mismatch; transformers 4.57 reports only the name, 5.23 all three."""
     if not isinstance(entry, str):
         return entry[0], list(entry[1]), list(entry[2])
     path = checkpoint.weight_files(base).get(entry) if os.path.isdir(base) else None
@@ -75,10 +82,10 @@ def _mismatch(entry, model, base):
 
 
 @contextlib.contextmanager
-def _without_v_head_report():
-    """Drops transformers' table of unknown weights where it names the v_head, which is read right afterwards."""
+def _without_v_head_report() -> Iterator[None]:
+    """Suppresses transformers' warning about unknown weights if it names the v_head, which is loaded afterwards."""
 
-    def keep(record):
+    def keep(record: logging.LogRecord) -> bool:
         return "v_head" not in record.getMessage()
 
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
@@ -91,13 +98,13 @@ def _without_v_head_report():
             each.removeFilter(keep)
 
 
-def read_v_head(source, kwargs):
-    """Returns the v_head.* tensors of a checkpoint, {} with an info message if it has none."""
+def read_v_head(source: str, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the v_head.* tensors of a checkpoint; {} and an info message if it has none."""
     if os.path.isdir(source):
         files = checkpoint.weight_files(os.path.join(source, kwargs.get("subfolder", "")))
     else:
         files = _cached_weight_files(source, kwargs)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for path in sorted({path for name, path in files.items() if name.startswith("v_head.")}):
         state.update(checkpoint.read_tensors(path, "v_head."))
     if not state:
@@ -105,8 +112,8 @@ def read_v_head(source, kwargs):
     return state
 
 
-def _cached_weight_files(source, kwargs):
-    """Returns {tensor name: file path} for a hub id whose weights transformers has just put into its cache."""
+def _cached_weight_files(source: str, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {tensor name: file path} for a hub id whose weights transformers has just downloaded to its cache."""
     kwargs = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
     for name in (checkpoint.WEIGHTS, checkpoint.WEIGHTS_INDEX):
         path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **kwargs)

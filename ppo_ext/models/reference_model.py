@@ -1,11 +1,12 @@
 """The frozen reference of a policy, with its first layers shared if asked for."""
 
 import copy
-import logging
+from typing import TypeVar
 
+from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# TRL 0.11.4, `LAYER_PATTERNS`, and T5, whose whole encoder then counts as shared as BART's does
+# TRL 0.11.4, `LAYER_PATTERNS`, and T5. Encoder parameters come before the decoder's, so they are all shared, as in BART
 LAYER_PATTERNS = (
     "transformer.h.{layer}",
     "model.decoder.layers.{layer}",
@@ -13,17 +14,22 @@ LAYER_PATTERNS = (
     "model.layers.{layer}",
     "decoder.block.{layer}",
 )
-logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def create_reference_model(model, num_shared_layers=None, pattern=None):
+def create_reference_model(model: Model, num_shared_layers: int | None = None, pattern: str | None = None) -> Model:
     """Returns a copy of the model in eval mode without gradients.
 
-    num_shared_layers: all parameters before layer number `num_shared_layers` (the embeddings and the layers 0 to
-    num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything and
-    freezes nothing in `model`.
-    pattern: the layers' name, such as "transformer.h.{layer}"; by default the first of `LAYER_PATTERNS` that matches.
-    Raises ValueError if no name matches, and under DeepSpeed ZeRO-3, where a rank has no whole parameter to copy.
+    Args:
+        num_shared_layers: all parameters before layer number `num_shared_layers` (the embeddings and the layers 0 to
+            num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything
+            and freezes nothing in `model`.
+        pattern: the layers' name, such as "transformer.h.{layer}"; by default the first of `LAYER_PATTERNS` that
+            matches.
+
+    Raises: ValueError if no name matches, and under DeepSpeed ZeRO-3, where no rank has whole parameters to copy.
+
     Source: TRL 0.11.4, `create_reference_model`; there the shared layers are frozen copies.
     """
     if is_deepspeed_zero3_enabled():
@@ -32,14 +38,16 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
             "with from_pretrained instead"
         )
     shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
-    # deepcopy takes what stands in its memo for already copied, so these stay the model's own and are frozen there too
+    # deepcopy does not copy what its memo already holds: the shared parameters stay the model's own, so the loop below
+    # freezes them in the model as well
     reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
     for parameter in reference.parameters():
         parameter.requires_grad_(False)
     return reference.eval()
 
 
-def _parameters_before(model, num_shared_layers, pattern):
+def _parameters_before(model: nn.Module, num_shared_layers: int, pattern: str | None) -> list[nn.Parameter]:
+    """The parameters before a layer, in the order of `named_parameters`."""
     names = [name for name, _ in model.named_parameters()]
     candidates = LAYER_PATTERNS if pattern is None else (pattern,)
     for candidate in candidates:

@@ -1,4 +1,6 @@
-"""The head that turns hidden states into values, and where it gets them."""
+"""The value head, and how it gets the hidden states that the language model head reads."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -7,13 +9,23 @@ from torch import nn
 class ValueHead(nn.Module):
     """Dropout, then Linear(hidden_size, 1): [B, T, H] any float -> [B, T, 1] in the dtype of its own weight.
 
-    summary_dropout_prob: taken from the config if it has one, else from the keyword, else 0.1.
-    v_head_init_strategy: None keeps nn.Linear's own initialisation; "normal" draws the weight from
-    N(0, v_head_initializer_range) and sets the bias to 0. Raises ValueError for any other, and for a config from which
-    the hidden size cannot be told. Source: TRL 0.11.4, `ValueHead`, with the same draws from torch's generator.
+    Args:
+        config: a transformers config, for the hidden size. Its summary_dropout_prob, if any, wins over the argument.
+        v_head_init_strategy: None keeps nn.Linear's own initialisation; "normal" draws the weight from
+            N(0, v_head_initializer_range^2) and sets the bias to 0.
+
+    Raises: ValueError for another strategy, and for a config without a hidden size.
+
+    Source: TRL 0.11.4, `ValueHead`, with the same draws from torch's generator.
     """
 
-    def __init__(self, config, summary_dropout_prob=0.1, v_head_initializer_range=0.2, v_head_init_strategy=None):
+    def __init__(
+        self,
+        config: Any,
+        summary_dropout_prob: float = 0.1,
+        v_head_initializer_range: float = 0.2,
+        v_head_init_strategy: str | None = None,
+    ) -> None:
         super().__init__()
         if v_head_init_strategy not in (None, "normal"):
             raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
@@ -24,16 +36,16 @@ class ValueHead(nn.Module):
             nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(hidden_states)
-        # autocast would compute the value in half precision, which GAE and the value loss then amplify
+        # autocast would compute the value in half precision, whose rounding errors GAE and the value loss amplify
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.summary(hidden_states.to(self.summary.weight.dtype))
 
 
-def _hidden_size(config):
+def _hidden_size(config: Any) -> int:
     """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
-    candidates = [(config, "word_embed_proj_dim")]
+    candidates: list[tuple[Any, str]] = [(config, "word_embed_proj_dim")]
     if getattr(config, "is_encoder_decoder", False):
         candidates.append((getattr(config, "decoder", None), "hidden_size"))
     candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
@@ -43,37 +55,41 @@ def _hidden_size(config):
     raise ValueError(f"ValueHead: config must have hidden_size, got {type(config).__name__} without it")
 
 
-def run(model, **kwargs):
+def run(model: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
     """Returns a language model's output and the hidden states [B, T, H] that its head reads.
 
-    These are `hidden_states[-1]` (`decoder_hidden_states[-1]`) of `output_hidden_states=True`, taken as they pass by:
-    that option would keep every layer's until the end, without gradients as much memory as the logits of an 8B model.
-    It is the fallback for a model whose backbone is not found, and for a compiled one, which may not call new hooks.
+    These are `hidden_states[-1]` (`decoder_hidden_states[-1]`) of `output_hidden_states=True`, taken by a forward hook
+    on the backbone. The option itself would keep the hidden states of every layer until the end: in a pass without
+    gradients, as much memory as the logits of an 8B model. It is the fallback for a model whose backbone is not found,
+    and for a compiled model, which may not call hooks that are registered after compilation.
     """
-    captured = []
+    kwargs["return_dict"] = True
+    captured: list[torch.Tensor] = []
 
-    def capture(module, inputs, output):
-        # a composed model's decoder has a language model head of its own, whose output starts with logits
+    def capture(module: nn.Module, inputs: Any, output: Any) -> None:
+        # a decoder that has a language model head of its own outputs logits and no last_hidden_state
         if hasattr(output, "last_hidden_state"):
             captured.append(output.last_hidden_state)
 
     handles = [module.register_forward_hook(capture) for module in _backbones(model)]
     try:
-        output = model(**kwargs, return_dict=True)
+        output = model(**kwargs)
     finally:
         for handle in handles:
             handle.remove()
     if not captured:
-        output = model(**{**kwargs, "output_hidden_states": True}, return_dict=True)
+        output = model(**{**kwargs, "output_hidden_states": True})
         name = "decoder_hidden_states" if "decoder_hidden_states" in output else "hidden_states"
         captured.append(output[name][-1])
     return output, captured[-1]
 
 
-def _backbones(model):
-    """The modules below the language model head that may feed it; of those that run, the outermost ends last.
+def _backbones(model: Any) -> list[nn.Module]:
+    """The modules whose output may be what the language model head reads.
 
-    OPT for one calls its decoder and passes by the base model around it; T5 has no base model.
+    Usually that is `base_model`. OPT's language model calls the decoder inside its base model directly, and T5 has a
+    decoder but no base model. Some of these modules contain others; the outer one ends its forward later, so the last
+    output that `run` captures is the one that the head reads.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(model.base_model, "decoder", None)

@@ -1,12 +1,14 @@
-"""PPOConfig: every number a PPO run needs, under TRL's names and with TRL's defaults."""
+"""PPOConfig: the settings of a PPO run, under TRL's names and with TRL's defaults."""
 
 import json
 import math
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from .stats import flatten_dict
 
@@ -27,35 +29,37 @@ class PPOConfig:
     Fields may be set after construction; `check()` runs at construction and again at the start of each
     `PPOTrainer.step`, so a bad value is named before a weight changes.
 
+    (*) inplace_logits_grad saves one buffer of the logits' size. The trainer turns it off by itself where `loss`,
+    `train_minibatch` or `batched_forward_pass` is overridden and where a forward hook sees the logits. Set it to False
+    if the model itself keeps its logits, for example in an attribute.
+
     Raises: ValueError for a value out of range, TypeError for a value of the wrong type, ImportError if
     `log_with="wandb"` and wandb is not installed.
     """
 
     # --- the run
-    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]  # name of the run, for you; nothing reads it
+    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]  # name of the run, for the user; nothing reads it
     seed: int = 0  # seeds random, numpy and torch when the trainer is built
-    steps: int = 20000  # samples in the whole run; only total_ppo_epochs is made from it
+    steps: int = 20000  # samples in the whole run; only total_ppo_epochs is computed from it
 
     # --- batches, in samples of one process
     batch_size: int = 128  # samples per step()
     mini_batch_size: int = 128  # samples per forward pass
-    gradient_accumulation_steps: int = 1  # mini batches per optimizer update
+    gradient_accumulation_steps: int = 1  # minibatches per optimizer update
     ppo_epochs: int = 4  # passes over the batch per step()
 
     # --- optimizer
-    learning_rate: float = 1.41e-5  # of the Adam that is made when no optimizer is passed
-    max_grad_norm: float | None = None  # L2 norm the gradient is clipped to at every update; None: no clipping
+    learning_rate: float = 1.41e-5  # of the Adam optimizer that is made when none is passed
+    max_grad_norm: float | None = None  # limit of the gradient's L2 norm at every update; None: no clipping
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, one more forward
-    inplace_logits_grad: bool = True  # write the logits' gradient over the logits; off by itself if you override loss
+    inplace_logits_grad: bool = True  # write the logits' gradient over the logits, where no user code sees them (*)
 
     # --- KL penalty, in nats
     adap_kl_ctrl: bool = True  # adapt the KL coefficient to `target`; False: keep init_kl_coef
-    init_kl_coef: float = 0.2  # reward taken off per nat of KL
-    kl_penalty: str = (
-        "kl"  # per token: "kl" d, "abs" |d|, "mse" d^2/2, d = logprob - ref_logprob; "full" KL(policy||ref)
-    )
-    target: float = 6.0  # KL per sequence the adaptive controller aims at, nats
-    horizon: float = 10000.0  # samples over which the adaptive controller acts
+    init_kl_coef: float = 0.2  # reward subtracted per nat of KL
+    kl_penalty: str = "kl"  # per token: "kl" d = logprob - ref_logprob, "abs" |d|, "mse" d^2/2, "full" KL(policy||ref)
+    target: float = 6.0  # KL per sequence that the adaptive controller aims at, in nats
+    horizon: float = 10000.0  # time scale of the adaptive controller, in samples
 
     # --- advantages
     gamma: float = 1.0  # discount per token, in [0, 1]
@@ -67,11 +71,11 @@ class PPOConfig:
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
-    ratio_threshold: float = 10.0  # a mini batch whose mean ratio exceeds this is skipped
+    ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
 
     # --- early stopping
     early_stopping: bool = False  # end the PPO epochs once the policy has moved too far
-    target_kl: float = 1.0  # nats per token; training stops above 1.5 times this
+    target_kl: float = 1.0  # nats per token; the epochs end above 1.5 times this
 
     # --- scores
     use_score_scaling: bool = False  # divide scores by their running standard deviation
@@ -80,19 +84,19 @@ class PPOConfig:
 
     # --- data and bookkeeping
     remove_unused_columns: bool = True  # drop dataset columns that the model's forward does not take
-    dataset_num_proc: int | None = None  # accepted, nothing reads it
-    compare_steps: int = 1  # steps between two looks for a new best mean score
-    push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # repo_id, ...: push the best model
+    dataset_num_proc: int | None = None  # accepted as in TRL; nothing reads it
+    compare_steps: int = 1  # a new best mean score is looked for every so many steps
+    push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # with a repo_id: push the best model
     optimize_device_cache: bool = False  # empty the device cache after each part of a step: slower, less memory
 
     # --- trackers and devices, handed to accelerate
     log_with: str | None = None  # "wandb", "tensorboard" or any other tracker accelerate knows
-    tracker_project_name: str = "trl"  # project the tracker files the run under
+    tracker_project_name: str = "trl"  # the tracker's project
     tracker_kwargs: dict | str | None = field(default_factory=dict)  # init_kwargs of Accelerator.init_trackers
     accelerator_kwargs: dict | str | None = field(default_factory=dict)  # keyword arguments of Accelerator
     project_kwargs: dict | str | None = field(default_factory=dict)  # keyword arguments of ProjectConfiguration
 
-    # --- labels that reach the tracker and nothing else
+    # --- labels: sent to the tracker, otherwise unused
     task_name: str | None = None  # label
     model_name: str = "gpt2"  # label
     query_dataset: str = "stanfordnlp/imdb"  # label
@@ -102,7 +106,7 @@ class PPOConfig:
     forward_batch_size: int | None = None  # deprecated: overwrites mini_batch_size
     optimize_cuda_cache: bool | None = None  # deprecated: overwrites optimize_device_cache
 
-    # --- computed; what you pass here is overwritten
+    # --- computed; values passed here are overwritten
     backward_batch_size: int | None = None  # samples per optimizer update: mini_batch_size * accumulation
     total_ppo_epochs: int | None = None  # step() calls in the run: ceil(steps / batch_size)
     world_size: int | None = None  # processes, set by the trainer
@@ -111,7 +115,7 @@ class PPOConfig:
     is_encoder_decoder: bool | None = None  # set by the trainer from the model
     is_peft_model: bool | None = None  # set by the trainer from the model
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
             warnings.warn(
                 "PPOConfig: forward_batch_size is deprecated and overwrites mini_batch_size; use mini_batch_size",
@@ -122,9 +126,7 @@ class PPOConfig:
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
         for name in _JSON_DICTS:
-            value = getattr(self, name)
-            if value is None or isinstance(value, str):  # a command line hands over JSON text
-                setattr(self, name, json.loads(value) if value else {})
+            setattr(self, name, as_dict(getattr(self, name)))
         if self.log_with == "wandb":
             _require_wandb()
         self.check()
@@ -151,27 +153,34 @@ class PPOConfig:
             )
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All fields in one flat dict, nested keys joined by "/"."""
         return flatten_dict(dict(vars(self)))
 
-    def _require_count(self, name):
+    def _require_count(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"PPOConfig: {name} must be an int, got {value!r} ({type(value).__name__})")
         if value < 1:
             raise ValueError(f"PPOConfig: {name} must be at least 1, got {value}")
 
-    def _require(self, names, holds, condition):
+    def _require(self, names: Iterable[str], holds: Callable[[float], bool], condition: str) -> None:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"PPOConfig: {name} must be a number, got {value!r} ({type(value).__name__})")
-            if not holds(value):  # false for NaN as well
+            if not holds(float(value)):  # false for NaN as well
                 raise ValueError(f"PPOConfig: {name} must {condition}, got {value}")
 
 
-def _require_wandb():
+def as_dict(value: dict | str | None) -> dict[str, Any]:
+    """A field of keyword arguments as a dict: command lines hand over JSON text, and None means none."""
+    if value is None or isinstance(value, str):
+        return json.loads(value) if value else {}
+    return value
+
+
+def _require_wandb() -> None:
     from importlib.util import find_spec
 
     if find_spec("wandb") is None:

@@ -1,22 +1,38 @@
-"""Scoring responses: model inputs, forward passes of policy and reference, and what of their logits is kept."""
+"""Forward passes of policy and reference over queries with their responses."""
 
 import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
 
 from ..ops.full_kl import full_kl
 from ..ops.logprobs import logprobs as token_logprobs
 from ..ops.logprobs import logprobs_and_entropy
+from .base import TrainerBase
+from .overrides import is_overridden, replaceable
 from .rollout import join, next_tokens, position_ids, takes_position_ids, token_mask
 
 
-class ForwardMixin:
+class ForwardPass(NamedTuple):
+    """What a model says about B responses. T is the padded length; column t is about token t + 1."""
+
+    logprobs: torch.Tensor  # [B, T-1] float32, 0 where the mask is 0
+    logits: torch.Tensor | None  # [B, T-1, V] in the model's dtype, if asked for
+    values: torch.Tensor  # [B, T-1] float32
+    mask: torch.Tensor  # [B, T-1] int64, 1 where a response token counts
+    entropy: torch.Tensor | None  # [B, T-1] float32, a constant for autograd, if asked for
+
+
+class ForwardMixin(TrainerBase):
     """`PPOTrainer.prepare_model_inputs`, `batched_forward_pass` and what they need."""
 
-    def prepare_model_inputs(self, queries, responses):
+    def prepare_model_inputs(self, queries: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]) -> Any:
         """Collated model inputs: input_ids and attention_mask [B, T], for an encoder-decoder also decoder_*."""
 
-        def collate(samples):
+        def collate(samples: Sequence[torch.Tensor]) -> Any:
             return self.data_collator([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples])
 
         if self.is_encoder_decoder:
@@ -27,11 +43,11 @@ class ForwardMixin:
             input_data = collate(
                 [torch.cat([query, response]) for query, response in zip(queries, responses, strict=True)]
             )
-        input_data.pop("labels", None)  # the model would compute a loss of its own
+        input_data.pop("labels", None)  # with labels the model would compute a loss that nobody uses
         return input_data.to(self.current_device)
 
-    def _pad_across_processes(self, model_inputs):
-        """All processes get the longest T, so that their statistics have one shape."""
+    def _pad_across_processes(self, model_inputs: Any) -> Any:
+        """Pads to the longest T of all processes, so that their statistics have one shape and can be averaged."""
         if self.is_distributed:
             for name, tensor in model_inputs.items():
                 model_inputs[name] = self.accelerator.pad_across_processes(
@@ -43,100 +59,174 @@ class ForwardMixin:
         return model_inputs
 
     @torch.no_grad()
-    def _score(self, queries, responses, model_inputs, response_masks):
-        """(logprobs, ref_logprobs, values, mask), each [B, T-1], under the policy as it is and the reference.
+    def _forward_both(
+        self,
+        queries: list[torch.Tensor],
+        responses: list[torch.Tensor],
+        model_inputs: Mapping[str, torch.Tensor],
+        response_masks: list[torch.Tensor] | None,
+    ) -> tuple[ForwardPass, ForwardPass, torch.Tensor | None]:
+        """The forward passes of the policy as it is and of the reference, and their divergences for "full".
 
-        For kl_penalty "full" the two models' logits of one mini batch exist at a time, and the divergences are kept for
-        `compute_rewards`.
+        For kl_penalty "full" the divergences [B, T-1] are computed minibatch by minibatch, so that the logits of two
+        models exist for one minibatch only. If a user has replaced the methods that take the divergence, the logits of
+        the whole batch are kept for them, and no divergences are computed.
         """
         full = self.config.kl_penalty == "full"
+        keep_logits = full and is_overridden(self, "compute_rewards", "_kl_penalty")
         rows_at_once = self.config.mini_batch_size if full else len(queries)
-        parts = []
+        ref_model = self.model if self.is_peft_model else self.ref_model
+        policy_parts, reference_parts, kls = [], [], []
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)
             batch = (queries[rows], responses[rows], {name: x[rows] for name, x in model_inputs.items()})
-            options = {"return_logits": full, "response_masks": response_masks and response_masks[rows]}
-            logprobs, logits, values, mask = self.batched_forward_pass(self.model, *batch, **options)
+            options: dict[str, Any] = {"return_logits": full, "response_masks": response_masks and response_masks[rows]}
+            policy = ForwardPass(*self.batched_forward_pass(self.model, *batch, **options), None)
             with self.optional_peft_ctx():
-                ref_model = self.model if self.is_peft_model else self.ref_model
-                ref_logprobs, ref_logits, _, _ = self.batched_forward_pass(ref_model, *batch, **options)
-            kls = [full_kl(logits, ref_logits, mask=mask)] if full else []
-            parts.append((logprobs, ref_logprobs, values, mask, *kls))
-        logprobs, ref_logprobs, values, mask, *kls = map(join, zip(*parts, strict=True))
-        if full:
-            self._full_kls[logprobs] = kls[0]
-        return logprobs, ref_logprobs, values, mask
+                reference = ForwardPass(*self.batched_forward_pass(ref_model, *batch, **options), None)
+            if full and not keep_logits:
+                kls.append(divergences(policy, reference))
+                policy, reference = policy._replace(logits=None), reference._replace(logits=None)
+            policy_parts.append(policy)
+            reference_parts.append(reference)
+        return join_passes(policy_parts), join_passes(reference_parts), join(kls) if kls else None
 
-    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False, response_masks=None):
-        """Score responses in chunks of config.mini_batch_size, in eval mode, so without dropout.
+    @replaceable
+    def batched_forward_pass(
+        self,
+        model: nn.Module,
+        queries: Sequence[torch.Tensor],
+        responses: Sequence[torch.Tensor],
+        model_inputs: Mapping[str, torch.Tensor],
+        return_logits: bool = False,
+        response_masks: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """A forward pass over chunks of config.mini_batch_size samples, in eval mode, so without dropout.
 
         Args:
+            model: the policy or the reference.
             queries, responses: lists of 1-D tensors; only their lengths are read.
             model_inputs: from `prepare_model_inputs`.
             response_masks: None, or a list of 1-D tensors, nonzero where a response token counts.
 
         Returns:
             (logprobs, logits or None, values, mask): logprobs and values [B, T-1], logits [B, T-1, V] in the model's
-            dtype, mask [B, T-1] int64. Logprobs are 0 where the mask is 0. (TRL also fills those.)
+            dtype, mask [B, T-1] int64. Logprobs are 0 where the mask is 0. (TRL also fills those.) No backward pass
+            changes these logits.
+
+        Source: TRL 0.11.4, `PPOTrainer.batched_forward_pass`.
         """
+        result = self._forward_pass(
+            model, queries, responses, model_inputs, response_masks, return_logits=return_logits
+        )
+        return result.logprobs, result.logits, result.values, result.mask
+
+    @replaceable
+    def _forward_pass(
+        self,
+        model: nn.Module,
+        queries: Sequence[torch.Tensor],
+        responses: Sequence[torch.Tensor],
+        model_inputs: Mapping[str, torch.Tensor],
+        response_masks: Sequence[torch.Tensor] | None = None,
+        *,
+        return_logits: bool = False,
+        with_entropy: bool = False,
+        inplace_backward: bool = False,
+    ) -> ForwardPass:
+        """See `batched_forward_pass`. inplace_backward: the backward pass may write the gradient over the logits."""
         model.eval()
-        self._recompute_in_backward(model)
-        with_entropy = torch.is_grad_enabled()
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            recompute_layers_without_dropout(model)
+        with_positions = False
+        if self.tokenizer.padding_side == "left" and not self.is_encoder_decoder:
+            with_positions = takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model)
         parts = []
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)
-            chunk = {name: x[rows] for name, x in model_inputs.items()}
-            masks = response_masks and response_masks[rows]
-            scored = self._forward(model, queries[rows], responses[rows], chunk, masks, with_entropy)
-            parts.append(scored if return_logits else {**scored, "logits": None})
-        whole = {
-            name: None if parts[0][name] is None else join([part[name] for part in parts])[:, :-1] for name in parts[0]
-        }
-        if with_entropy:
-            self._entropies[whole["logprobs"]] = whole["entropy"]
-        self._empty_device_cache()
-        return whole["logprobs"], whole["logits"], whole["values"], whole["mask"]
-
-    def _forward(self, model, queries, responses, chunk, response_masks, with_entropy):
-        """One forward pass; every result has T columns, the last of which is masked.
-
-        The op gets all the logits, not a slice of them: the gradient of a slice would be one more tensor of their size.
-        """
-        decoder = "decoder_" if self.is_encoder_decoder else ""
-        input_ids, attention_mask = chunk[f"{decoder}input_ids"], chunk[f"{decoder}attention_mask"]
-        mask = token_mask(
-            attention_mask,
-            [len(query) for query in queries],
-            [len(ids) for ids in responses],
-            response_masks,
-            self.is_encoder_decoder,
-        )
-        if self.tokenizer.padding_side == "left" and not self.is_encoder_decoder:
-            if takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model):
-                chunk = {"position_ids": position_ids(attention_mask), **chunk}
-        logits, _, values = model(**chunk)
-        labels, entropy = next_tokens(input_ids), None
-        if with_entropy:
-            logprobs, entropy = logprobs_and_entropy(
-                logits, labels, mask=mask, inplace_backward=self._may_overwrite_logits
+            inputs = {name: x[rows] for name, x in model_inputs.items()}
+            decoder = "decoder_" if self.is_encoder_decoder else ""
+            input_ids, attention_mask = inputs[f"{decoder}input_ids"], inputs[f"{decoder}attention_mask"]
+            mask = token_mask(
+                attention_mask,
+                [len(query) for query in queries[rows]],
+                [len(ids) for ids in responses[rows]],
+                response_masks and response_masks[rows],
+                self.is_encoder_decoder,
             )
-            entropy = entropy.detach()
-        else:
-            logprobs = token_logprobs(logits, labels, mask=mask)
-        return {"logprobs": logprobs, "logits": logits, "values": values, "mask": mask, "entropy": entropy}
+            if with_positions:
+                inputs = {"position_ids": position_ids(attention_mask), **inputs}
+            labels = next_tokens(input_ids)
+            parts.append(forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward))
+        whole = join_passes(parts)
+        self._empty_device_cache()
+        columns: list[Any] = [None if x is None else x[:, :-1] for x in whole]
+        return ForwardPass(*columns)
 
-    def _recompute_in_backward(self, model):
-        """Switch gradient checkpointing on without dropout: transformers recomputes only layers in training mode.
-
-        A layer that would apply a dropout of its own in that mode stays in eval mode, and is not recomputed.
-        """
-        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
-            return
-        for module in model.modules():
-            drops = any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
-            module.training = getattr(module, "gradient_checkpointing", False) and not drops
-
-    def _empty_device_cache(self):
+    def _empty_device_cache(self) -> None:
         if self.config.optimize_device_cache and torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def forward_chunk(
+    model: Callable[..., Any],
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    return_logits: bool,
+    with_entropy: bool,
+    inplace_backward: bool,
+) -> ForwardPass:
+    """One call of the model. Every result has T columns, of which the last one is masked.
+
+    The op gets all T columns of the logits: autograd would make one more tensor of their size for a slice of them.
+    """
+    logits, _, values = model(**inputs)
+    entropy = None
+    if with_entropy:
+        logprobs, entropy = logprobs_and_entropy(logits, labels, mask=mask, inplace_backward=inplace_backward)
+        entropy = entropy.detach()
+    else:
+        logprobs = token_logprobs(logits, labels, mask=mask, inplace_backward=inplace_backward)
+    return ForwardPass(logprobs, logits if return_logits else None, values, mask, entropy)
+
+
+def join_passes(parts: Sequence[ForwardPass]) -> ForwardPass:
+    """One forward pass from those of consecutive samples."""
+    columns: list[Any] = [None if column[0] is None else join(column) for column in zip(*parts, strict=True)]
+    return ForwardPass(*columns)
+
+
+def divergences(policy: ForwardPass, reference: ForwardPass) -> torch.Tensor:
+    """KL(policy || reference) of each token over the whole vocabulary, [B, T-1]."""
+    logits, ref_logits, mask = policy.logits, reference.logits, policy.mask
+    if logits is None or ref_logits is None:
+        raise TypeError("PPOTrainer.step: batched_forward_pass must return logits when return_logits is True, got None")
+    return full_kl(logits, ref_logits, mask=mask)
+
+
+def recompute_layers_without_dropout(model: nn.Module) -> None:
+    """Makes gradient checkpointing work in eval mode, where transformers does not recompute.
+
+    transformers recomputes only layers in training mode. So the layers are put into that mode and the modules inside
+    them, such as nn.Dropout, are not. A layer with a dropout of its own, applied as a function, has to stay in eval mode
+    and keeps its activations.
+    """
+    for module in model.modules():
+        drops = any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+        module.training = getattr(module, "gradient_checkpointing", False) and not drops
+
+
+def hooks_see_logits(model: nn.Module, lm_head: nn.Module | None) -> bool:
+    """Whether a forward hook gets the model's logits, and may keep them: one on the LM head, around it or on all modules.
+
+    The hooks of FSDP2 are passed over: they gather and free weights and keep no outputs.
+    """
+    if torch_module._global_forward_hooks:
+        return True
+    for module in model.modules():
+        hooks = [h for h in module._forward_hooks.values() if not str(h.__module__).startswith("torch.distributed.")]
+        if hooks and (lm_head is None or any(inner is lm_head for inner in module.modules())):
+            return True
+    return False

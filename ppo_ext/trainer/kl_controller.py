@@ -1,32 +1,32 @@
-"""The coefficient of the KL penalty: fixed, or steered towards a target."""
+"""The coefficient of the KL penalty: fixed, or adapted towards a target."""
 
 
 class FixedKLController:
     """Keeps the KL coefficient as it is. Source: TRL 0.11.4, `FixedKLController`."""
 
-    def __init__(self, kl_coef: float):
+    def __init__(self, kl_coef: float) -> None:
         self.value = float(kl_coef)
 
     def update(self, current: float, n_steps: int) -> None:
-        """Nothing; here so that both controllers are called alike."""
+        """Does nothing; both controllers have the same methods."""
 
 
 class AdaptiveKLController:
-    """Raises the KL coefficient while the KL is above `target` and lowers it below.
+    """Raises the KL coefficient while the KL is above `target` and lowers it while it is below.
 
         error = min(max(current / target - 1, -0.2), 0.2)
         value = value * (1 + error * n_steps / horizon)
 
-    `value` is a Python float and stays one; in TRL it turns into a numpy.float32 under NumPy 2.
+    `value` is always a Python float; in TRL it turns into a numpy.float32 under NumPy 2.
     Source: arXiv 1909.08593, 2.2; TRL 0.11.4, `AdaptiveKLController`.
     """
 
-    def __init__(self, init_kl_coef: float, target: float, horizon: float):
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         self.value = float(init_kl_coef)
         self.target = target
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        """Move `value` given the KL per sequence of the last step (nats) and its number of samples."""
+        """Changes `value`, given the KL per sequence of the last step (nats) and its number of samples."""
         error = min(max(float(current) / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon

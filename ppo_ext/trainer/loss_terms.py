@@ -1,7 +1,11 @@
-"""The fused PPO loss as TRL's two terms, each with a gradient of its own."""
+"""The fused PPO loss as TRL's two terms, each with its own gradient, and the entropy statistic."""
+
+from typing import Any
 
 import torch
 
+from ..ops.logprobs import logprobs_and_entropy
+from ..ops.masked import masked_mean
 from ..ops.ppo_loss import ppo_loss
 
 
@@ -9,23 +13,32 @@ class _WithGradient(torch.autograd.Function):
     """`value`, a number whose gradient with respect to `x` is already known to be `grad`."""
 
     @staticmethod
-    def forward(ctx, x, value, grad):
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(grad)
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad_value):
+    def backward(ctx: Any, grad_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return grad_value * grad, None, None
 
 
 def policy_and_value_loss(
-    logprobs, old_logprobs, advantages, vpreds, values, returns, mask, *, vf_coef, **coefficients
-):
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    vpreds: torch.Tensor,
+    values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    vf_coef: float,
+    **coefficients: float,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(policy loss, vf_coef * value loss, stats), from one call of `ppo_loss`, whose arguments these are.
 
-    The policy loss depends on logprobs alone and the value loss on vpreds alone, so the gradient of the sum with
-    respect to each is that term's own; a caller may then weigh the two terms as it likes.
+    The policy loss depends on logprobs alone and the value loss on vpreds alone. So the gradient of their sum with
+    respect to either of the two is the gradient of one term, and a caller may weigh the terms as it likes.
     """
     with torch.enable_grad():
         leaves = logprobs.detach().requires_grad_(), vpreds.detach().requires_grad_()
@@ -36,3 +49,17 @@ def policy_and_value_loss(
     pg_loss = _WithGradient.apply(logprobs, stats["loss/policy"], grad_logprobs)
     vf_loss = _WithGradient.apply(vpreds, vf_coef * stats["loss/value"], grad_vpreds)
     return pg_loss, vf_loss, stats
+
+
+def mean_entropy(entropy: torch.Tensor | None, logits: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """Mean entropy of the tokens that count, a constant for autograd; NaN where neither entropy nor logits are known.
+
+    entropy: [B, T] or None. logits: [B, T, V], read only if entropy is None. mask: [B, T].
+    """
+    if entropy is None and logits is None:
+        return torch.full((), float("nan"), device=mask.device)
+    if entropy is None:
+        assert logits is not None
+        no_labels = torch.zeros_like(mask, dtype=torch.int64)
+        entropy = logprobs_and_entropy(logits.detach(), no_labels, mask=mask)[1]
+    return masked_mean(entropy, mask)

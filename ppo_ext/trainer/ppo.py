@@ -1,27 +1,36 @@
 """PPOTrainer: one `step` from queries, responses and scores to an updated policy, with TRL's names and numbers."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..ops.full_kl import full_kl
-from ..ops.gae import gae
-from ..ops.kl_rewards import kl_rewards
-from ..ops.logprobs import logprobs_and_entropy
-from ..ops.masked import masked_mean, masked_whiten
 from . import step_inputs
 from .construction import ConstructionMixin
-from .forward import ForwardMixin
+from .forward import ForwardMixin, hooks_see_logits
 from .generation import GenerationMixin
-from .loss_terms import policy_and_value_loss
+from .loss_terms import mean_entropy, policy_and_value_loss
+from .overrides import is_overridden, replaceable
+from .ratio_guard import RATIO_MEAN, SKIPPED
 from .reporting import ReportingMixin, stack_train_stats
 from .resume import ResumeMixin
+from .rewards import RewardsMixin
 from .rollout import Rollout
+from .saving import SavingMixin
 from .stats import Clock
+from .step_inputs import Scores, Tensors
 
 
-class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixin, ResumeMixin):
+class PPOTrainer(
+    ConstructionMixin,
+    GenerationMixin,
+    ForwardMixin,
+    RewardsMixin,
+    ReportingMixin,
+    SavingMixin,
+    ResumeMixin,
+):
     """PPO on a language model with a value head.
 
     `generate` samples responses, you score them, `step` trains on them. Everything that `step` does is a method of its
@@ -32,7 +41,9 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixi
     "Differences from TRL" says so.
     """
 
-    def step(self, queries, responses, scores, response_masks=None):
+    def step(
+        self, queries: Tensors, responses: Tensors, scores: Scores, response_masks: Tensors | None = None
+    ) -> dict[str, Any]:
         """Train on one batch.
 
         Args:
@@ -46,29 +57,28 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixi
         """
         clock = Clock()
         self._start_step()
-        queries, responses, scores, response_masks = self._step_safety_checker(
+        queries, responses, checked_scores, response_masks = self._step_safety_checker(
             self.config.batch_size, queries, responses, scores, response_masks
         )
-        scores = self._scale_scores(torch.stack(scores))
-        self._push_if_best(scores)
+        all_scores = self._scale_scores(torch.stack(checked_scores))
+        self._push_if_best(all_scores)
         with clock("forward_pass"):
             model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
-            logprobs, ref_logprobs, values, mask = self._score(queries, responses, model_inputs, response_masks)
+            policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
         with clock("compute_rewards"):
-            rewards, non_score_reward, kls = self.compute_rewards(scores, logprobs, ref_logprobs, mask)
+            rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
         with clock("compute_advantages"):
-            values, advantages, returns = self.compute_advantages(values, rewards, mask)
+            values, advantages, returns = self.compute_advantages(policy.values, rewards, policy.mask)
         with clock("optimize_step"):
-            rollout = Rollout(
-                queries, responses, response_masks, model_inputs, logprobs, values, mask, advantages, returns
-            )
+            batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
+            rollout = Rollout(*batch, advantages, returns)
             train_stats = self._train(rollout)
         with clock("calc_stats"):
             stats = self._record(
                 rollout,
                 train_stats,
-                scores=scores,
-                ref_logprobs=ref_logprobs,
+                scores=all_scores,
+                ref_logprobs=reference.logprobs,
                 non_score_reward=non_score_reward,
                 kls=kls,
             )
@@ -79,92 +89,37 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixi
 
     # ---- before the first forward pass -----------------------------------------------------------------------------
 
-    def _start_step(self):
-        """Config fields may have been set since the last step."""
+    def _start_step(self) -> None:
+        """Takes up config fields that may have been set since the last step."""
         self.config.check()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
 
-    def _step_safety_checker(self, batch_size, queries, responses, scores, masks=None):
+    def _step_safety_checker(
+        self,
+        batch_size: int | None,
+        queries: Tensors,
+        responses: Tensors,
+        scores: Scores,
+        masks: Tensors | None = None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]:
         """Check a batch, see `step`; returns queries, responses, scores (0-d float32) and masks on the device."""
         given = {} if masks is None else {"response_masks": masks}
         step_inputs.check_lengths(batch_size, queries=queries, responses=responses, scores=scores, **given)
         device = self.current_device
         queries = step_inputs.token_ids("queries", queries, device)
         responses = step_inputs.token_ids("responses", responses, device)
-        scores = step_inputs.score_tensors(scores, device)
-        masks = step_inputs.mask_tensors(masks, responses, device)
+        checked_scores = step_inputs.score_tensors(scores, device)
+        checked_masks = step_inputs.mask_tensors(masks, responses, device)
         if self._context is not None:
             step_inputs.check_context(queries, responses, self._context, self.is_encoder_decoder)
-        step_inputs.check_contents(queries, responses, scores, masks, self._vocab_size, self.is_encoder_decoder)
-        return queries, responses, scores, masks
-
-    def _scale_scores(self, scores):
-        """Scores [B] divided by their running deviation and clipped, as the config asks."""
-        if self.config.use_score_scaling:
-            self.running.update(scores)
-            scores = self.running.scale(scores, subtract_mean=self.config.use_score_norm)
-        clip = self.config.score_clip
-        return scores if clip is None else scores.clamp(-clip, clip)
-
-    # ---- rewards and advantages ------------------------------------------------------------------------------------
-
-    def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
-        """Per-token rewards: minus kl_coef times the KL penalty, plus the score at the last token that counts.
-
-        Args:
-            scores: [B]. masks: [B, T-1].
-            logprobs, ref_logprobs: [B, T-1]; for kl_penalty "full" those of `step`, or [B, T-1, V] log-probabilities.
-
-        Returns: (rewards, non_score_rewards, kls), each [B, T-1] float32, 0 where the mask is 0.
-
-        Source: TRL 0.11.4, `PPOTrainer.compute_rewards`.
-        """
-        penalty, kls = self.config.kl_penalty, None
-        if type(self)._kl_penalty is not PPOTrainer._kl_penalty:
-            penalty, kls = (
-                "full",
-                torch.stack([self._kl_penalty(*rows) for rows in zip(logprobs, ref_logprobs, strict=True)]),
-            )
-        elif penalty == "full":
-            kls = self._full_kls.get(logprobs)
-            kls = full_kl(logprobs, ref_logprobs, mask=masks) if kls is None else kls
-        return kl_rewards(scores, logprobs, ref_logprobs, masks, kl_coef=self.kl_ctl.value, kl_penalty=penalty, kls=kls)
-
-    def _kl_penalty(self, logprob, ref_logprob):
-        """The configured penalty of each token, [T], or [T, V] for "full" -> [T]. Override it to use your own."""
-        if self.config.kl_penalty == "full":
-            return full_kl(logprob, ref_logprob)
-        row, ref_row = logprob.reshape(1, -1), ref_logprob.reshape(1, -1)
-        no_score, all_count = row.new_zeros(1), torch.ones_like(row)
-        kls = kl_rewards(no_score, row, ref_row, all_count, kl_coef=1.0, kl_penalty=self.config.kl_penalty)[2]
-        return kls.reshape(logprob.shape)
-
-    def compute_advantages(self, values, rewards, mask):
-        """Advantages, whitened over the tokens that count, and returns.
-
-        Args: values, rewards, mask: [B, T-1].
-        Returns: (values, advantages, returns), each [B, T-1]; values and advantages are 0 where the mask is 0.
-
-        Source: TRL 0.11.4, `PPOTrainer.compute_advantages`, to which it is equal where each row's mask is one block and
-        rewards are not whitened, and everywhere with config.gae_through_padding.
-        """
-        values = values.masked_fill(mask == 0, 0.0)
-        passed_over = None if self.config.gae_through_padding else mask
-        if self.config.whiten_rewards:
-            rewards = self._whiten_rewards(rewards, mask)
-        advantages, returns = gae(values, rewards, passed_over, gamma=self.config.gamma, lam=self.config.lam)
-        return values, masked_whiten(advantages, mask), returns
-
-    def _whiten_rewards(self, rewards, mask):
-        """Rewards over the standard deviation of those that count. TRL moves the others' zeros with the mean too."""
-        if self.config.gae_through_padding:
-            weights = (mask != 0).float().clamp(min=1e-30)  # too small a weight to move mean or deviation
-            return masked_whiten(rewards.masked_fill(mask == 0, 0.0), weights, shift_mean=False)
-        return masked_whiten(rewards, mask, shift_mean=False)
+        step_inputs.check_contents(
+            queries, responses, checked_scores, checked_masks, self._vocab_size, self.is_encoder_decoder
+        )
+        return queries, responses, checked_scores, checked_masks
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, rollout):
+    def _train(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """config.ppo_epochs passes over the rollout, each in a new random order; returns the stacked statistics."""
         all_stats = []
         for _ in range(self.config.ppo_epochs):
@@ -175,54 +130,87 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixi
         self.model.eval()
         return stack_train_stats(all_stats)
 
-    def _minibatches(self):
+    def _minibatches(self) -> list[list[int]]:
         """Index lists of one epoch, drawn from numpy's global stream as TRL does."""
         order = np.random.permutation(self.config.batch_size).tolist()
         size = self.config.mini_batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _train_on(self, batch):
-        own_loss = self._is_ours("loss", "train_minibatch")
-        self._may_overwrite_logits = self.config.inplace_logits_grad and own_loss
-        try:
-            with self.accelerator.accumulate(self.model):
+    def _train_on(self, batch: Rollout) -> dict[str, torch.Tensor]:
+        """Forward pass, backward pass and, when enough minibatches are accumulated, the optimizer update.
+
+        The logits are given to the methods that a user has replaced, and stay as they are. If there are none, only the
+        graph holds the logits: its backward pass may write their gradient over them and frees them before it goes on
+        through the layers. A forward hook that sees the logits may keep them, so they are not written over then either.
+        """
+        inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
+        old = (batch.logprobs, batch.values)
+        with self.accelerator.accumulate(self.model):
+            if is_overridden(self, "batched_forward_pass", "_forward_pass", "train_minibatch", "loss"):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
-                    self.model,
-                    batch.queries,
-                    batch.responses,
-                    batch.model_inputs,
-                    # own ones need no logits: only the graph holds them then, and its backward pass lets go of them
-                    return_logits=not (own_loss and self._is_ours("batched_forward_pass")),
-                    response_masks=batch.response_masks,
+                    *inputs, return_logits=True, response_masks=batch.response_masks
                 )
-                return self.train_minibatch(
-                    batch.logprobs, batch.values, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns
-                )
-        finally:
-            self._may_overwrite_logits = False
+                return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
+            new = self._forward_pass(
+                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._may_overwrite_logits()
+            )
+            return self.train_minibatch(
+                *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy
+            )
 
-    def _is_ours(self, *names):
-        """Whether these methods are PPOTrainer's own, not a subclass's or set on the trainer. Others may read logits."""
-        return all(getattr(getattr(self, name), "__func__", None) is getattr(PPOTrainer, name) for name in names)
+    def _may_overwrite_logits(self) -> bool:
+        pretrained_model = self.accelerator.unwrap_model(self.model).pretrained_model
+        return self.config.inplace_logits_grad and not hooks_see_logits(
+            self.model, pretrained_model.get_output_embeddings()
+        )
 
-    def train_minibatch(self, old_logprobs, values, logprobs, logits, vpreds, mask, advantages, returns):
+    @replaceable
+    def train_minibatch(
+        self,
+        old_logprobs: torch.Tensor,
+        values: torch.Tensor,
+        logprobs: torch.Tensor,
+        logits: torch.Tensor | None,
+        vpreds: torch.Tensor,
+        mask: torch.Tensor,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        *,
+        entropy: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """One backward pass, and an optimizer update when enough of them are accumulated.
 
         Arguments are those of `loss`. Returns its statistics.
         """
+        known = {} if entropy is None else {"entropy": entropy}  # a replaced loss need not have that argument
         loss_p, loss_v, train_stats = self.loss(
-            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, **known
         )
         self.accelerator.backward(loss_p + loss_v)
-        self._update(train_stats.pop("policy/skipped", None), train_stats.pop("policy/ratio_mean", None))
+        self._update(train_stats.pop(SKIPPED, None), train_stats.pop(RATIO_MEAN, None))
         self._empty_device_cache()
         return train_stats
 
-    def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
+    @replaceable
+    def loss(
+        self,
+        old_logprobs: torch.Tensor,
+        values: torch.Tensor,
+        logits: torch.Tensor | None,
+        vpreds: torch.Tensor,
+        logprobs: torch.Tensor,
+        mask: torch.Tensor,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        *,
+        entropy: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """PPO's clipped policy and value loss.
 
-        Args: all [b, T-1], but logits [b, T-1, V], read only for the entropy of log-probabilities that
-            `batched_forward_pass` did not make, else None will do.
+        Args:
+            old_logprobs, values, vpreds, logprobs, mask, advantages, returns: [b, T-1].
+            logits: [b, T-1, V] or None. Only the entropy statistic is computed from them, unless entropy is given.
+            entropy: [b, T-1] or None. Without logits as well, the entropy statistic is NaN.
 
         Returns:
             (policy loss, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached tensors under TRL's
@@ -243,48 +231,33 @@ class PPOTrainer(ConstructionMixin, GenerationMixin, ForwardMixin, ReportingMixi
             cliprange_value=self.config.cliprange_value,
             ratio_threshold=self.config.ratio_threshold,
         )
-        entropy = self._entropies.get(logprobs)
-        if entropy is None:
-            no_labels = torch.zeros_like(mask, dtype=torch.int64)
-            entropy = logprobs_and_entropy(logits.detach(), no_labels, mask=mask)[1]
-        stats["policy/entropy"] = masked_mean(entropy, mask)
+        stats["policy/entropy"] = mean_entropy(entropy, logits, mask)
         return pg_loss, vf_loss, stats
 
-    def _update(self, skipped, ratio_mean):
-        """An optimizer update over the accumulated mini batches, unless the ratio guard skipped all of them.
+    def _update(self, skipped: torch.Tensor | None, ratio_mean: torch.Tensor | None) -> None:
+        """An optimizer update over the accumulated minibatches, unless the ratio guard skipped all of them.
 
-        A skipped mini batch has a gradient of 0. An update with that alone would still move the weights, by Adam's
-        momentum and by weight decay, so there is none. Knowing that waits for the device once per update, unless
-        ratio_threshold is infinite.
+        The guard's decision costs one host/device sync per update, unless ratio_threshold is infinite.
         """
-        if skipped is not None and self.config.ratio_threshold < float("inf"):
-            self._guarded.append(torch.stack([skipped, ratio_mean]))
+        if skipped is not None and ratio_mean is not None and self.config.ratio_threshold < float("inf"):
+            self._ratio_guard.add(skipped, ratio_mean)
         if not self.accelerator.sync_gradients:
             return
-        guarded, self._guarded = self._guarded, []
-        if not guarded or self._any_counts(torch.stack(guarded)):
+        update, skipped_ratios = self._ratio_guard.decide(self.accelerator)
+        for ratio in skipped_ratios:
+            self.skipped_minibatches += 1
+            warnings.warn(
+                f"PPOTrainer: the mean ratio of a minibatch is {ratio:.2f}, above ratio_threshold = "
+                f"{self.config.ratio_threshold:.2f}; the minibatch is skipped",
+                stacklevel=3,
+            )
+        if update:
             if self.config.max_grad_norm is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _any_counts(self, guarded):
-        """Whether any mini batch of this update, on any process, was not skipped. guarded: [n, 2]."""
-        kept = (1 - guarded[:, :1]).sum()
-        if self.is_distributed:
-            kept = self.accelerator.reduce(kept, reduction="sum")
-        kept, *rows = torch.cat([kept.reshape(1), guarded.flatten()]).tolist()
-        for skipped, ratio_mean in zip(rows[::2], rows[1::2], strict=True):
-            if skipped:
-                self.skipped_minibatches += 1
-                warnings.warn(
-                    f"PPOTrainer: the mean ratio of a mini batch is {ratio_mean:.2f}, above ratio_threshold = "
-                    f"{self.config.ratio_threshold:.2f}; the mini batch is skipped",
-                    stacklevel=4,
-                )
-        return kept > 0
-
-    def _early_stop(self, policykl):
+    def _early_stop(self, policykl: torch.Tensor) -> bool:
         """Whether the policy has moved further than 1.5 * config.target_kl, on average over the processes."""
         if not self.config.early_stopping:
             return False

@@ -1,38 +1,41 @@
-"""Stopping a run and going on later with the same bits: one safetensors file, no pickle."""
+"""Saving and loading the state of a run, so that a resumed run has the same bits: one safetensors file, no pickle."""
 
 import json
 import os
 import random
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..models import checkpoint
+from .base import TrainerBase
 
 STATE_FILE = "trainer_state.safetensors"
 _COUNTERS = ("current_step", "compare_step", "skipped_minibatches")
 _MOMENTS = ("mean", "std", "var", "count")
 
 
-class ResumeMixin:
+class ResumeMixin(TrainerBase):
     """`PPOTrainer.save_state` and `load_state`."""
 
-    def save_state(self, directory):
-        """Write everything that the next `step` depends on to a folder, whole or not at all.
+    def save_state(self, directory: str | os.PathLike[str]) -> None:
+        """Write everything that the next `step` depends on to a folder; a killed save leaves the old file whole.
 
-        These are the weights being trained, the optimizer, the schedule, the KL coefficient, the running moments of the
-        scores, and the state of every random generator of every process. Not in it: frozen weights, the reference, and
-        how far a dataloader has been read. All processes must call it; the main one writes.
+        These are the trained weights, the optimizer, the learning rate schedule, the KL coefficient, the running moments
+        of the scores, and the state of every random generator of every process. Not included are frozen weights, the
+        reference, and the position of a dataloader. All processes must call it; the main one writes.
 
         Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state), and
         for a schedule whose state is not JSON.
         """
         self._refuse_sharding("save_state")
-        tensors = {f"model.{name}": parameter for name, parameter in self._trained().items()}
+        tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in self._trained().items()}
         optimizer, groups = _split_optimizer(self.optimizer.state_dict())
         tensors.update(optimizer)
         tensors.update({f"random.{name}": self._gather_rows(state) for name, state in _random_state().items()})
-        tensors["highest_reward"] = self.highest_reward.reshape(1)
+        tensors["highest_reward"] = getattr(self, "highest_reward", torch.tensor(-float("inf"))).reshape(1)
         tensors["state"] = _to_bytes(
             {
                 "optimizer": groups,
@@ -48,8 +51,8 @@ class ResumeMixin:
             checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors)
         self.accelerator.wait_for_everyone()
 
-    def load_state(self, directory):
-        """Go on where `save_state` stopped, in a trainer built as that one was.
+    def load_state(self, directory: str | os.PathLike[str]) -> None:
+        """Continue from what `save_state` wrote, in a trainer that is constructed in the same way.
 
         Raises: ValueError for a damaged file, another model, or another number of processes, before anything changes.
         """
@@ -75,7 +78,9 @@ class ResumeMixin:
             if loaded is not None and state[name] is not None:
                 loaded.load_state_dict(state[name])
         self.kl_ctl.value = state["kl_coef"]
-        self.highest_reward = tensors["highest_reward"].reshape(()).to(self.highest_reward.device)
+        highest_reward = tensors["highest_reward"].reshape(()).to(self.current_device)
+        if hasattr(self, "highest_reward") or highest_reward > -float("inf"):
+            self.highest_reward = highest_reward
         for name in _MOMENTS:
             setattr(self.running, name, state["running"][name])
         for name in _COUNTERS:
@@ -85,18 +90,18 @@ class ResumeMixin:
             {name.removeprefix("random."): x[row] for name, x in tensors.items() if name.startswith("random.")}
         )
 
-    def _trained(self):
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def _gather_rows(self, state):
+    def _gather_rows(self, state: torch.Tensor) -> torch.Tensor:
         """[n] of every process -> [processes, n]."""
         gathered = (
             self.accelerator.gather(state[None].to(self.accelerator.device)) if self.is_distributed else state[None]
         )
         return gathered.cpu()
 
-    def _refuse_sharding(self, method):
+    def _refuse_sharding(self, method: str) -> None:
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             raise ValueError(
                 f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type}; "
@@ -104,9 +109,10 @@ class ResumeMixin:
             )
 
 
-def _split_optimizer(state_dict):
-    """Tensors under "optimizer.<parameter>.<name>", and the rest, which is JSON."""
-    tensors, numbers = {}, {}
+def _split_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors under "optimizer.<parameter>.<name>", and the rest, which JSON can hold."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, entries in state_dict["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
@@ -116,8 +122,9 @@ def _split_optimizer(state_dict):
     return tensors, {"groups": state_dict["param_groups"], "numbers": numbers}
 
 
-def _join_optimizer(tensors, rest):
-    state = {}
+def _join_optimizer(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's state dict from what `_split_optimizer` returned."""
+    state: dict[int, dict[str, Any]] = {}
     found = {name.removeprefix("optimizer."): x for name, x in tensors.items() if name.startswith("optimizer.")}
     for key, value in {**found, **rest["numbers"]}.items():
         index, name = key.split(".", 1)
@@ -125,7 +132,7 @@ def _join_optimizer(tensors, rest):
     return {"state": state, "param_groups": rest["groups"]}
 
 
-def _to_bytes(state):
+def _to_bytes(state: Mapping[str, Any]) -> torch.Tensor:
     try:
         text = json.dumps(state)
     except TypeError as error:
@@ -135,14 +142,14 @@ def _to_bytes(state):
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def _random_state():
-    """The generators of random, numpy and torch, each as a 1-D tensor."""
+def _random_state() -> dict[str, torch.Tensor]:
+    """The states of the random generators of Python, numpy and torch, each as a 1-D tensor."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
         "python": torch.tensor([*words, 0 if gauss is None else 1], dtype=torch.int64),
         "python_gauss": torch.tensor([gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy": torch.tensor([*cast(Any, keys).tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
@@ -151,7 +158,7 @@ def _random_state():
     return states
 
 
-def _set_random_state(states):
+def _set_random_state(states: Mapping[str, torch.Tensor]) -> None:
     *words, has_gauss = states["python"].tolist()
     random.setstate((3, tuple(words), states["python_gauss"].item() if has_gauss else None))
     *keys, position, has_gauss = states["numpy"].tolist()

@@ -1,7 +1,9 @@
-"""One batch of scored responses as tensors, which of their tokens count, and at which position each stands."""
+"""One batch of responses as tensors, which of their tokens count, and the position of each token."""
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -14,27 +16,24 @@ class Rollout:
     `mask` is 1 where that token belongs to the response and counts.
     """
 
-    queries: list  # B tensors [query_length] int64
-    responses: list  # B tensors [response_length] int64
-    response_masks: list | None  # B tensors [response_length], or None: every response token counts
-    model_inputs: dict  # input_ids, attention_mask, ...: each [B, T]
+    queries: Sequence[torch.Tensor]  # B tensors [query_length] int64
+    responses: Sequence[torch.Tensor]  # B tensors [response_length] int64
+    response_masks: Sequence[torch.Tensor] | None  # B tensors [response_length], or None: every response token counts
+    model_inputs: Mapping[str, torch.Tensor]  # input_ids, attention_mask, ...: each [B, T]
     logprobs: torch.Tensor  # [B, T-1] float32, of the policy that wrote the responses
     values: torch.Tensor  # [B, T-1] float32
     mask: torch.Tensor  # [B, T-1] int64
     advantages: torch.Tensor  # [B, T-1] float32
     returns: torch.Tensor  # [B, T-1] float32
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: list[int]) -> "Rollout":
         """The rollout of some of the samples; `rows` is a list of indices."""
         index = torch.as_tensor(rows, device=self.mask.device)
-
-        def pick(samples):
-            return None if samples is None else [samples[row] for row in rows]
-
+        masks = self.response_masks
         return Rollout(
-            queries=pick(self.queries),
-            responses=pick(self.responses),
-            response_masks=pick(self.response_masks),
+            queries=[self.queries[row] for row in rows],
+            responses=[self.responses[row] for row in rows],
+            response_masks=None if masks is None else [masks[row] for row in rows],
             model_inputs={name: tensor[index] for name, tensor in self.model_inputs.items()},
             logprobs=self.logprobs[index],
             values=self.values[index],
@@ -44,19 +43,25 @@ class Rollout:
         )
 
 
-def token_mask(attention_mask, query_lengths, response_lengths, response_masks=None, is_encoder_decoder=False):
+def token_mask(
+    attention_mask: torch.Tensor,
+    query_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    response_masks: Sequence[torch.Tensor] | None = None,
+    is_encoder_decoder: bool = False,
+) -> torch.Tensor:
     """Which columns are about a response token that counts.
 
-    Column t is about token t + 1, so a response that starts at token q fills columns q - 1 and on, and the last column
-    is always 0. An encoder-decoder response starts with the decoder's start token, which nothing predicts; as in TRL
-    the token after it does not count either.
+    Column t is about token t + 1, so a response that starts at token q fills the columns from q - 1 on, and the last
+    column is always 0. An encoder-decoder response starts with the decoder's start token, which nothing predicts; as in
+    TRL the token after it does not count either.
 
     Args:
-        attention_mask: [B, T] int64, 1 where a token is no padding, on either side.
+        attention_mask: [B, T] int64, 0 where a token is padding, on either side.
         query_lengths, response_lengths: B ints each. response_masks: B tensors [response_length], nonzero where a token
             counts, or None.
 
-    Returns: [B, T] in the dtype of attention_mask, 0 or 1. Nothing here waits for the device.
+    Returns: [B, T] in the dtype of attention_mask, 0 or 1. No host/device sync.
 
     Source: TRL 0.11.4, `PPOTrainer.batched_forward_pass`.
     """
@@ -77,22 +82,22 @@ def token_mask(attention_mask, query_lengths, response_lengths, response_masks=N
     return counts.to(attention_mask.dtype)
 
 
-def next_tokens(input_ids):
-    """[B, T] -> [B, T]: the token after each; the last column has none and holds 0, which the mask leaves out."""
+def next_tokens(input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B, T]: the token after each one. The last column has none; it holds 0 and is masked."""
     return torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
 
 
-def position_ids(attention_mask):
-    """[B, T]: 0, 1, 2, ... from the first token that is no padding, so that left padding moves no position."""
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[B, T]: 0, 1, 2, ... from the first token that is not padding, so that padding on the left shifts no position."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def takes_position_ids(model):
+def takes_position_ids(model: Any) -> bool:
     """Whether the forward of a transformers model, or of the one inside a peft model, has a position_ids argument."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def join(tensors):
+def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """torch.cat along the batch; a single tensor is returned as it is, since a copy of logits would be large."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors])

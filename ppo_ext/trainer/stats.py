@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 WANDB_PADDING = -1  # fills the shorter rows of stack_dicts, as in TRL
 
 
-def flatten_dict(nested, sep="/"):
+def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a/b": 1}. Raises ValueError for a key that contains `sep`. Source: TRL 0.11.4."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         if sep in key:
             raise ValueError(f"flatten_dict: keys must not contain the separator {sep!r}, got {key!r}")
@@ -27,7 +28,7 @@ def flatten_dict(nested, sep="/"):
     return flat
 
 
-def stack_dicts(stats_dicts):
+def stack_dicts(stats_dicts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """One dict from many: each entry flattened and stacked to [len(stats_dicts), longest], padded with -1."""
     return {
         key: pad_sequence([torch.flatten(d[key]) for d in stats_dicts], batch_first=True, padding_value=WANDB_PADDING)
@@ -35,7 +36,7 @@ def stack_dicts(stats_dicts):
     }
 
 
-def convert_to_scalar(stats):
+def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays and tensors of one element and at most one dimension become Python numbers; the rest stays."""
     arrays = (torch.Tensor, np.ndarray)
     return {
@@ -44,18 +45,18 @@ def convert_to_scalar(stats):
     }
 
 
-def stats_to_np(stats_dict):
+def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors become numpy arrays (bfloat16 as float32), scalars become floats."""
     result = {}
     for key, value in on_host(stats_dict).items():
         if isinstance(value, torch.Tensor):
             value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        result[key] = float(value) if np.isscalar(value) else value
+        result[key] = float(cast(float, value)) if np.isscalar(value) else value
     return result
 
 
-def on_host(stats):
-    """The dict with its tensors detached and on the CPU: one transfer per dtype, so one wait for the statistics."""
+def on_host(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict with its tensors detached and on the CPU: one transfer, and so one host/device sync, per dtype."""
     tensors = {key: value.detach() for key, value in stats.items() if isinstance(value, torch.Tensor)}
     result = {**stats, **tensors}
     away = [key for key, value in tensors.items() if value.device.type != "cpu"]
@@ -66,7 +67,7 @@ def on_host(stats):
     return result
 
 
-def unpack(flat, like):
+def unpack(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The consecutive parts of a 1-D tensor in the shapes of the tensors in `like`."""
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
@@ -75,18 +76,18 @@ def unpack(flat, like):
 class Clock:
     """Seconds spent in each part of a step, under TRL's keys."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.seconds = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, part):
+    def __call__(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds[f"time/ppo/{part}"] = time.perf_counter() - started
 
-    def total(self):
-        """All parts, and the time since the clock was made."""
+    def total(self) -> dict[str, float]:
+        """The seconds of all parts, and the time since the clock was made."""
         return {**self.seconds, "time/ppo/total": time.perf_counter() - self.started}
 
 
@@ -99,7 +100,7 @@ class RunningMoments:
         var = (var * count + delta^2 * count * n / total + var(xs) * n) / total
         std = sqrt(var * total / (total - 1))
 
-    `std` stays 1 until two scores were seen (TRL: NaN). Source: TRL 0.9.6, `RunningMoments`.
+    `std` is 1 until two scores have been seen (TRL: NaN). Source: TRL 0.9.6, `RunningMoments`.
     """
 
     accelerator: Any
@@ -109,8 +110,8 @@ class RunningMoments:
     count: float = 1e-24
 
     @torch.no_grad()
-    def update(self, xs):
-        """Take in a batch of scores [B]; returns their (mean, unbiased std) over all processes."""
+    def update(self, xs: torch.Tensor) -> tuple[float, float]:
+        """Take in a batch of scores [B]; returns their (mean, unbiased standard deviation) over all processes."""
         n, mean, var = self._batch_moments(xs.double() if xs.device.type == "cpu" else xs.float())
         total = self.count + n
         delta = mean - self.mean
@@ -121,22 +122,22 @@ class RunningMoments:
             self.std = (self.var * total / (total - 1)) ** 0.5
         return mean, (var * n / (n - 1)) ** 0.5 if n > 1 else 0.0
 
-    def _batch_moments(self, xs):
+    def _batch_moments(self, xs: torch.Tensor) -> tuple[float, float, float]:
         n, total = self._reduce(torch.stack([xs.new_tensor(xs.numel()), xs.sum()])).tolist()
         mean = total / n
         return n, mean, self._reduce((xs - mean).square().sum()).item() / n
 
-    def _reduce(self, x):
+    def _reduce(self, x: torch.Tensor) -> torch.Tensor:
         if not self.accelerator.use_distributed:
             return x
         return self.accelerator.reduce(x.float().to(self.accelerator.device), reduction="sum")
 
-    def scale(self, scores, subtract_mean):
+    def scale(self, scores: torch.Tensor, subtract_mean: bool) -> torch.Tensor:
         """(scores - mean) / std or scores / std. Source: TRL 0.9.6, `PPOTrainer.step` (0.11.4 raises here)."""
         shifted = scores - self.mean if subtract_mean else scores
         return shifted / (self.std + torch.finfo(scores.dtype).eps)
 
-    def save_to_json(self, json_path):
+    def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
         """Write mean, std, var and count to a file, on the main process."""
         if self.accelerator.is_main_process:
             state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accelerator"}
@@ -144,7 +145,7 @@ class RunningMoments:
                 file.write(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def load_from_json(cls, accelerator, json_path):
-        """The moments that `save_to_json` wrote."""
+    def load_from_json(cls, accelerator: Any, json_path: str | os.PathLike[str]) -> "RunningMoments":
+        """The moments that `save_to_json` wrote to a file."""
         with open(json_path, encoding="utf-8") as file:
             return cls(accelerator=accelerator, **json.load(file))

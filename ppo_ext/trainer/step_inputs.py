@@ -1,17 +1,23 @@
 """Checks on what a user hands to `PPOTrainer.step`: one sentence that names argument, index, expectation and value."""
 
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any, NoReturn, TypeAlias
 
 import torch
+
+Tensors: TypeAlias = Sequence[torch.Tensor]
+Scores: TypeAlias = Sequence[torch.Tensor | float]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def fail(argument, condition, got, kind=ValueError):
+def fail(argument: str, condition: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raises the one error sentence of this module."""
     raise kind(f"PPOTrainer.step: {argument} must {condition}, got {got}")
 
 
-def check_lengths(batch_size, **lists):
+def check_lengths(batch_size: int | None, **lists: Sequence[Any]) -> None:
     """Every argument is a list, all of one length: batch_size, unless that is None."""
     expected, of = batch_size, "config.batch_size"
     for name, items in lists.items():
@@ -23,7 +29,7 @@ def check_lengths(batch_size, **lists):
             fail(name, f"have {of} = {expected} entries", len(items))
 
 
-def token_ids(name, items, device):
+def token_ids(name: str, items: Tensors, device: torch.device) -> list[torch.Tensor]:
     """1-D integer tensors of at least one token each, as int64 on the device."""
     for i, item in enumerate(items):
         if not isinstance(item, torch.Tensor):
@@ -37,7 +43,7 @@ def token_ids(name, items, device):
     return [item.to(device=device, dtype=torch.int64) for item in items]
 
 
-def score_tensors(scores, device):
+def score_tensors(scores: Scores, device: torch.device) -> list[torch.Tensor]:
     """Numbers, or tensors of one element with at most one dimension, as 0-d float32 tensors on the device."""
     result = []
     for i, score in enumerate(scores):
@@ -54,7 +60,7 @@ def score_tensors(scores, device):
     return result
 
 
-def mask_tensors(masks, responses, device):
+def mask_tensors(masks: Tensors | None, responses: Tensors, device: torch.device) -> list[torch.Tensor] | None:
     """One 1-D mask per response, of its length, on the device; None stays None."""
     if masks is None:
         return None
@@ -66,14 +72,21 @@ def mask_tensors(masks, responses, device):
     return [mask.to(device) for mask in masks]
 
 
-def check_contents(queries, responses, scores, masks, vocab_size, is_encoder_decoder):
+def check_contents(
+    queries: Tensors,
+    responses: Tensors,
+    scores: Tensors,
+    masks: Tensors | None,
+    vocab_size: int | None,
+    is_encoder_decoder: bool,
+) -> None:
     """Token ids lie in the vocabulary, scores are finite, and in each response a token counts.
 
-    The device is asked once; only a bad batch is looked at again, to name the sample.
+    One host/device sync for a good batch. Only a bad batch is read a second time, to name the sample.
     """
     ids = torch.cat([*queries, *responses])
     counted = [_counted(i, responses, masks, is_encoder_decoder) for i in range(len(responses))]
-    facts = [ids.min(), ids.max(), torch.isfinite(torch.stack(scores)).all(), torch.stack(counted).all()]
+    facts = [ids.min(), ids.max(), torch.isfinite(torch.stack([*scores])).all(), torch.stack(counted).all()]
     low, high, finite, every_row_counts = torch.stack([fact.long() for fact in facts]).tolist()
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         _name_bad_id(vocab_size, queries=queries, responses=responses)
@@ -85,19 +98,19 @@ def check_contents(queries, responses, scores, masks, vocab_size, is_encoder_dec
             _fail_uncounted(i, responses, masks)
 
 
-def _counted(i, responses, masks, is_encoder_decoder):
+def _counted(i: int, responses: Tensors, masks: Tensors | None, is_encoder_decoder: bool) -> torch.Tensor:
     """Whether any token of response i counts; the first two of an encoder-decoder response never do."""
     mask = torch.ones_like(responses[i]) if masks is None else masks[i]
     return (mask[2 if is_encoder_decoder else 0 :] != 0).any()
 
 
-def _fail_uncounted(i, responses, masks):
+def _fail_uncounted(i: int, responses: Tensors, masks: Tensors | None) -> NoReturn:
     if masks is None:
         fail(f"responses[{i}]", "hold at least 3 tokens for an encoder-decoder model", len(responses[i]))
     fail(f"response_masks[{i}]", "leave at least one token that counts", masks[i].tolist())
 
 
-def _name_bad_id(vocab_size, **lists):
+def _name_bad_id(vocab_size: int | None, **lists: Tensors) -> None:
     limit = "not be negative" if vocab_size is None else f"lie in the vocabulary [0, {vocab_size})"
     for name, items in lists.items():
         for i, item in enumerate(items):
@@ -106,7 +119,7 @@ def _name_bad_id(vocab_size, **lists):
                     fail(f"{name}[{i}][{t}]", limit, token)
 
 
-def check_context(queries, responses, context, is_encoder_decoder):
+def check_context(queries: Tensors, responses: Tensors, context: int, is_encoder_decoder: bool) -> None:
     """Query plus response (each alone for an encoder-decoder model) fit the model's context, in tokens."""
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         if not is_encoder_decoder and len(query) + len(response) > context:

@@ -1,0 +1,68 @@
+"""What the trainer sets up with accelerate: the accelerator, mixed precision, DeepSpeed, trackers."""
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+from .config import PPOConfig, as_dict
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    """The accelerator that the config describes; enters the number of processes into the config."""
+    # without sync_with_dataloader=False, accelerate ends an accumulation early in the last batch of every dataloader pass
+    accumulation = GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False)
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        gradient_accumulation_plugin=accumulation,
+        project_config=ProjectConfiguration(**as_dict(config.project_kwargs)),
+        **as_dict(config.accelerator_kwargs),
+    )
+    processes = accelerator.num_processes
+    config.world_size = processes
+    config.global_backward_batch_size = config.mini_batch_size * config.gradient_accumulation_steps * processes
+    config.global_batch_size = config.batch_size * processes
+    return accelerator
+
+
+def keep_logits_dtype(accelerator: Accelerator, model: Any) -> None:
+    """Replaces the forward that accelerate wrapped for mixed precision by one that only turns autocast on.
+
+    accelerate's also copies every output to float32. The ops take half-precision logits as they are, so that copy of
+    the logits would be memory for nothing.
+    """
+    model = model and accelerator.unwrap_model(model)
+    forward = vars(model).get("_original_forward") if model else None  # set by accelerate where it wrapped one
+    if forward is None or accelerator.mixed_precision not in ("fp16", "bf16"):
+        return
+
+    @functools.wraps(forward)  # accelerate finds the plain forward again by __wrapped__
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = autocast_forward
+
+
+def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:
+    """A model that is only run forward, as a DeepSpeed engine: sharded under ZeRO-3, else whole on every rank."""
+    import deepspeed
+
+    settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    if settings["zero_optimization"]["stage"] != 3:
+        settings["zero_optimization"]["stage"] = 0
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine.eval()
+
+
+def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:
+    """Starts the trackers of `config.log_with` with all settings; tensorboard takes flat ones only."""
+    settings = config.to_dict()
+    accelerator.init_trackers(
+        config.tracker_project_name,
+        init_kwargs=config.tracker_kwargs,
+        config=settings if config.log_with == "tensorboard" else {"trl_ppo_trainer_config": settings},
+    )

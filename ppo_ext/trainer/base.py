@@ -1,0 +1,55 @@
+"""The attributes that the parts of `PPOTrainer` share, declared once."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from .config import PPOConfig
+from .kl_controller import AdaptiveKLController, FixedKLController
+from .ratio_guard import RatioGuard
+from .stats import RunningMoments
+
+
+class TrainerBase:
+    """Base of every part of `PPOTrainer`: annotations only, for readers and type checkers.
+
+    `ConstructionMixin.__init__` sets the attributes. No values and no methods stand here: they would hide those of another
+    base class in a program that inherits from both PPOTrainer and, for example, transformers.Trainer.
+    """
+
+    config: PPOConfig
+    accelerator: Accelerator
+    is_distributed: bool  # more than one process
+    current_device: torch.device  # where the inputs of the model go
+
+    model: Any  # a PreTrainedModelWrapper, or the DDP, FSDP or DeepSpeed module around it
+    ref_model: Any  # likewise; None for a peft model, which is its own reference with its adapters off
+    model_params: list[torch.nn.Parameter]  # those that are trained
+    is_encoder_decoder: bool
+    is_peft_model: bool
+    optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
+    _vocab_size: int | None  # None: unknown
+    _context: int | None  # the longest sequence in tokens; None: no limit
+
+    tokenizer: PreTrainedTokenizerBase
+    data_collator: Callable[[list[dict[str, torch.Tensor]]], Any]  # pads the sequences of a step
+    dataset: Any
+    dataloader: Any  # None without a dataset
+    _signature_columns: list[str] | None
+
+    optimizer: Any  # accelerate's wrapper around a torch optimizer
+    lr_scheduler: Any  # accelerate's wrapper around a torch schedule, or None
+    kl_ctl: AdaptiveKLController | FixedKLController
+    running: RunningMoments  # of the scores
+    _ratio_guard: RatioGuard
+    skipped_minibatches: int  # by the ratio guard, since the trainer was made
+
+    current_step: int  # steps sent to tensorboard
+    # these two are set only if config.push_to_hub_if_best_kwargs is: TRL's `step` asks whether they are there
+    highest_reward: torch.Tensor  # the best mean score so far
+    push_to_hub_kwargs: dict[str, Any]
+    compare_step: int  # steps since the trainer was made, of which every config.compare_steps-th may push

@@ -1,0 +1,104 @@
+"""The KL penalty, the loss and the forward pass behind it, called by hand and inside a step."""
+
+import weakref
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import steps
+
+from ppo_ext.trainer import forward
+
+
+@pytest.mark.parametrize(
+    "kl_penalty, expected", [("kl", [0.5, 0.0, -2.0]), ("abs", [0.5, 0.0, 2.0]), ("mse", [0.125, 0.0, 2.0])]
+)
+def test_penalty_of_one_row(kl_penalty, expected):
+    trainer = tiny_models.trainer(kl_penalty=kl_penalty)
+    got = trainer._kl_penalty(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -1.0]))
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_full_penalty_takes_whole_distributions_too():
+    trainer = tiny_models.trainer(kl_penalty="full")
+    logits, ref_logits = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    kls = trainer.compute_rewards(torch.zeros(2), logprobs, ref_logprobs, torch.ones(2, 3))[2]
+    expected = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+    torch.testing.assert_close(kls, expected)
+    torch.testing.assert_close(trainer._kl_penalty(logprobs[0], ref_logprobs[0]), expected[0])
+
+
+def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
+    seen, op = [], forward.full_kl
+    monkeypatch.setattr(
+        forward, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
+    )
+    steps(tiny_models.trainer(kl_penalty="full"))
+    assert seen == [2, 2]
+
+
+def test_the_loss_gets_a_view_of_the_logits_and_no_copy():
+    trainer = tiny_models.trainer()
+    queries, responses, _ = tiny_models.batch(2, 1)
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(
+        trainer.model, queries, responses, inputs, return_logits=True
+    )
+    width = inputs["input_ids"].shape[1]
+    assert logits._base is not None and logits.shape == (2, width - 1, tiny_models.VOCAB)
+    assert logprobs.shape == values.shape == mask.shape == (2, width - 1) and mask.dtype == torch.int64
+    assert logits.untyped_storage().nbytes() == 2 * width * tiny_models.VOCAB * 4
+
+
+def test_the_entropy_statistic_comes_from_whatever_is_given():
+    trainer = tiny_models.trainer()
+    queries, responses, _ = tiny_models.batch(2, 1)
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(
+        trainer.model, queries, responses, inputs, return_logits=True
+    )
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+
+    def statistic(logits, logprobs, **known):
+        rest = (torch.zeros_like(values), torch.zeros_like(values))
+        pg_loss, vf_loss, stats = trainer.loss(
+            logprobs.detach(), values.detach(), logits, values, logprobs, mask, *rest, **known
+        )
+        assert torch.isfinite(pg_loss + vf_loss)
+        return stats["policy/entropy"]
+
+    expected = entropy[mask != 0].mean()
+    torch.testing.assert_close(statistic(logits, logprobs), expected)
+    torch.testing.assert_close(statistic(logits, logprobs.clone()), expected)
+    torch.testing.assert_close(statistic(None, logprobs.clone(), entropy=entropy), expected)
+    assert statistic(None, logprobs).isnan() and statistic(None, logprobs.clone()).isnan()
+
+
+def test_the_two_losses_have_gradients_of_their_own():
+    trainer = tiny_models.trainer()
+    old, new, values, vpreds, advantages, returns = torch.randn(6, 2, 5).unbind()
+    new, vpreds = (old + 0.1 * new).requires_grad_(), vpreds.clone().requires_grad_()
+    logits, mask = torch.randn(2, 5, 7), torch.ones(2, 5, dtype=torch.int64)
+    pg_loss, vf_loss, stats = trainer.loss(old, values, logits, vpreds, new, mask, advantages, returns)
+    torch.testing.assert_close((pg_loss + vf_loss).detach(), stats["loss/total"])
+    grads = torch.autograd.grad(3 * pg_loss, (new, vpreds), retain_graph=True, allow_unused=True)
+    whole = torch.autograd.grad(pg_loss + vf_loss, (new, vpreds))
+    assert grads[1] is None
+    torch.testing.assert_close(grads[0], 3 * whole[0])
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_the_backward_pass_lets_go_of_the_logits_before_it_reaches_the_layers(inplace, monkeypatch):
+    trainer = tiny_models.trainer(inplace_logits_grad=inplace)
+    op, logits, held = forward.logprobs_and_entropy, [], []
+
+    def spy(x, *arguments, **options):
+        logits.append(weakref.ref(x))
+        return op(x, *arguments, **options)
+
+    monkeypatch.setattr(forward, "logprobs_and_entropy", spy)
+    layer = trainer.model.pretrained_model.transformer.h[1]
+    layer.register_full_backward_hook(lambda *_: held.append(logits[-1]() is not None))
+    steps(trainer)
+    assert held == [False] * 4
