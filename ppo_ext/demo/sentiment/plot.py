@@ -103,6 +103,7 @@ def _samples(figure, rows: list[Row]) -> None:
             axis.text(0, y, f"{LABELS[stage]}  ({sample['rating']:+.1f})", color=COLORS[stage], fontsize=9.5,
                       fontweight="bold", va="top", transform=axis.transAxes)  # fmt: skip
             lines = textwrap.wrap(one_line(sample["response"]), 52)[:5]
-            text = "\n".join(lines).replace("$", r"\$")  # a pair of dollars would begin mathematics
+            printable = "".join(c for c in "\n".join(lines) if c.isprintable() or c == "\n")
+            text = printable.replace("$", r"\$")  # a pair of dollars would begin mathematics
             axis.text(0, y - 0.1, text, fontsize=9.5, va="top", transform=axis.transAxes, linespacing=1.35)
             y -= 0.1 + 0.09 * len(lines) + 0.07

@@ -19,7 +19,8 @@ class Settings:
     batch: int = 32  # responses per step
     minibatch: int = 16  # responses per optimizer update
     epochs: int = 2  # passes over each batch
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of the adapter
+    value_learning_rate: float = 2e-5  # of the value head
     kl_coef: float = 0.08  # start value; adapted towards `kl_target`
     kl_target: float = 6.0  # nats per response
     kl_horizon: float = 200.0  # responses

@@ -42,12 +42,26 @@ def build_trainer(model_folder: Path, settings: Settings, with_kl: bool = True) 
         batch_size=settings.batch,
         mini_batch_size=settings.minibatch,
         ppo_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
         vf_coef=settings.vf_coef,
         **(penalty if with_kl else {"init_kl_coef": 0.0, "adap_kl_ctrl": False}),
     )
-    policy = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapter)
-    return ppo_ext.PPOTrainer(config, policy, tokenizer=tokenizer)
+    policy = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(
+        model,
+        peft_config=adapter,
+        v_head_init_strategy="normal",
+        v_head_initializer_range=0.0,  # values start at 0; random ones would be larger than the rewards
+    )
+    return ppo_ext.PPOTrainer(config, policy, tokenizer=tokenizer, optimizer=_optimizer(policy, settings))
+
+
+def _optimizer(policy, settings: Settings) -> torch.optim.Optimizer:
+    """Adam with a smaller rate for the value head: it reads hundreds of features of size 1, so its output moves fast."""
+    adapter = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("v_head")]
+    groups = [
+        {"params": adapter, "lr": settings.learning_rate},
+        {"params": list(policy.v_head.parameters()), "lr": settings.value_learning_rate},
+    ]
+    return torch.optim.Adam(groups)
 
 
 def sample(trainer, prompts: list[str], settings: Settings) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
