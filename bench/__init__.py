@@ -1,1 +1,1 @@
-"""Microbenchmarks of the ops against TRL's own expressions, torch.compile and the memory floor: `python -m bench`."""
+"""Microbenchmarks of the ops against TRL's own functions, torch.compile and a memory floor: `python -m bench`."""

@@ -1,4 +1,5 @@
-"""`python -m bench`: a selection in a few minutes; `python -m bench --full`: everything. Fails where ours is wrong."""
+"""`python -m bench` runs a selection in a few minutes, `python -m bench --full` everything. Fails if a result of ours
+is wrong."""
 
 import sys
 

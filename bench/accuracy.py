@@ -1,13 +1,15 @@
-"""How far each op is from float64, beside torch's own float32 and TRL 0.11.4: `python -m bench.accuracy --save`.
+"""The error of each op against float64, beside the errors of torch in float32 and of TRL 0.11.4: `python -m
+bench.accuracy`.
 
-Every figure is an absolute error against `ppo_ext.ops.reference` in float64 on the same, already rounded, inputs: the
-largest and the mean over the entries of a result. "torch" is that reference in float32, "TRL" its functions on float32
-copies of the inputs, which is what its models return. Ours is measured at each instruction set that this machine has.
+Every figure is an absolute error against `ppo_ext.ops.reference` in float64 on the same inputs, after they were rounded
+to their dtype: the largest and the mean over the entries of a result. "torch" is the reference in float32, "TRL" TRL's
+functions on float32 copies of the inputs, which is what TRL's models return. Ours is measured with the CPU kernels of
+each instruction set that this machine has.
 """
 
 import argparse
 import dataclasses
-import functools
+import importlib
 import itertools
 import json
 import os
@@ -20,60 +22,24 @@ import tqdm
 import ppo_ext
 from ppo_ext.info import report
 from ppo_ext.ops import reference
+from tests.ops import OPS, STATS
 
-from . import (
-    accuracy_pages,
-    bench_full_kl,
-    bench_gae,
-    bench_kl_rewards,
-    bench_logprobs,
-    bench_masked,
-    bench_ppo_loss,
-    machine,
-)
+from . import accuracy_pages, machine
 from .accuracy_pages import TORCH
 from .cases import token_inputs
-from .passes import BOTH, FORWARD, Op
+from .passes import BOTH, FORWARD
 from .peers import trl_classic
 from .suite import in_float64
-from .trl_baseline import KL_COEF, NAME
+from .trl_baseline import NAME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (2, 7, 1000, 32000, 50257, 128256, 151936)
 SCALES, OFFSETS = (1.0, 3.0, 30.0), (0.0, 1e4)
 _ROWS, _TOKENS = 4, (16, 257)
-_LEVELS = {"x86-64-v4": ("4", "3", "1"), "x86-64-v3": ("3", "1")}  # PPO_EXT_CPU_LEVEL for this and what is below it
-
-
-_MOMENT = Op(lambda inputs, op: op(inputs["advantages"], inputs["mask"]), ("advantages",))
-
-
-def _named(name):
-    return lambda library: getattr(library, name)
-
-
-def _kl_rewards(library):
-    return functools.partial(library.kl_rewards, kl_coef=KL_COEF)
-
-
-# op: (how it is called, library -> function, names of its results: the gradients first)
-ON_LOGITS = {
-    "logprobs": (bench_logprobs.OPS["logprobs"], _named("logprobs"), ("grad logits", "logprobs")),
-    "logprobs_and_entropy": (
-        bench_logprobs.OPS["logprobs_and_entropy"],
-        _named("logprobs_and_entropy"),
-        ("grad logits", "logprobs", "entropy"),
-    ),
-    "full_kl": (bench_full_kl.OP, _named("full_kl"), ("grad logits", "kl")),
-}
-PER_TOKEN = {
-    "gae": (bench_gae.OP, bench_gae.alone, ("advantages", "returns")),
-    "kl_rewards": (bench_kl_rewards.OP, _kl_rewards, ("rewards", "non_score_rewards", "kls")),
-    "masked_mean": (_MOMENT, _named("masked_mean"), ("grad values", "mean")),
-    "masked_var": (_MOMENT, _named("masked_var"), ("grad values", "var")),
-    "masked_whiten": (bench_masked.OP, _named("masked_whiten"), ("grad values", "whitened")),
-    "ppo_loss": (bench_ppo_loss.OP, _named("ppo_loss"), ("grad logprobs", "grad vpreds", "loss")),
-}
+_LEVELS = {
+    "x86-64-v4": ("4", "3", "1"),
+    "x86-64-v3": ("3", "1"),
+}  # the values of PPO_EXT_CPU_LEVEL for a machine's best level and those below it
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -116,23 +82,31 @@ class Input:
         }
 
 
-def all_inputs(vocabularies=VOCABULARIES):
-    on_logits = itertools.product(ON_LOGITS, DTYPES, vocabularies, SCALES, OFFSETS)
+def all_inputs(vocabularies=VOCABULARIES, names=tuple(OPS)):
+    """The inputs of the ops of these names: first for those on logits, then for those on per-token tensors."""
+    on_logits = [name for name in names if OPS[name].on_logits]
+    others = [name for name in names if not OPS[name].on_logits]
     return [
-        *(Input(*chosen) for chosen in on_logits),
-        *(Input(*chosen) for chosen in itertools.product(PER_TOKEN, DTYPES)),
+        *(Input(*chosen) for chosen in itertools.product(on_logits, DTYPES, vocabularies, SCALES, OFFSETS)),
+        *(Input(*chosen) for chosen in itertools.product(others, DTYPES)),
     ]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _results(input, tensors, library_or_function):
-    """{name: result} of an op, its gradients among them; per-token results where the mask is not 0."""
-    op, of, names = (ON_LOGITS | PER_TOKEN)[input.op]
-    pass_name = BOTH if op.leaves else FORWARD
-    plain = callable(library_or_function)
-    results = op.results(pass_name, tensors, library_or_function if plain else of(library_or_function))
+def _benchmark(name):
+    """How the benchmarks call this op."""
+    return importlib.import_module(f".bench_{OPS[name].stem}", __package__).OPS[name]
+
+
+def _results(name, tensors, function):
+    """{name: result} of a function that computes the op, gradients first. Masked entries are replaced by 0, as TRL
+    fills them in."""
+    op, benchmark = OPS[name], _benchmark(name)
+    names = [f"grad {leaf}" for leaf in op.differentiable]
+    names += [result for result, kind in op.results.items() if kind is not STATS]
+    results = benchmark.results(BOTH if benchmark.leaves else FORWARD, tensors, function)
     if "mask" in tensors:
         mask = tensors["mask"] != 0
         results = [torch.where(mask, x, 0.0) if x.shape == mask.shape else x for x in results]
@@ -140,7 +114,7 @@ def _results(input, tensors, library_or_function):
 
 
 def _error(result, exact):
-    """[largest, mean] absolute error; infinite where the result is not a number and should be."""
+    """[largest, mean] absolute error; infinite if a result is NaN where the exact one is not."""
     error = (result.double() - exact).abs().nan_to_num(nan=float("inf"))
     return [_short(error.max().item()), _short(error.mean().item())]
 
@@ -150,7 +124,7 @@ def _short(error):
 
 
 def _trl_functions():
-    """{op: TRL's function on float32 copies}."""
+    """{op: TRL's function, called on float32 copies of its inputs}."""
 
     def on_copies(function):
         return lambda *inputs, **named: function(
@@ -158,7 +132,7 @@ def _trl_functions():
         )
 
     offers = trl_classic.PEER.load(torch.device("cpu"))
-    return {op: on_copies(offers[op][NAME].function) for op in ON_LOGITS | PER_TOKEN if op in offers}
+    return {op: on_copies(offers[op][NAME].function) for op in OPS if op in offers}
 
 
 def _single(x):
@@ -166,15 +140,17 @@ def _single(x):
 
 
 def measure(inputs, others=False, progress=True):
-    """One row for each result of an op on each of `inputs`: ours at this process's level and, if asked, everyone else's."""
+    """One row for each result of an op on each of `inputs`: our error at the level of this process and, if `others`,
+    those of torch and TRL."""
     found = []
     trl = _trl_functions() if others else {}
     for input in tqdm.tqdm(inputs, unit="input", disable=not progress, file=sys.stderr):
         tensors = input.tensors()
-        exact = _results(input, in_float64(tensors), reference)
-        candidates = {report.cpu_level(): ppo_ext} | ({TORCH: reference} if others else {})
+        ours, exactly = (_benchmark(input.op).of(library, input.op) for library in (ppo_ext, reference))
+        exact = _results(input.op, in_float64(tensors), exactly)
+        candidates = {report.cpu_level(): ours} | ({TORCH: exactly} if others else {})
         candidates |= {NAME: trl[input.op]} if input.op in trl else {}
-        results = {who: _results(input, tensors, library) for who, library in candidates.items()}
+        results = {who: _results(input.op, tensors, function) for who, function in candidates.items()}
         for name, right in exact.items():
             unit = torch.finfo(results[report.cpu_level()][name].dtype).eps * right.abs().max().item()
             found.append(
@@ -188,29 +164,43 @@ def measure(inputs, others=False, progress=True):
     return found
 
 
-def measure_all():
-    """The rows of every input with ours at each level."""
-    rows = measure(all_inputs(), others=True)
+def measure_all(names=tuple(OPS)):
+    """The rows of all inputs of these ops, with our errors at each level."""
+    rows = measure(all_inputs(names=names), others=True)
     for level in _LEVELS.get(report.cpu_level(), ())[1:]:
         env = {**os.environ, "PPO_EXT_CPU_LEVEL": level}
-        command = [sys.executable, "-m", "bench.accuracy", "--ours"]
+        command = [sys.executable, "-m", "bench.accuracy", "--ours", *names]
         output = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout
         for row, other in zip(rows, json.loads(output), strict=True):
             row["errors"] |= other["errors"]
-    return {"stamp": machine.stamp(torch.device("cpu")), "rows": rows}
+    return rows
+
+
+def with_kept(rows, names):
+    """These rows and the kept rows of all other ops, in the order of the table."""
+    order = list(dict.fromkeys(input.op for input in all_inputs()))
+    kept = [row for row in accuracy_pages.load()["rows"] if row["op"] in order and row["op"] not in names]
+    return sorted(rows + kept, key=lambda row: order.index(row["op"]))
 
 
 def main(argv=None):
-    """Measures, prints the tables and, with --save, keeps them."""
+    """Measures, prints the tables and, with --save, writes them to bench/evidence."""
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/evidence/accuracy.*")
+    parser.add_argument("names", nargs="*", metavar="OP", help="measure these ops; default: all")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the figures in bench/evidence/accuracy.*, beside those of other ops"
+    )
     parser.add_argument("--ours", action="store_true", help="print our rows at this level alone, as JSON")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)  # torch's own sums depend on it
+    if set(options.names) - set(OPS):
+        parser.error(f"OP must be one of {', '.join(OPS)}, got {', '.join(options.names)}")
+    names = tuple(options.names) or tuple(OPS)
+    torch.set_num_threads(1)  # torch's results depend on the number of threads
     if options.ours:
-        print(json.dumps(measure(all_inputs())))
+        print(json.dumps(measure(all_inputs(names=names))))
         return
-    figures = measure_all()
+    rows = measure_all(names)
+    figures = {"stamp": machine.stamp(torch.device("cpu")), "rows": with_kept(rows, names) if options.save else rows}
     print(accuracy_pages.markdown(figures))
     if options.save:
         accuracy_pages.save(figures)

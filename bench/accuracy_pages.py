@@ -1,4 +1,4 @@
-"""The accuracy table: where it is kept, its pages, and whether a figure has grown."""
+"""The figures of accuracy.py: where they are kept, the pages made of them, and whether an error has grown."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def is_ours(who):
 
 
 def ours(row):
-    """[largest, mean] of the worst of our levels."""
+    """[largest, mean] error of the worst of our levels."""
     return [max(errors[i] for who, errors in row["errors"].items() if is_ours(who)) for i in (_LARGEST, _MEAN)]
 
 
@@ -46,10 +46,10 @@ def grouped(rows, *fields):
 
 
 def growth(measured, kept, level):
-    """A sentence for each figure of ours at this level that has grown by more than 10 % since it was kept.
+    """Yields a sentence for each of our errors at this level that has grown by more than 10 % since it was kept.
 
-    The largest error of a few entries may be another one on another machine: half a unit in the last place of the largest
-    value is let pass there, and a hundredth of one in the mean.
+    On another machine another entry may have the largest error, so half a unit in the last place of the largest value
+    is added to the limit for the largest error, and a hundredth of a unit to that for the mean.
     """
     fields = ("op", "result", "dtype", "V", "scale", "offset")
     before = {tuple(row[field] for field in fields): row for row in kept}
@@ -120,7 +120,7 @@ def markdown(figures):
 
 
 def plot(figures, path):
-    """The largest error against V, float32 without an offset, over all scales."""
+    """Plots the largest error against V: float32 logits without an offset, the worst of all scales."""
     import matplotlib
 
     matplotlib.use("Agg")

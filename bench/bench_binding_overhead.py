@@ -1,8 +1,8 @@
-"""What a call costs before any arithmetic: gae of one short row through each layer that a call can go through.
+"""The cost of a call before any arithmetic: gae of one short row through each layer that a call can go through.
 
-The public function checks its arguments and calls the torch operator; the operator goes through torch's dispatcher; a
-pybind11 function on raw pointers goes through neither, and so works with no device but the one it was written for, nor
-under torch.compile. It is compiled here on demand.
+The public function checks its arguments and calls the torch operator. The operator goes through torch's dispatcher. A
+pybind11 function on raw pointers goes through neither; it works only on the device that it was written for, and not
+under torch.compile. It is compiled here when it is needed.
 """
 
 import importlib.util
@@ -53,7 +53,7 @@ def _compile(folder):
 
 
 def _through_pybind11():
-    """The implementations through pybind11, or the reason why there are none."""
+    """The implementations through pybind11, or the reason why they cannot be built."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             module = _compile(folder)

@@ -1,7 +1,7 @@
-"""gae alone, and gae followed by whitening, as in TRL's `compute_advantages`. Floor: 4 arrays and the mask.
+"""gae alone, and gae followed by whitening as in TRL's `compute_advantages`. Floor: 4 arrays and the mask.
 
-Reads values and rewards, 8 bytes per token, and the int64 mask; writes advantages and returns, 8 bytes per token.
-Advantages are compared where the mask counts: elsewhere TRL lets the recursion run on, and we give 0.
+Reads values and rewards, 8 bytes for each token, and the int64 mask; writes advantages and returns, 8 bytes for each
+token. Results are compared where the mask counts: at other tokens TRL continues the recursion, and ours are 0.
 """
 
 import torch
@@ -10,11 +10,25 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import FORWARD, Op
+from .passes import FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
-OP = Op(lambda inputs, op: op(inputs["values"], inputs["rewards"], inputs["mask"]))
+OPS = {
+    "gae": Op(
+        lambda inputs, op: op(inputs["values"], inputs["rewards"], inputs["mask"]),
+        options={"gamma": cases.GAMMA, "lam": cases.LAM},
+    )
+}
+OPERATORS = {
+    "gae": Operators(
+        lambda x: torch.ops.ppo_ext._gae.default(x["values"], x["rewards"], x["mask"], cases.GAMMA, cases.LAM), 2
+    )
+}
+SHAPES = (
+    [(64, 1024)],
+    [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)],
+)  # [B, T] of the selection and of the full list
 
 
 def masked_in(inputs, outputs):
@@ -22,7 +36,7 @@ def masked_in(inputs, outputs):
 
 
 def alone(library):
-    return lambda *inputs: library.gae(*inputs, gamma=cases.GAMMA, lam=cases.LAM)
+    return OPS["gae"].of(library, "gae")
 
 
 def with_whitening(library):
@@ -41,10 +55,10 @@ def case(name, shape, device, *, kind="speed", with_compiled=True):
         shape,
         torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
-        reference=lambda inputs: OP.forward(in_float64(inputs), of(reference)),
+        reference=lambda inputs: OPS["gae"].forward(in_float64(inputs), of(reference)),
         implementations={
-            OURS: OP.implementation(FORWARD, of(ppo_ext)),
-            **peers.implementations(name, OP, FORWARD, device, with_compiled=with_compiled),
+            OURS: OPS["gae"].implementation(FORWARD, of(ppo_ext)),
+            **peers.implementations(name, OPS["gae"], FORWARD, device, with_compiled=with_compiled),
         },
         select=masked_in,
         traffic=Traffic(read=8 * tokens, copy=8 * tokens),
@@ -54,6 +68,10 @@ def case(name, shape, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for shape in cases.token_shapes("gae", full):
+    for shape in SHAPES[full]:
         yield case("gae", shape, device)
         yield case("gae+masked_whiten", shape, device)
+
+
+def tiny_cases(device):
+    yield case("gae", cases.TINY_TOKENS, device, **cases.OVERHEAD)

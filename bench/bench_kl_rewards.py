@@ -1,10 +1,8 @@
-"""kl_rewards: per-token KL, penalty and the score at the last token. Floor: 5 arrays and the mask.
+"""kl_rewards: the KL estimate and penalty of each token, and the score at the last one. Floor: 5 arrays and the mask.
 
-Reads logprobs and ref_logprobs, 8 bytes per token, and the int64 mask; writes rewards, non_score_rewards and kls, 12.
-Compared where the mask counts: elsewhere TRL computes a penalty for tokens that are no response, and we give 0.
+Reads logprobs and ref_logprobs, 8 bytes for each token, and the int64 mask; writes rewards, non_score_rewards and kls,
+12 bytes. Results are compared where the mask counts: at other tokens TRL computes a penalty too, and ours are 0.
 """
-
-import functools
 
 import torch
 
@@ -13,16 +11,23 @@ from ppo_ext.ops import reference
 
 from . import cases, peers
 from .bench_gae import masked_in
-from .passes import FORWARD, Op
+from .passes import FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 from .trl_baseline import KL_COEF
 
-OP = Op(lambda inputs, op: op(inputs["scores"], inputs["logprobs"], inputs["ref_logprobs"], inputs["mask"]))
+_INPUTS = ("scores", "logprobs", "ref_logprobs", "mask")
+OPS = {"kl_rewards": Op(lambda inputs, op: op(*(inputs[name] for name in _INPUTS)), options={"kl_coef": KL_COEF})}
+OPERATORS = {
+    "kl_rewards": Operators(
+        lambda x: torch.ops.ppo_ext._kl_rewards.default(*(x[name] for name in _INPUTS), KL_COEF, 0), 3
+    )
+}
+SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T] of the selection and of the full list
 
 
 def case(shape, device, *, kind="speed", with_compiled=True):
-    ours, exact = (functools.partial(library.kl_rewards, kl_coef=KL_COEF) for library in (ppo_ext, reference))
+    op = OPS["kl_rewards"]
     tokens = shape[0] * shape[1]
     return Case(
         "kl_rewards",
@@ -30,10 +35,10 @@ def case(shape, device, *, kind="speed", with_compiled=True):
         shape,
         torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
-        reference=lambda inputs: OP.forward(in_float64(inputs), exact),
+        reference=lambda inputs: op.forward(in_float64(inputs), op.of(reference, "kl_rewards")),
         implementations={
-            OURS: OP.implementation(FORWARD, ours),
-            **peers.implementations("kl_rewards", OP, FORWARD, device, with_compiled=with_compiled),
+            OURS: op.implementation(FORWARD, op.of(ppo_ext, "kl_rewards")),
+            **peers.implementations("kl_rewards", op, FORWARD, device, with_compiled=with_compiled),
         },
         select=masked_in,
         traffic=Traffic(read=4 * tokens, copy=12 * tokens),
@@ -43,5 +48,9 @@ def case(shape, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for shape in cases.token_shapes("kl_rewards", full):
+    for shape in SHAPES[full]:
         yield case(shape, device)
+
+
+def tiny_cases(device):
+    yield case(cases.TINY_TOKENS, device, **cases.OVERHEAD)

@@ -1,8 +1,8 @@
 """Log-probabilities straight from the hidden states [N, H] and the language model's head [V, H].
 
-We have no kernel for that yet: ours is torch's matrix product followed by `logprobs`, which holds the logits; the others
-never do. Timed, and the peak memory taken in buffers of the logits' size. The product's arithmetic outweighs what memory
-moves, so no memory floor stands beside it.
+There is no kernel of ours for this yet: ours is torch's matrix product followed by `logprobs`, which holds the logits
+in memory; some peers never do. Measured are the time and the peak memory, in buffers of the logits' size. The
+arithmetic of the matrix product takes longer than moving the bytes, so there is no memory floor.
 """
 
 import torch
@@ -60,7 +60,9 @@ def case(shape, dtype, pass_name, device):
 
 
 def suite(device, full):
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32  # what a head of that size is trained in
+    low = (
+        torch.bfloat16 if device.type == "cuda" else torch.float32
+    )  # the dtype in which a head of that size is trained
     for dtype in cases.LOGIT_DTYPES if full else (low,):
         for pass_name in (FORWARD, BOTH) if full else (BOTH,):
             yield case(cases.linear_shape(device), dtype, pass_name, device)

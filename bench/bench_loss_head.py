@@ -1,9 +1,9 @@
 """The loss head of a training minibatch: from the model's logits [B, T, V] to the gradients of logits and vpreds.
 
-It is logprobs, their entropy as a statistic, the loss with all its statistics, and the backward pass. Timed, and its
-peak memory above the logits taken, in logits-sized buffers: a gradient of its own is one such buffer, a gradient
-written over the logits none. A TRL's head is its own, on logits[:, :-1]. Floor: the logits read twice and the gradient
-written.
+It consists of logprobs, the entropy as a statistic, the loss with all its statistics, and the backward pass. Measured
+are the time and the peak memory beyond the logits, in buffers of their size: a gradient of its own is one buffer, a
+gradient written over the logits none. The peers run the loss heads of TRL's trainers, which slice logits[:, :-1].
+Floor: the logits are read twice and the gradient is written.
 """
 
 import functools
@@ -18,12 +18,13 @@ from .passes import BOTH, FORWARD, Op
 from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 
 _PER_TOKEN = ("old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
-# an implementation takes its own leaves, so both passes are inside one call
+# the implementations make their own leaves, so one call contains both passes
 OP = Op(lambda inputs, op: op(**{name: inputs[name] for name in ("logits", "labels", *_PER_TOKEN)}))
 
 
 def ours(logits, labels, vpreds, mask, inplace_backward=False, **per_token):
-    """As in `ppo_ext.PPOTrainer`: the last position predicts nothing, so its mask is 0 and no slice is taken."""
+    """As in `ppo_ext.PPOTrainer`: the logits are not sliced, and the last position, which predicts no token, is
+    masked."""
     logits, vpreds = (x.detach().requires_grad_() for x in (logits, vpreds))
     logprobs, entropy = ppo_ext.logprobs_and_entropy(logits, labels, mask=mask, inplace_backward=inplace_backward)
     ppo_ext.masked_mean(entropy.detach(), mask)
@@ -32,7 +33,7 @@ def ours(logits, labels, vpreds, mask, inplace_backward=False, **per_token):
 
 
 def exact(inputs):
-    """Both gradients in float64: through the loss on [B, T], then through the logits some rows at a time."""
+    """Both gradients in float64, first of the loss on [B, T], then of the logits, some rows at a time."""
     rows = {"logits": inputs["logits"].flatten(0, 1), "labels": inputs["labels"].flatten()}
     of_rows = bench_logprobs.OPS["logprobs"]
     [logprobs] = bench_logprobs.by_rows(lambda some: of_rows.forward(some, reference.logprobs), rows)
@@ -51,7 +52,8 @@ def exact(inputs):
 
 
 def _inputs(shape, dtype, device):
-    """The old log-probabilities are near the present ones, as within PPO's epochs; the last position is masked."""
+    """The old log-probabilities are near the present ones, as in the epochs of a PPO step; the last position is
+    masked."""
     inputs = {**cases.token_inputs(shape[:2], device), **cases.logits_inputs(shape, dtype, device)}
     noise = 0.2 * torch.randn(shape[:2], device=device)
     inputs["old_logprobs"] = ppo_ext.logprobs(inputs["logits"], inputs["labels"]) + noise

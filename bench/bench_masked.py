@@ -1,8 +1,10 @@
 """masked_whiten: mean and variance over the counted tokens, then the scaled values. Floor: one array in, one out.
 
-Reads the values, 4 bytes per token, and the int64 mask; writes 4; a backward pass does so again. Compared where the mask
-counts; the gradient is that of the counted entries.
+Reads the values, 4 bytes for each token, and the int64 mask, and writes 4 bytes; a backward pass does the same again.
+Results and gradients are compared where the mask counts.
 """
+
+import dataclasses
 
 import torch
 
@@ -11,11 +13,26 @@ from ppo_ext.ops import reference
 
 from . import cases, peers
 from .bench_gae import masked_in
-from .passes import BACKWARD, BOTH, FORWARD, Op
+from .passes import BACKWARD, BOTH, FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
-OP = Op(lambda inputs, op: op(inputs["advantages"], inputs["mask"]), ("advantages",), ("incoming",))
+_MOMENT = Op(lambda inputs, op: op(inputs["advantages"], inputs["mask"]), ("advantages",))
+OPS = {
+    "masked_mean": _MOMENT,
+    "masked_var": _MOMENT,
+    "masked_whiten": dataclasses.replace(_MOMENT, incoming=("incoming",)),
+}
+OPERATORS = {
+    "masked_whiten": Operators(
+        lambda x: torch.ops.ppo_ext._masked_whiten.default(x["advantages"], x["weights"], True),
+        1,
+        lambda x, out: torch.ops.ppo_ext._masked_whiten_backward.default(
+            x["incoming"], x["advantages"], x["weights"], out[1], True
+        ),
+    )
+}
+SHAPES = ([(64, 512)], [(64, 512), (8, 128), (512, 1024)])  # [B, T] of the selection and of the full list
 
 
 def _inputs(shape, device):
@@ -24,17 +41,17 @@ def _inputs(shape, device):
 
 
 def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
-    tokens = shape[0] * shape[1] * (2 if pass_name == BOTH else 1)
+    op, tokens = OPS["masked_whiten"], shape[0] * shape[1] * (2 if pass_name == BOTH else 1)
     return Case(
         "masked_whiten",
         pass_name,
         shape,
         torch.float32,
         make=lambda device: _inputs(shape, device),
-        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.masked_whiten),
+        reference=lambda inputs: op.results(pass_name, in_float64(inputs), reference.masked_whiten),
         implementations={
-            OURS: OP.implementation(pass_name, ppo_ext.masked_whiten),
-            **peers.implementations("masked_whiten", OP, pass_name, device, with_compiled=with_compiled),
+            OURS: op.implementation(pass_name, ppo_ext.masked_whiten),
+            **peers.implementations("masked_whiten", op, pass_name, device, with_compiled=with_compiled),
         },
         select=masked_in,
         traffic=Traffic(read=8 * tokens, copy=4 * tokens),
@@ -44,6 +61,11 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for i, shape in enumerate(cases.token_shapes("masked", full)):
+    for i, shape in enumerate(SHAPES[full]):
         for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (FORWARD,):
             yield case(shape, pass_name, device)
+
+
+def tiny_cases(device):
+    for pass_name in (FORWARD, BOTH):
+        yield case(cases.TINY_TOKENS, pass_name, device, **cases.OVERHEAD)

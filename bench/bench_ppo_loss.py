@@ -1,9 +1,9 @@
-"""ppo_loss with all its statistics, forward, backward, and both. Floor: 6 arrays and the mask in, 4 arrays out.
+"""ppo_loss with all its statistics: forward, backward, and both. Floor: 6 arrays and the mask in, 4 arrays out.
 
-A forward reads 24 bytes per token and the int64 mask; it writes the gradients of logprobs and vpreds, which it knows up to
-a factor, and the two per-token statistics, 16. A backward reads the two gradients and writes them scaled. TRL's loss also
-takes the entropy of the logits; that is timed with logprobs_and_entropy and left out here. Checked: both gradients, the
-loss, and the statistics that an implementation gives.
+A forward pass reads 24 bytes for each token and the int64 mask. It writes 16 bytes: the gradients of logprobs and
+vpreds but for a factor, and the two per-token statistics. A backward pass reads the two gradients and writes them
+multiplied by the factor. TRL's loss also computes the entropy of the logits, which is left out here and timed with
+logprobs_and_entropy. Checked are both gradients, the loss, and those statistics that an implementation returns.
 """
 
 import torch
@@ -12,12 +12,12 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import BACKWARD, BOTH, FORWARD, Op
+from .passes import BACKWARD, BOTH, FORWARD, Op, Operators
 from .suite import OURS, Case, in_float64
 from .timing import Traffic
 
 _PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns", "mask")
-# the first four are those that every TRL has
+# every version of TRL has the first four
 _STATS = (
     "loss/policy",
     "loss/value",
@@ -40,11 +40,19 @@ def _loss_and_stats(inputs, op):
     return loss, *(stats[name] for name in _STATS if name in stats)
 
 
-OP = Op(_loss_and_stats, ("logprobs", "vpreds"))
+OPS = {"ppo_loss": Op(_loss_and_stats, ("logprobs", "vpreds"))}
+OPERATORS = {
+    "ppo_loss": Operators(
+        lambda x: torch.ops.ppo_ext._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")),
+        1,
+        lambda x, out: torch.ops.ppo_ext._ppo_loss_backward.default(x["one"], out[1], *out[4:]),
+    )
+}
+SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T] of the selection and of the full list
 
 
 def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
-    tokens = shape[0] * shape[1]
+    op, tokens = OPS["ppo_loss"], shape[0] * shape[1]
     forward, backward = Traffic(read=16 * tokens, copy=16 * tokens), Traffic(copy=8 * tokens)
     both = Traffic(read=16 * tokens, copy=24 * tokens)
     return Case(
@@ -53,10 +61,10 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
         shape,
         torch.float32,
         make=lambda device: cases.token_inputs(shape, device),
-        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), reference.ppo_loss),
+        reference=lambda inputs: op.results(pass_name, in_float64(inputs), reference.ppo_loss),
         implementations={
-            OURS: OP.implementation(pass_name, ppo_ext.ppo_loss),
-            **peers.implementations("ppo_loss", OP, pass_name, device, with_compiled=with_compiled),
+            OURS: op.implementation(pass_name, ppo_ext.ppo_loss),
+            **peers.implementations("ppo_loss", op, pass_name, device, with_compiled=with_compiled),
         },
         traffic={FORWARD: forward, BACKWARD: backward, BOTH: both}[pass_name],
         kind=kind,
@@ -65,6 +73,11 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
 
 
 def suite(device, full):
-    for i, shape in enumerate(cases.token_shapes("ppo_loss", full)):
+    for i, shape in enumerate(SHAPES[full]):
         for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (BOTH,):
             yield case(shape, pass_name, device)
+
+
+def tiny_cases(device):
+    for pass_name in (FORWARD, BOTH):
+        yield case(cases.TINY_TOKENS, pass_name, device, **cases.OVERHEAD)

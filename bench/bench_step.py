@@ -1,10 +1,11 @@
 """One `PPOTrainer.step`, ours against TRL's: the same GPT-2 with its full vocabulary, batch, scores and seeds.
 
-The first rows time the whole step, the model's own passes included: this is the gain a user sees with a backbone of this
-size. The rows after them split it: forward passes of policy and reference, the backward pass below the logits, the
-optimizer, and the rest, which is the loss path. Peak memory is what a step needs above what is held between steps, in
-buffers of the logits' size. The learning rate is 0: every step then does the same work on the same numbers. There is no
-float64 run of a step; what is checked is that both give the same statistics. No memory floor is meaningful here.
+The first rows time the whole step, including the model's own passes, which is the gain that a user sees with a model of
+this size. The following rows split it into the forward passes of policy and reference, the backward pass below the
+logits, the optimizer, and the rest, which is the loss path. Peak memory is what a step needs beyond what is held
+between steps, in buffers of the logits' size. The learning rate is 0, so that every step does the same work on the same
+numbers. There is no step in float64 to compare with; the check is that both trainers give the same statistics. There is
+no memory floor.
 """
 
 import copy
@@ -30,7 +31,7 @@ _FORWARD, _BACKWARD, _OPTIMIZER, _LOSS_PATH = "forward passes", "backward below 
 
 
 def _ours():
-    import ppo_ext  # its trainer imports transformers, which the other benchmarks can do without
+    import ppo_ext  # the trainer imports transformers, which the other benchmarks do not need
 
     return types.SimpleNamespace(
         PPOTrainer=ppo_ext.PPOTrainer,
@@ -49,7 +50,7 @@ def _tokenizer():
 
 
 def _make(step, device):
-    """The batch, the two backbones, and the first value head, which all implementations start from."""
+    """The batch, the two backbones, and the initial value head, the same for all implementations."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -93,7 +94,7 @@ def _trainer(library, inputs):
 
 
 class _Stepper:
-    """run(inputs) -> the statistics of one step; the trainer is built on the first call for these inputs."""
+    """run(inputs) returns the statistics of one step. The first call for these inputs builds the trainer."""
 
     def __init__(self, find_library):
         self._find_library, self._trainers = find_library, {}
@@ -117,7 +118,7 @@ class _Stepper:
 
 
 def _watch_backbone(backbone, parts):
-    """Times forward passes, and begins the backward part when the gradient reaches the logits."""
+    """Times the forward passes, and starts the backward part when the gradient reaches the logits."""
 
     def after(module, arguments, output):
         parts.end(_FORWARD)

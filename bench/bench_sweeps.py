@@ -1,6 +1,6 @@
-"""How the cost grows: with the vocabulary V and the rows N of logprobs_and_entropy, and with the tokens T of gae.
+"""How the cost grows with the vocabulary V and the rows N of logprobs_and_entropy, and with the tokens T of gae.
 
-One size is varied and the others stay; `fit.py` takes the exponent from the upper part of the range.
+One size is varied while the others stay fixed; `fit.py` fits the exponent to the upper part of the range.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""Shapes and dtypes of every benchmark, the quick selection and the full list; the inputs are those of the tests."""
+"""The shapes and dtypes of the benchmarks, for the quick selection and for the full list. The inputs are those of the
+tests."""
 
 import dataclasses
 
@@ -18,30 +19,23 @@ __all__ = [
     "logits_inputs",
     "logits_shapes",
     "token_inputs",
-    "token_shapes",
 ]
 
 GAMMA, LAM = 1.0, 0.95  # TRL's defaults
-# [rows, vocabulary] of the ops on logits: (selection, full); fewer rows where a gradient makes a call many times as long
+# [rows, vocabulary] of the ops on logits: (selection, full list); fewer rows where a gradient makes a call much longer
 _ON_CUDA = ([(8192, LLAMA)], [(8192, LLAMA), (8192, GPT2), (4096, QWEN), (512, LLAMA), (8192, 8192)])
 _OTHERS = [(1024, 32000), (512, LLAMA), (512, QWEN), (64, GPT2), (1024, 8192)]
 LOGITS = {"cpu": ([(1024, GPT2)], [(1024, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGITS_WITH_GRADIENT = {"cpu": ([(512, GPT2)], [(512, GPT2), *_OTHERS]), "cuda": _ON_CUDA}
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
-# [sequences, tokens] of the ops on per-token tensors: (selection, full)
-TOKENS = {
-    "gae": ([(64, 1024)], [(64, 1024), (64, 512), (8, 128), (512, 1024), (8, 8192)]),
-    "kl_rewards": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-    "masked": ([(64, 512)], [(64, 512), (8, 128), (512, 1024)]),
-    "ppo_loss": ([(8, 512)], [(8, 512), (64, 512), (2, 64)]),
-}
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
 HEAD = {"cpu": (8, 32, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
 LINEAR = {"cpu": (128, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
-# what a call costs before any arithmetic: [sequences, tokens] and [rows, vocabulary]
+# for the cost of a call before any arithmetic: [sequences, tokens], [rows, vocabulary], and the options of such a case
 TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
-# what is varied, the other size being fixed; the upper half of each range is beyond a CPU's caches
+OVERHEAD = {"kind": "overhead", "with_compiled": False}
+# {letter: (the fixed size, sizes of the varied one)}; the upper half of each range does not fit into a CPU's caches
 SWEEPS = {
     "cpu": {
         "V": (512, (1000, 8000, 32000, GPT2, LLAMA, QWEN)),
@@ -57,7 +51,8 @@ SWEEPS = {
 
 
 def logits_inputs(shape, dtype, device):
-    """As in the tests, but a lone row is one that is not peaked: next to a result of 0 a relative error says nothing."""
+    """As in the tests, but a single row is one of those that are not peaked: its log-probability would be near 0, and a
+    relative error of that means nothing."""
     if shape[0] != 1:
         return shared.logits_inputs(shape, dtype, device)
     return {name: x[1:] for name, x in shared.logits_inputs((2, *shape[1:]), dtype, device).items()}
@@ -65,11 +60,11 @@ def logits_inputs(shape, dtype, device):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A whole PPO step: the batch, one mini batch, and the GPT-2 it trains."""
+    """A whole PPO step: the batch, which is one minibatch, and the GPT-2 that it trains."""
 
     name: str
     batch_size: int
-    tokens: int  # of query and response
+    tokens: int  # of query and response together
     vocabulary: int
     hidden: int
     layers: int
@@ -85,10 +80,6 @@ STEPS = (
 
 def logits_shapes(device, full, with_gradient):
     return (LOGITS_WITH_GRADIENT if with_gradient else LOGITS)[device.type][full]
-
-
-def token_shapes(op, full):
-    return TOKENS[op][full]
 
 
 def head_shape(device):

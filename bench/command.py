@@ -11,26 +11,14 @@ import torch
 import tqdm
 
 from ppo_ext.ops import _native
+from tests.ops import STEMS
 
 from . import machine, rows, table
 from .rows import RESULTS
 
-MODULES = (
-    "logprobs",
-    "full_kl",
-    "gae",
-    "kl_rewards",
-    "masked",
-    "ppo_loss",
-    "loss_head",
-    "linear_logprobs",
-    "step",
-    "overhead",
-    "binding_overhead",
-    "sweeps",
-)
-# What a case takes on 2 cores or a GPU, rounded up: its inputs and its float64 reference; for each implementation the
-# check, the warm-up and its share of the rounds beyond the seconds that are asked for; and what torch.compile takes.
+MODULES = (*STEMS, "loss_head", "linear_logprobs", "step", "overhead", "binding_overhead", "sweeps")
+# Upper estimates of the time of a case on 2 cores or a GPU: to make its inputs and float64 reference; for each
+# implementation, to check it, to warm it up and to exceed the requested seconds; and for torch.compile.
 _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0
 
 
@@ -55,7 +43,8 @@ def _arguments(argv):
 
 
 def warn_if_busy():
-    """Other work on the cores makes thread pools wait for each other, by far more than a fair share would cost."""
+    """On a busy machine the threads of a parallel loop wait for the one that was interrupted, so times are off by far
+    more than the other work's share."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
         print(
@@ -71,7 +60,7 @@ def suite(names, device, full):
 
 
 def budget_seconds(cases, device, seconds):
-    """An upper estimate of what these cases take, every peer counted as if it ran."""
+    """An upper estimate of the time of these cases, as if every peer were installed."""
     total = 0.0
     for case in cases:
         compiled = sum(getattr(implementation, "compiled", False) for implementation in case.implementations.values())
@@ -92,7 +81,9 @@ def main(argv=None):
     cases = suite(arguments.only, device, arguments.full)
     selection = {case.title for case in suite(arguments.only, device, False)}
     print(f"{len(cases)} cases, about {budget_seconds(cases, device, arguments.seconds) / 60:.0f} minutes")
-    torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)  # advice about the baselines' graph breaks
+    torch._logging.set_logs(
+        dynamo=logging.ERROR, inductor=logging.ERROR
+    )  # hides torch.compile's advice about the graph breaks of the baselines
     measured = []
     for case in (bar := tqdm.tqdm(cases, unit="case", file=sys.stderr)):
         bar.set_description(case.title)
@@ -100,7 +91,7 @@ def main(argv=None):
         new = [{"selected": selected, **row} for row in case.rows(device, seconds=arguments.seconds)]
         measured += new
         if arguments.save:
-            rows.save(new, arguments.save)  # at once: a run that is stopped leaves what it has measured
+            rows.save(new, arguments.save)  # after each case, so that a run that is stopped keeps what it has measured
     print(table.text(measured) if measured else "nothing of this is in the selection; add --full")
     if arguments.save and measured:
         print(f"rows saved under {arguments.save / rows.folder_of(measured[0])}; now `python -m bench.render`")

@@ -4,7 +4,7 @@ import math
 
 
 def exponent(sizes, costs, *, upper=0.5):
-    """The exponent over the upper part of the range of sizes, where the constant cost of a call no longer matters."""
+    """The exponent over the upper part of the range of sizes, where the fixed cost of a call is negligible."""
     points = sorted(zip(sizes, costs))[-max(2, math.ceil(upper * len(sizes))) :]
     if len({size for size, _ in points}) < 2:
         raise ValueError(f"exponent: sizes must be two or more different numbers, got {list(sizes)}")

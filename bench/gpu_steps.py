@@ -1,4 +1,4 @@
-"""The steps of bench/on_gpu.sh in their order, the most important first, and how one of them is run."""
+"""The steps of bench/on_gpu.sh in their order, the most important first, and the function that runs one of them."""
 
 import dataclasses
 import os
@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.ops import OP_TESTS
+
 from . import sass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`command` starts with a tool or with "python", and may hold {device} and {results}. `needs`: modules to import.
-    Without a `required` one that passed, what follows would test something else and is skipped."""
+    """`command` starts with a tool or with "python", and may contain {device} and {results}. `needs`: modules that
+    must be installed. If a `required` step does not pass, the following steps are skipped: they would test something
+    else."""
 
     name: str
     seconds: float
@@ -37,14 +40,15 @@ class Result:
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
 
-_OPS = [f"tests/test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
-# of the suite: what has a step of its own, and what a device changes nothing of
+_OPS = [f"tests/{name}" for name in OP_TESTS]
+# not in the step "suite": files that have a step of their own, and files in which the device changes nothing
 _NOT_SUITE = [
     *_OPS,
     *(
         f"tests/test_{name}.py"
         for name in (
             "gpu",
+            "large",
             "on_gpu",
             "static_report",
             "cuda_on_host",
@@ -67,7 +71,9 @@ sys.exit(state != "loaded")
 
 def _pytest(name, seconds, *arguments, **more):
     command = ("python", "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *arguments)
-    return Step(name, seconds, command, needs=("pytest", "pytest_benchmark"), **more)  # the second by pyproject.toml
+    return Step(
+        name, seconds, command, needs=("pytest", "pytest_benchmark"), **more
+    )  # pyproject.toml has an option of the second
 
 
 def _sanitizer(tool, *options):
@@ -88,7 +94,7 @@ def _sanitizer(tool, *options):
     return Step(tool, 90, command, gpu_only=True)
 
 
-# Hazards are looked for in our kernels alone, at up to twenty times their time; initcheck must see who writes what.
+# racecheck and synccheck make kernels up to twenty times slower, so they watch ours only. initcheck must see all writes.
 _OUR_KERNELS = ("--kernel-name", "kernel_substring=ppo_ext")
 STEPS = (
     Step(
@@ -98,7 +104,7 @@ STEPS = (
     Step("info", 60, ("python", "-m", "ppo_ext", "info")),
     _pytest("ops", 180, *_OPS),
     _pytest("graphs", 90, "tests/test_gpu.py", "-k", "not large and not repeated"),
-    _pytest("large", 90, "tests/test_gpu.py", "-k", "large", gpu_only=True),
+    _pytest("large", 90, "tests/test_gpu.py", "tests/test_large.py", "-k", "large", gpu_only=True),
     _pytest("repeat", 150, "tests/test_gpu.py", "-k", "repeated"),
     _sanitizer("memcheck", "--padding", "32"),
     _sanitizer("racecheck", *_OUR_KERNELS),
@@ -133,7 +139,8 @@ STEPS = (
 
 
 def first_failure(log):
-    """The first line of a log that says what went wrong: of pytest, compute-sanitizer or Python; else its last line."""
+    """The first line of a log that says what went wrong, in the form of pytest, compute-sanitizer or Python; else the
+    last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for pattern in (
         r"(FAILED|ERROR) ",
@@ -147,7 +154,7 @@ def first_failure(log):
 
 
 def missing_part(step, environment):
-    """The module or tool that a step needs and that is not here, else None."""
+    """The first module or tool that a step needs and that is not installed, else None."""
     for module in step.needs:
         if subprocess.run([sys.executable, "-c", f"import {module}"], env=environment, capture_output=True).returncode:
             return f"module {module}"
@@ -163,7 +170,7 @@ def _program(word):
 
 
 def run(step, places, seconds, log, environment):
-    """Runs one step, its output into the file `log`; ends it and its children when `seconds` are over."""
+    """Runs one step with its output in the file `log`; ends it and its child processes after `seconds`."""
     missing = missing_part(step, environment)
     if missing:
         return Result(step.name, "missing", note=missing)

@@ -1,4 +1,4 @@
-"""Every hot kernel once, forward and backward, at the reference shape, for a profiler:
+"""The kernels of every op on logits once, forward and backward, at the reference shape, for a profiler:
 
 ncu --kernel-name "regex:(forward|backward)_kernel" python -m bench.hot_kernels
 """
@@ -7,21 +7,18 @@ import argparse
 
 import torch
 
-import ppo_ext
+from tests.ops import OPS
 
 from .cases import LLAMA, logits_inputs
 
 
 def run(inputs):
-    """Both passes of the three ops on logits; the number of gradients."""
-    labels, count = inputs["labels"], 0
-    others = {ppo_ext.logprobs: labels, ppo_ext.logprobs_and_entropy: labels, ppo_ext.full_kl: inputs["ref_logits"]}
-    for op, other in others.items():
-        logits = inputs["logits"].detach().requires_grad_()
-        results = op(logits, other)
-        results = results if isinstance(results, tuple) else (results,)
-        incoming = (inputs["grad_logprobs"], inputs["grad_entropy"])
-        count += len(torch.autograd.grad(results, logits, incoming[: len(results)]))
+    """Runs both passes of every op on logits; returns the number of gradients."""
+    count = 0
+    for op in OPS.values():
+        if op.on_logits:
+            results = op.run({name: inputs[name] for name in op.tensors if name != "mask"})
+            count += sum(name.startswith("grad_") for name in results)
     return count
 
 

@@ -1,4 +1,4 @@
-"""What a row says of the machine, beside its times: the stamp, and the peak memory of a call."""
+"""The facts in a row beside its times: device, versions and date, and the peak memory of a call."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def stamp(device):
-    """Where and when a row was measured."""
+    """Where, when and with which versions a row was measured."""
     return {
         "device": _device_name(device),
         "device_type": device.type,
@@ -41,14 +41,17 @@ def _commit():
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")  # saving rows changes no code
+        changed = git(
+            "status", "--porcelain", "-uno", "--", ".", ":!bench/results"
+        )  # saved rows are no change of the code
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PPO_EXT_COMMIT", "unknown")  # for a copy of the checkout without its history
+        return os.environ.get("PPO_EXT_COMMIT", "unknown")  # set where the checkout was copied without its history
 
 
 def peak_extra_bytes(call, device):
-    """Peak memory during `call` above what was held before it. CPU: resident set, so temporaries of any kind count."""
+    """The peak memory during `call` beyond what was held before. On a CPU it is that of the resident set, so that
+    temporaries of any kind are included."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -59,8 +62,10 @@ def peak_extra_bytes(call, device):
         del result
         return torch.cuda.max_memory_allocated(device) - before
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: else the call may fill freed pages that are still resident
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # for glibc: without it the call could reuse freed pages that are still resident
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the present resident set
     before = _status_bytes("VmRSS")
     result = call()
     del result

@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show, in one command: builds (or takes a wheel), runs the tests on the device,
+"""All checks and measurements that need a GPU, in one command: builds or takes a wheel, runs the tests on the device,
 compute-sanitizer and the benchmarks, the most important first, each step with a time limit of its own.
 
-It needs what the environment of torch and the checkout bring, and no network. A step whose tool is missing is reported
-as missing. The summary is written again after every step, so that a run that is stopped leaves the rest:
+It needs an environment with torch and this checkout, and no network. A step whose tool is not installed is reported as
+missing. The summary is written after every step, so that a run that is stopped keeps its results:
 
-    summary.md, summary.json   step, result, seconds, what failed first; device, driver, torch, commit and date
+    summary.md, summary.json   step, result, seconds, the first failure; device, driver, torch, commit and date
     results.jsonl              the rows of the benchmarks
     run.tar.gz                 a log for each step, and results/ in the layout of bench/results
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 
 from .gpu_steps import ROOT, STEPS, Result, run
 
-_RESERVE_SECONDS = 3  # for the last summary
-_SHORTEST_SECONDS = 5  # in less time no step gets anywhere
+_RESERVE_SECONDS = 3  # kept for writing the last summary
+_SHORTEST_SECONDS = 5  # no step can do anything in less time
 _FACTS = """
 import importlib.util, json, platform, torch
 cuda = torch.cuda.is_available()
@@ -43,7 +43,7 @@ print(json.dumps({"device": torch.cuda.get_device_name() if cuda else platform.p
 
 
 def facts(environment, commit):
-    """What the results are of: device, driver, versions, commit and date."""
+    """The device, driver, versions, commit and date of a run."""
     asked = subprocess.run([sys.executable, "-c", _FACTS], env=environment, capture_output=True, text=True)
     found = json.loads(asked.stdout) if asked.returncode == 0 else {"device": "unknown", "torch": "cannot be imported"}
     driver = _output("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader")
@@ -64,7 +64,7 @@ def _output(*command):
 
 
 def take_wheel(wheel, package=ROOT / "ppo_ext"):
-    """Puts the libraries of a carried wheel where an in-place build would."""
+    """Puts the libraries of a wheel where an in-place build would put them."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if re.fullmatch(r"ppo_ext/(_C_\w+\.so|_build_info\.json)", name)]
         for name in names:
@@ -75,7 +75,8 @@ def take_wheel(wheel, package=ROOT / "ppo_ext"):
 
 
 def carried_packages(folder, scratch):
-    """The folder to import carried packages from: itself, or, if it holds wheels, one that they are installed into."""
+    """The folder from which to import packages that were brought along: `folder` itself or, if it holds wheels, an
+    installation of them."""
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         return folder.resolve()
@@ -86,7 +87,8 @@ def carried_packages(folder, scratch):
 
 
 def environment_of(options, scratch):
-    """The environment of the steps: the checkout first, then the carried packages."""
+    """The environment variables of the steps. On PYTHONPATH the checkout is first, then the packages that were brought
+    along."""
     path = [str(ROOT), *([str(carried_packages(options.packages, scratch))] if options.packages else [])]
     path += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {
@@ -104,7 +106,8 @@ def environment_of(options, scratch):
 
 
 def write_summary(out, scratch, stamp, results):
-    """summary.json, summary.md, results.jsonl and run.tar.gz, each whole at any moment."""
+    """Writes summary.json, summary.md, results.jsonl and run.tar.gz. Each file is replaced as a whole, never half
+    written."""
     head = "".join(f"- {name}: {value}\n" for name, value in stamp.items())
     lines = "".join(f"| {r.step} | {r.result} | {r.seconds:.0f} | {r.note.replace('|', '/')} |\n" for r in results)
     table = "| step | result | seconds | what failed first, or the last line |\n| --- | --- | --- | --- |\n" + lines
@@ -173,11 +176,11 @@ def _options(argv, names):
 
 
 def main(argv=None, steps=STEPS):
-    """Runs the chosen steps; the exit status is 1 if one failed or ran out of its time."""
+    """Runs the chosen steps; returns exit status 1 if one failed or exceeded its time."""
     start = time.monotonic()
     options = _options(argv, [step.name for step in steps])
     options.out.mkdir(parents=True, exist_ok=True)
-    # ends the running step and writes the summary once more
+    # so that `finally` ends the running step and writes the summary
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch, stamp, results = Path(tempfile.mkdtemp(prefix="on_gpu-")), {"device": "unknown"}, []
     try:
@@ -186,7 +189,7 @@ def main(argv=None, steps=STEPS):
         stamp = facts(environment, options.commit)
         environment |= {"PPO_EXT_COMMIT": stamp["commit"]}
         if stamp.get("capability"):
-            environment |= {"TORCH_CUDA_ARCH_LIST": stamp["capability"]}  # the build's time goes to this device alone
+            environment |= {"TORCH_CUDA_ARCH_LIST": stamp["capability"]}  # builds for this device only, to save time
         chosen = [step for step in steps if step.name in options.steps]
         for result in results_of(chosen, options, scratch, start + 60 * options.minutes, environment):
             results.append(result)

@@ -72,13 +72,13 @@ def short_summary(machines, plots):
     if name is None:
         return "\n\n".join(_NOTHING.values())
     rows = machines[name]
-    parts = [f"Measured on {_stamp(rows)}:"]
+    no_gpu = "" if rows[0]["device_type"] == "cuda" else f" {_NOTHING['cuda']}"
+    parts = [f"Measured on {_stamp(rows)}.{no_gpu}"]
     if "featured.png" in plots[name]:
         alt = "How many times longer TRL and the fastest alternative take than ppo_ext"
         parts.append(f"![{alt}]({address(f'bench/results/{name}/featured.png', 'raw')})")
     header = ("", "input", "ppo_ext", "TRL 0.11.4", "fastest alternative")
     parts.append(_markdown(header, [_featured_line(title, group) for title, group in featured.groups(rows)]))
-    parts += [] if rows[0]["device_type"] == "cuda" else [_NOTHING["cuda"]]
     return "\n\n".join(parts)
 
 

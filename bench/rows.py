@@ -1,8 +1,10 @@
-"""The raw rows: where they are kept, which belong together, and what is asked of them again and again."""
+"""The raw rows: where they are kept, which of them belong together, and queries on them."""
 
 import json
 import pathlib
 import re
+
+from tests.ops import OPS
 
 from . import fit
 from .suite import FLOOR, OURS
@@ -14,26 +16,12 @@ _BEFORE = {
     "device_type": "cpu",
     "mode": "eager",
     "version": "",
-}  # rows before these fields
-_ORDER = (
-    "logprobs",
-    "logprobs_and_entropy",
-    "full_kl",
-    "kl_rewards",
-    "gae",
-    "gae+masked_whiten",
-    "masked_whiten",
-    "ppo_loss",
-    "loss_head",
-    "linear_logprobs",
-    "step",
-    "overhead",
-    "sweep",
-)
+}  # fields that the oldest rows lack
+_ORDER = (*OPS, "loss_head", "linear_logprobs", "step", "overhead", "sweep")
 
 
 def folder_of(row):
-    """The name of one machine's folder: its device and, on a CPU, the number of threads."""
+    """The name of a machine's folder: its device and, on a CPU, the number of threads."""
     name = row["device"] if row["device_type"] == "cuda" else f"{row['device']} {row['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -56,14 +44,14 @@ def by_case(rows):
 
 
 def save(rows, results=RESULTS):
-    """One file per op, or kind of measurement; a new run replaces the rows of the cases that it measured."""
+    """Writes one file for each op or kind of measurement. Rows of the cases that were measured again are replaced."""
     for stem in sorted({_stem(row) for row in rows}):
         new = [row for row in rows if _stem(row) == stem]
         path = results / folder_of(new[0]) / f"{stem}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         measured = {case_key(row) for row in new}
         kept = [row for row in _read(path) if case_key(row) not in measured] if path.exists() else []
-        whole = path.with_suffix(".new")  # a run that is stopped here leaves the old file or the new one
+        whole = path.with_suffix(".new")  # a run that is stopped here leaves either the old file or the new one
         whole.write_text("".join(json.dumps(row) + "\n" for row in kept + new))
         whole.replace(path)
 
@@ -85,7 +73,8 @@ def _read(path):
 
 
 def _place(path):
-    return _ORDER.index(path.stem) if path.stem in _ORDER else len(_ORDER), path.stem
+    first = path.stem.partition("+")[0]  # a chain of ops comes after its first op
+    return _ORDER.index(first) if first in _ORDER else len(_ORDER), path.stem
 
 
 # ---- what is asked of rows ------------------------------------------------------------------------------------------
@@ -108,12 +97,12 @@ def is_floor(row):
 
 
 def ours(group):
-    """Our row of a case in the setting that is shown, {} without one."""
+    """Our row of a case in the setting that tables show; {} if there is none."""
     return next((row for row in group if row["implementation"] == OURS and row["shown"]), {})
 
 
 def others(group):
-    """The timed rows of everybody else in the setting that is shown."""
+    """The timed rows of all other implementations in the setting that tables show."""
     return [row for row in group if row["shown"] and timed(row) and not is_ours(row) and not is_floor(row)]
 
 
@@ -122,17 +111,17 @@ def fastest_other(group):
 
 
 def trl(group):
-    """The row of the oldest TRL there is, which is eager and what its users run; {} without one."""
+    """The row of the oldest TRL, which runs eagerly as its users run it; {} if there is none."""
     return next((row for row in group if row["shown"] and row["implementation"].startswith("TRL")), {})
 
 
 def in_graph(group, implementation=OURS):
-    """The row of the same implementation replayed from a CUDA graph, {} without one."""
+    """The row of the same implementation replayed from a CUDA graph; {} if there is none."""
     return next((row for row in group if row["implementation"] == implementation and row["mode"] == "graph"), {})
 
 
 def reasons(rows):
-    """{(who, why it was not timed): at which ops} of everybody that could not run."""
+    """{(implementation, why it was not timed): the ops} of the implementations that could not run."""
     found = {}
     for row in rows:
         if row["note"] and not timed(row) and not wrong(row):
@@ -141,12 +130,12 @@ def reasons(rows):
 
 
 def versions(rows):
-    """{who: version} of everybody that ran and has one of its own."""
+    """{implementation: version} of those that ran and have a version of their own."""
     return {row["implementation"]: row["version"] for row in rows if row["version"] and timed(row)}
 
 
 def curves(rows, letter):
-    """{implementation: [(size, ms), ...]} of the sweep over V, N or T: device time where there is a graph of it."""
+    """{implementation: [(size, ms), ...]} of the sweep over V, N or T; times of CUDA graphs where there are any."""
     position = {"V": 1, "N": 0, "T": 1}[letter]
     points = {}
     for row in rows:

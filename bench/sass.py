@@ -1,11 +1,11 @@
-"""Reads compiled CUDA kernels: what each one uses (cuobjdump) and the instructions of its hot loop (nvdisasm).
+"""Reads compiled CUDA kernels: the resources of each (cuobjdump) and the instructions of its hot loop (nvdisasm).
 
-How the instructions per element are counted. Of the loops in a kernel's machine code (a branch back to a block that
-dominates it), the innermost that holds 16-byte loads is the hot one. Of the ways through its body, the one that fills the
-most registers by 16-byte loads and stores most often, and among those the shortest, is the iteration that reads nearly all
-of a long row: a whole batch, and no new maximum to rescale to. Its instructions, predicated ones included, are divided by
-the elements that its loads bring. The end of a row and a rescale are off that way and not counted: they are rare by
-construction.
+How the instructions per element are counted. A loop is a branch back to a block that dominates it. The hot loop of a
+kernel is the innermost loop with 16-byte loads. Of the paths through its body, the one with the most registers filled
+by 16-byte loads and the most 16-byte stores is taken, and of several such the shortest: the iteration over a whole
+batch of loads without a new maximum, which processes nearly all of a long row. Its instructions, including predicated
+ones, are divided by the number of elements that its loads bring. The end of a row and a rescale to a new maximum are
+rare by construction and are not on that path.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ _WIDE = re.compile(r"(LDG|STG)\.E\b.*\.128\b")
 
 
 class ToolMissing(Exception):
-    """A disassembler is not installed; the text says what to install."""
+    """A disassembler is not installed. The text says what to install."""
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
 def tool_folders(env=os.environ):
-    """Where cuobjdump and nvdisasm may be: pip's packages of this interpreter, then CUDA_HOME, then $PATH."""
+    """Where cuobjdump and nvdisasm may be: in pip's packages of this interpreter, in CUDA_HOME, on $PATH."""
     spec = importlib.util.find_spec("nvidia")
     packages = list(spec.submodule_search_locations) if spec else []
     yield from (folder for package in packages for folder in sorted(glob.glob(f"{package}/*/bin"), reverse=True))
@@ -92,26 +92,29 @@ class Instruction:
 
     @property
     def target(self):
-        """The label that a branch goes to, if this is one."""
+        """The label to which this instruction branches; None if it is no branch."""
         match = _TARGET.search(self.operands) if self.opcode.startswith("BRA") else None
         return match and match[1]
 
     @property
     def falls_through(self):
-        """Whether the next instruction may come next."""
+        """Whether the following instruction may be executed next."""
         if self.guard or not self.opcode.startswith(("BRA", "EXIT", "RET", "BRX", "JMP", "JMX")):
             return True
-        return self.target is not None and self.operands.strip() != f"`({self.target})"  # a condition among operands
+        return (
+            self.target is not None and self.operands.strip() != f"`({self.target})"
+        )  # a conditional branch has its condition among the operands
 
     @property
     def wide_access(self):
-        """What a 16-byte access of global memory is to or from: the registers it loads, or the address it stores to."""
+        """What identifies a 16-byte access of global memory: the registers that it loads, or the address that it stores
+        to."""
         return self.opcode[:3] + self.operands.split(",")[0] if _WIDE.match(self.opcode) else None
 
 
 @dataclasses.dataclass
 class Block:
-    """Instructions that run one after the other, and the blocks that may follow."""
+    """Instructions that are executed one after the other, and the blocks that may follow."""
 
     instructions: list
     successors: list
@@ -133,7 +136,7 @@ def parse(text):
 
 
 def blocks_of(instructions, labels):
-    """The control flow of one kernel. A call is an instruction like others: it comes back."""
+    """The control flow graph of one kernel. A call is like any other instruction, as it returns."""
     starts = {0} | {labels[i.target] for i in instructions if i.target}
     starts |= {n + 1 for n, i in enumerate(instructions) if i.target or not i.falls_through}
     starts = sorted(start for start in starts if start < len(instructions))
@@ -149,7 +152,7 @@ def blocks_of(instructions, labels):
 
 
 def loops_of(blocks):
-    """{header: the blocks of its loop}, from the branches that go back to a block before them which dominates them."""
+    """{header: blocks of its loop}, found from the branches back to an earlier block that dominates them."""
     before = [[] for _ in blocks]
     for block, content in enumerate(blocks):
         for successor in content.successors:
@@ -163,7 +166,7 @@ def loops_of(blocks):
                 if current not in body:
                     body.add(current)
                     waiting += before[current]
-            if header == 0 or 0 not in body:  # else the loop can be entered past its header
+            if header == 0 or 0 not in body:  # else there is another way into the loop, so it is none
                 loops.setdefault(header, set()).update(body)
     return loops
 
@@ -179,12 +182,12 @@ def hot_loop(blocks):
 
 
 def wide_accesses(instructions, opcode=""):
-    """The different 16-byte accesses among them; one that is there twice under opposite predicates is one."""
+    """The set of 16-byte accesses. The same one under two opposite predicates counts once."""
     return {i.wide_access for i in instructions if i.wide_access and i.wide_access.startswith(opcode)}
 
 
 def hot_path(blocks, header, body):
-    """The instructions of one iteration: most 16-byte accesses, then fewest instructions (see above)."""
+    """The instructions of one iteration: the path with the most 16-byte accesses, of those the shortest (see above)."""
 
     @functools.cache
     def best(block):
@@ -193,7 +196,7 @@ def hot_path(blocks, header, body):
         ways = [[] if s == header else best(s) for s in follow]
         ways = [way for way in ways if way is not None]
         if not ways:
-            return None  # leaves the loop
+            return None  # this path leaves the loop
         return here + min(ways, key=lambda way: (-len(wide_accesses(way)), len(way)))
 
     return best(header)

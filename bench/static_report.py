@@ -1,6 +1,8 @@
-"""`python -m bench.static_report`: what nvcc made of every CUDA kernel, without a GPU. Registers, spills, 16-byte accesses
-and instructions per element of the hot loops, for each architecture in the built library; how they are counted stands in
-`sass.py`. It compares with the kept figures and ends with status 1 if a kernel got worse; `--save` keeps the new ones.
+"""What nvcc made of every CUDA kernel, read without a GPU: `python -m bench.static_report`.
+
+Reports registers, spills, 16-byte accesses and instructions per element of the hot loops for each architecture in the
+built library; `sass.py` explains how they are counted. Compares with the kept figures and ends with status 1 if a
+kernel got worse. `--save` keeps the new figures.
 """
 
 import argparse
@@ -16,18 +18,17 @@ from . import sass
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "ppo_ext/_C_cuda.so"
 EVIDENCE = Path(__file__).parent / "evidence"
-GROWTH = 1.10  # a hot loop may have this many times its kept instructions
+GROWTH = 1.10  # the allowed ratio of instructions of a hot loop to the kept figure
 
-# What the arguments of the kernels' templates mean, by (op, kernel); of all others it is the dtype alone.
-_ARGUMENTS = {
-    ("logprobs", "forward_kernel"): ("threads", "aligned", "entropy", "dtype"),
-    ("logprobs", "backward_kernel"): ("aligned", "entropy", "dtype"),
-    ("full_kl", "forward_kernel"): ("threads", "aligned", "dtype"),
-    ("full_kl", "backward_kernel"): ("aligned", "dtype"),
-    ("gae", "gae_kernel"): ("threads", "dtype"),
-    ("rewards", "kl_rewards_kernel"): ("threads", "dtype"),
+# The meanings of the bool arguments of the kernels' templates, by (op, kernel). An integer argument is the number of
+# threads that work on one row, and the first type is the dtype.
+_FLAGS = {
+    ("logprobs", "forward_kernel"): ("aligned", "entropy"),
+    ("logprobs", "backward_kernel"): ("aligned", "entropy"),
+    ("full_kl", "forward_kernel"): ("aligned",),
+    ("full_kl", "backward_kernel"): ("aligned",),
 }
-# The hot kernels: (arrays read, arrays written) for each element in 16-byte accesses.
+# The hot kernels: how many arrays they read and how many they write by 16-byte accesses.
 _HOT = {
     ("logprobs", "forward_kernel"): (1, 0),
     ("logprobs", "backward_kernel"): (1, 1),
@@ -36,8 +37,8 @@ _HOT = {
     ("gae", "gae_kernel"): (2, 2),
 }
 _DTYPES = {"BFloat16": ("bfloat16", 2), "Half": ("float16", 2), "float": ("float32", 4), "double": ("float64", 8)}
-# Instructions per element of prototype loops in bfloat16 on 9.0. They subtract the maximum and scale in one instruction,
-# where the kernels subtract exactly first, and leave the terms of the entropy unbounded, which -inf makes NaN.
+# Instructions per element of prototype loops in bfloat16 on 9.0. They subtract the maximum and scale in one
+# instruction, while the kernels subtract exactly first. They do not bound the terms of the entropy, which -inf makes NaN.
 _PROTOTYPE = {
     "logprobs forward": 5.03,
     "logprobs forward and entropy": 6.03,
@@ -49,16 +50,16 @@ _THREADS_OF_SM = {"8.0": 2048, "8.6": 1536, "8.9": 1536, "9.0": 2048, "10.0": 20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture; what concerns the hot loop is None where there is none."""
+    """One kernel on one architecture. The fields of the hot loop are None if there is none."""
 
     op: str
-    kernel: str  # as in the source, with its template's arguments
+    kernel: str  # as in the source, with the template arguments
     arch: str
-    name: str  # for people
+    name: str  # as it is shown
     dtype: str
     hot: bool
     registers: int
-    occupancy: float | None  # threads that an SM's registers hold, over those it can run
+    occupancy: float | None  # threads for which an SM has registers, divided by those it can run
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
@@ -89,23 +90,27 @@ def identify(mangled, demangled):
     """(op, kernel, its template's arguments, {meaning: argument}) of a kernel."""
     op = re.search(r"_GLOBAL__N__\w+?_\d+_(\w+)_cuda_cu_", mangled)[1]
     short = re.sub(r"ppo_ext::|\(anonymous namespace\)::|c10::", "", demangled)
-    kernel, arguments = re.search(r"(\w+)<([^()]*)>\(", short).groups()
-    return op, kernel, arguments, dict(zip(_ARGUMENTS.get((op, kernel), ("dtype",)), arguments.split(", ")))
+    kernel, text = re.search(r"(\w+)<([^()]*)>\(", short).groups()
+    arguments = text.split(", ")
+    meanings = dict(zip(_FLAGS.get((op, kernel), ()), (a for a in arguments if a in ("true", "false"))))
+    meanings["threads"] = next((a for a in arguments if a.isdigit()), None)
+    meanings["dtype"] = next(a for a in arguments if a in _DTYPES)
+    return op, kernel, text, meanings
 
 
 def name_of(op, kernel, arguments):
-    """ "logprobs forward and entropy", "gae, a warp each"."""
+    """The name that is shown, such as "logprobs forward and entropy" or "gae, a warp each"."""
     name = " ".join(dict.fromkeys([op, kernel.removesuffix("_kernel")]))
     name += " and entropy" * (arguments.get("entropy") == "true")
     return name + ", a warp each" * (arguments.get("threads") == "32")
 
 
 def occupancy(registers, threads, arch):
-    """The share of an SM's threads that run at once, as far as registers decide it."""
+    """The share of an SM's threads that can run at once, as far as the number of registers limits it."""
     if arch not in _THREADS_OF_SM:
         return None
-    registers_of_warp = -(-registers * 32 // 256) * 256  # handed out in units of 256
-    warps = 65536 // registers_of_warp // 4 * 4  # by four schedulers
+    registers_of_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256
+    warps = 65536 // registers_of_warp // 4 * 4  # warps are divided among four schedulers
     return min(warps * 32 // threads, _THREADS_OF_SM[arch] // threads) * threads / _THREADS_OF_SM[arch]
 
 
@@ -175,12 +180,13 @@ def problems(report, kept):
 
 
 def comparable(report, kept):
-    """Whether the two are of one major version of nvcc; another's code may differ for no fault of the kernels."""
+    """Whether both reports are of the same major version of nvcc. Another version may generate other code from the same
+    source."""
     return report["nvcc"].partition(".")[0] == kept["nvcc"].partition(".")[0]
 
 
 def changes(report, kept):
-    """A sentence for each hot kernel that has grown, or that is not kept on an architecture that is."""
+    """A sentence for each hot kernel that has grown, or that is missing from the kept figures of its architecture."""
     if not comparable(report, kept):
         return []
     before = {row.key: row.instructions_per_element for row in kept["kernels"] if row.hot}

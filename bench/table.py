@@ -8,7 +8,7 @@ HEADER = ("implementation", "time", "p20-p80", "ours is", "of the floor", "other
 
 
 def number(value):
-    """Three significant digits, without an exponent where that reads better."""
+    """Three significant digits, with an exponent only for small numbers."""
     if value is None:
         return ""
     if value >= 1e3:
@@ -17,7 +17,7 @@ def number(value):
 
 
 def time(ms):
-    """Milliseconds with a unit that reads well."""
+    """Milliseconds, or microseconds if shorter than 0.1 ms."""
     if ms is None:
         return ""
     return f"{number(ms)} ms" if ms >= 0.1 else f"{number(1e3 * ms)} us"
@@ -28,14 +28,15 @@ def percent(share):
 
 
 def speedup(row, ours):
-    """How many times faster ours is than `row`; below 1 is a loss."""
+    """How many times faster ours is than `row`; below 1 ours is slower."""
     if not timed(ours) or not timed(row) or is_floor(row) or is_ours(row):
         return ""
     return f"{number(row['p50_ms'] / ours['p50_ms'])}x"
 
 
 def cells(group):
-    """The table's lines of one case as tuples of strings, in HEADER's order; who could not run is left to `reasons`."""
+    """The lines of one case as tuples of strings, in the order of HEADER. `reasons` lists the implementations that
+    could not run."""
     ours = rows_of.ours(group)
     lines = []
     for row in group:
@@ -62,7 +63,7 @@ def cells(group):
 
 
 def _other_states(row, group):
-    """The times of the same implementation in the settings that the first column does not show."""
+    """The times of the same implementation in the settings that the time column does not show."""
     return "; ".join(
         f"{other['cache'] if other['mode'] == 'eager' else other['mode']} {time(other['p50_ms'])}"
         for other in group
@@ -95,7 +96,7 @@ def exponent_line(rows, letter):
 
 
 def text(rows):
-    """A plain-text table of all cases, what a call costs, how costs grow, and who could not run."""
+    """A plain-text table of all cases, the overhead of calls, how costs grow, and who could not run."""
     lines = [HEADER]
     speed = [row for row in rows if row["kind"] != "overhead"]
     for key, group in rows_of.by_case(speed).items():

@@ -3,7 +3,7 @@
     pytest bench/test_speed.py -o addopts= --benchmark-autosave          # -k ppo_ext for our ops alone
     pytest bench/test_speed.py -o addopts= --benchmark-compare
 
-The published numbers do not come from here but from `python -m bench`, where competitors take turns.
+The published numbers come from `python -m bench`, where the implementations take turns.
 """
 
 import functools
@@ -19,7 +19,7 @@ CASES = {case.title: case for case in command.suite(command.MODULES, DEVICE, Fal
 
 @functools.lru_cache(maxsize=1)
 def prepared(title):
-    """(inputs, what is right) of one case, kept while its implementations run one after the other."""
+    """(inputs, right results) of one case, kept while its implementations run one after the other."""
     torch.manual_seed(0)
     inputs = CASES[title].make(DEVICE)
     return inputs, CASES[title].select(inputs, CASES[title].reference(inputs))

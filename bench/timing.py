@@ -1,7 +1,8 @@
-"""The only clock of the suite: interleaved rounds, medians with their spread, cold and warm caches, the memory floor.
+"""The only clock of the benchmarks: interleaved rounds, medians with their spread, cold and warm caches, the memory
+floor.
 
-Competitors take turns within each round, so that a drift of the machine (clock, neighbours, heat) hits all of them
-alike. Every number of one table comes from one such run.
+Implementations take turns within each round, so that a change of the machine (clock rate, other processes, heat)
+affects all of them alike. All numbers of one table come from the same run.
 """
 
 import collections
@@ -16,13 +17,11 @@ import torch
 
 _SLOW_MS = 100.0  # a call of this length needs no second warm-up
 _SHORTEST_SAMPLE_MS = (
-    5.0  # faster calls are repeated until one sample lasts this long, as they are in a running program
+    5.0  # shorter calls are repeated until a sample takes this long, as calls in a running program are
 )
-_DISTURBED, _SHORT_SECONDS = (
-    1.15,
-    3.0,
-)  # a spread that a quiet machine stays below; what is measured twice if it does not
-_DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell
+_DISTURBED = 1.15  # the spread of samples is smaller on a quiet machine
+_SHORT_SECONDS = 3.0  # measurements up to this length are repeated if they were disturbed
+_DEFAULT_CACHE_BYTES = 64 << 20  # if the system does not say how large the cache is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How a call is timed. `cache`: cold, after the last-level cache was overwritten, or warm, right after another call.
-    `mode`: eager; graph, the replay of a CUDA graph, which leaves the host out; host, until the call returns, which on
-    CUDA is when its kernels are queued."""
+    """How a call is timed. `cache`: "cold", after the last-level cache was overwritten, or "warm", right after another
+    call. `mode`: "eager"; "graph", the replay of a CUDA graph, without work of the host; or "host", until the call
+    returns, which on CUDA is when its kernels are queued."""
 
     cache: str = "warm"
     mode: str = "eager"
@@ -47,7 +46,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that an ideal implementation moves: `read` only, `copy` into fresh memory, `update` in place."""
+    """The bytes that an ideal implementation moves: only `read`, `copy` into new memory, or `update` in place."""
 
     read: int = 0
     copy: int = 0
@@ -79,7 +78,9 @@ def _host_ms(call, repeats, device):
 def _events_ms(call, device, wait):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if wait:
-        torch.cuda.synchronize(device)  # else the host would run ahead while the caches are still being flushed
+        torch.cuda.synchronize(
+            device
+        )  # else the call would be queued while the caches are still being flushed, and its host time hidden
     start.record()
     call()
     end.record()
@@ -88,7 +89,7 @@ def _events_ms(call, device, wait):
 
 
 def cache_bytes(device):
-    """Size of the last-level cache: what lies between the caller's previous work and memory."""
+    """The size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [_DEFAULT_CACHE_BYTES]
@@ -105,11 +106,11 @@ def flusher(device):
 
 
 def captured(call, device, pool):
-    """`call` as the replay of a CUDA graph. The graphs of one `pool` share memory: their results are never read."""
+    """`call` as the replay of a CUDA graph. All graphs of one `pool` share memory, as their results are never read."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        call()  # what is set up in a first call cannot be captured
+        call()  # what a first call sets up cannot be captured
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -121,11 +122,13 @@ def captured(call, device, pool):
 
 
 def _sampler(calls, device, setting):
-    """A function from a competitor's name to one sample in milliseconds; warms every competitor up."""
+    """Warms up every implementation; returns a function from its name to one sample in milliseconds."""
     first_ms = {}
     for name, call in calls.items():
         first_ms[name] = _host_ms(call, 1, device)
-        if first_ms[name] < _SLOW_MS:  # the first call of a fast one is far from the rule
+        if (
+            first_ms[name] < _SLOW_MS
+        ):  # the first call of a fast implementation takes much longer than the following ones
             first_ms[name] = _host_ms(call, 1, device)
     flush = flusher(device) if setting.cache == "cold" else lambda: None
 
@@ -145,8 +148,8 @@ def _sampler(calls, device, setting):
 def measure(calls, device, *, setting=Setting(), seconds=2.0, min_rounds=5, max_rounds=400):  # noqa: B008 (frozen)
     """Times each of `calls` (name -> function without arguments) for about `seconds`; returns name -> Timing.
 
-    Where all of that is short enough for somebody else's work on the machine to cover most of it, and the samples say
-    so by their spread, it is done once more, and the quieter of the two counts, for all competitors alike.
+    A short measurement may be disturbed by other work on the machine as a whole. If the samples are spread so far that
+    it was, it is repeated for all implementations, and the run with the smaller spread counts.
     """
     sample = _sampler(calls, device, setting)
     start = time.perf_counter()
@@ -157,7 +160,7 @@ def measure(calls, device, *, setting=Setting(), seconds=2.0, min_rounds=5, max_
 
 
 def _spread(timings):
-    """How far apart the samples of a competitor lie: the 80th over the 20th percentile, of the middle one."""
+    """The ratio of the 80th to the 20th percentile of the samples; the median of all implementations."""
     return statistics.median(timing.p80_ms / timing.p20_ms for timing in timings.values()) if timings else 1.0
 
 
@@ -173,7 +176,7 @@ def _rounds(calls, sample, seconds, min_rounds, max_rounds):
                 break
             for name in order:
                 samples[name].append(sample(name))
-            order = order[1:] + order[:1]  # nobody runs always after the same neighbour
+            order = order[1:] + order[:1]  # so that no implementation always runs after the same one
     finally:
         gc.enable()
     return {name: summary(ms) for name, ms in samples.items()}
@@ -187,7 +190,8 @@ def summary(ms):
 
 
 def floor_call(traffic, device):
-    """A function that moves `traffic` with torch's own sum, clone and in-place multiply: the floor of this machine."""
+    """A function that moves the bytes of `traffic` with torch's own sum, clone and in-place multiply: the memory
+    floor."""
 
     def buffer(size):
         return torch.ones(max(1, size // 4), dtype=torch.float32, device=device) if size else None
@@ -205,7 +209,7 @@ def floor_call(traffic, device):
 
 
 class Parts:
-    """Milliseconds that the named parts of one call took. A part may come several times, and lie within no other."""
+    """Milliseconds of the named parts of one call. A part may occur several times; parts must not overlap."""
 
     def __init__(self, device):
         self.ms = collections.defaultdict(float)

@@ -1,6 +1,6 @@
-"""TRL 0.11.4's own functions, imported live from the installed trl, with the little state they ask of a trainer.
+"""TRL 0.11.4's own functions, imported from the installed trl, with the few attributes of a trainer that they read.
 
-Where TRL's classic PPO is not installed, `functions()` raises `Unavailable` and the rows say why.
+Where TRL's classic PPO is not installed, `functions()` raises `Unavailable`, and the rows show the reason.
 """
 
 import functools
@@ -48,7 +48,7 @@ def functions():
 
 
 def _trainer(trainer_class, *, kl_penalty="kl"):
-    """What the methods read of `self`; TRL's defaults."""
+    """The attributes of `self` that the methods read, with TRL's defaults."""
     trainer = types.SimpleNamespace(
         config=types.SimpleNamespace(
             kl_penalty=kl_penalty,
@@ -67,7 +67,8 @@ def _trainer(trainer_class, *, kl_penalty="kl"):
 
 
 def _without_entropy(method):
-    """TRL's loss with the entropy of the logits, which `logprobs_and_entropy` times, replaced by its argument."""
+    """TRL's loss without the entropy of the logits, which is timed with `logprobs_and_entropy`: the entropy is its
+    argument."""
     return types.FunctionType(
         method.__code__,
         {**method.__globals__, "entropy_from_logits": lambda logits: logits},

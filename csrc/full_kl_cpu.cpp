@@ -1,13 +1,13 @@
 // full_kl_cpu.cpp
 // Computes  see full_kl.h
-// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; each logit once per pass, from memory)
+// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; from memory each logit once per pass)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
 // Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
 // Limits    masked rows are not read
 
-#include "common/checks.h"
 #include "common/pages.h"
 #include "common/parallel.h"
+#include "full_kl_entry.h"
 #include "full_kl_simd.h"
 
 namespace ppo_ext {
@@ -28,7 +28,8 @@ KLState<double> row_state(const LogitRowPair<double>& row, double inv_temperatur
   const double origin = state.max == -INFINITY ? 0.0 : state.max,
                ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-    double sum = 0, ref_sum = 0, weighted = 0;  // per block, so that rounding grows with the block and not with V
+    double sum = 0, ref_sum = 0,
+           weighted = 0;  // of a block, so that rounding errors grow with the block and not with V
     for (int64_t v = begin; v < std::min(begin + kBlock, row.V); ++v) {
       const double y = (logit(v) - origin) * inv_temperature, ref_y = (ref_logit(v) - ref_origin) * inv_temperature;
       const double e = std::exp(y);
@@ -67,157 +68,80 @@ void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* 
 
 // ---- ranges of rows ----
 
-template <class A>
-struct RowStats {
-  A *kl, *max, *log_sum, *ref_max, *ref_log_sum;
-};
+template <class T, class A>
+LogitRowPair<T> row_of(const KLInputs<T, A>& in, int64_t n) {
+  LogitRowPair<T> row;
+  row.logits = in.logits + in.rows.offset(n);
+  row.ref_logits = in.ref_logits + in.ref_rows.offset(n);
+  row.stride = in.rows.stride_v;
+  row.ref_stride = in.ref_rows.stride_v;
+  row.V = in.rows.V;
+  return row;
+}
 
 template <class T, class A>
-struct Job {
-  const T *logits, *ref_logits;
-  LogitRows rows, ref_rows;
-  const bool* mask;
-  A inv_temperature;
-  RowStats<A> stats;  // written forward, read backward
-  const A* grad_kl;   // backward only, and so are the next two
-  T* grad;
-  LogitRows grad_rows;
-
-  LogitRowPair<T> row(int64_t n) const {
-    return {logits + rows.offset(n), ref_logits + ref_rows.offset(n), rows.stride_v, ref_rows.stride_v, rows.V};
-  }
-};
-
-template <class T, class A>
-void forward_rows(const Job<T, A>& job, int64_t begin, int64_t end) {
+void forward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& out, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     KLState<double> state{};
     A kl = 0, log_sum = 0, ref_log_sum = 0;
-    if (!job.mask || job.mask[n]) {
-      state = row_state(job.row(n), job.inv_temperature);
+    if (!in.mask || in.mask[n]) {
+      state = row_state(row_of(in, n), in.inv_temperature);
       log_sum = A(softmax_log_sum(state.sum));
       ref_log_sum = A(softmax_log_sum(state.ref_sum));
       kl = A(row_kl(state));
     }
-    job.stats.kl[n] = kl;
-    job.stats.max[n] = A(state.max);
-    job.stats.log_sum[n] = log_sum;
-    job.stats.ref_max[n] = A(state.ref_max);
-    job.stats.ref_log_sum[n] = ref_log_sum;
+    out.kl[n] = kl;
+    out.max[n] = A(state.max);
+    out.log_sum[n] = log_sum;
+    out.ref_max[n] = A(state.ref_max);
+    out.ref_log_sum[n] = ref_log_sum;
   }
 }
 
 template <class T, class A>
-void backward_rows(const Job<T, A>& job, int64_t begin, int64_t end) {
+void backward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const KLGradient<T, A>& out, int64_t begin,
+                   int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    T* out = job.grad + job.grad_rows.offset(n);
-    if (job.mask && !job.mask[n]) {
-      for (int64_t v = 0; v < job.rows.V; ++v) out[v * job.grad_rows.stride_v] = T(0);
+    T* const row = out.grad + out.rows.offset(n);
+    if (in.mask && !in.mask[n]) {
+      for (int64_t v = 0; v < in.rows.V; ++v) row[v * out.rows.stride_v] = T(0);
       continue;
     }
-    const KLRowGrad<A> grad{job.stats.max[n],         job.stats.log_sum[n], job.stats.ref_max[n],
-                            job.stats.ref_log_sum[n], job.stats.kl[n],      job.grad_kl[n] * job.inv_temperature,
-                            job.inv_temperature};
-    fill_gradient(job.row(n), grad, out, job.grad_rows.stride_v);
+    KLRowGrad<A> grad;
+    grad.max = saved.max[n];
+    grad.log_sum = saved.log_sum[n];
+    grad.ref_max = saved.ref_max[n];
+    grad.ref_log_sum = saved.ref_log_sum[n];
+    grad.kl = saved.kl[n];
+    grad.grad_over_temperature = out.grad_kl[n] * in.inv_temperature;
+    grad.inv_temperature = in.inv_temperature;
+    fill_gradient(row_of(in, n), grad, row, out.rows.stride_v);
   }
 }
 
-// ---- entry points ----
+struct OnCPU {
+  template <class T, class A>
+  static void forward(const KLInputs<T, A>& in, const KLRowStats<A>& out, const Tensor&) {
+    parallel_rows(in.rows.rows, 2 * in.rows.V, [&](int64_t begin, int64_t end) { forward_rows(in, out, begin, end); });
+  }
 
-struct Arguments {
-  const Tensor &logits, &ref_logits;
-  const std::optional<Tensor>& mask;
-  double temperature;
-  const Tensor &kl, &max, &log_sum, &ref_max, &ref_log_sum;
-  const Tensor *grad_kl, *grad;  // null for the forward pass
+  template <class T, class A>
+  static void backward(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const KLGradient<T, A>& out,
+                       const Tensor& grad) {
+    const RowPages pages(grad, in.logits, in.rows.rows);
+    parallel_rows(in.rows.rows, 2 * in.rows.V, [&](int64_t begin, int64_t end) {
+      pages.for_each_batch(begin, end,
+                           [&](int64_t first, int64_t last) { backward_rows(in, saved, out, first, last); });
+    });
+  }
 };
-
-template <class T, class A>
-void run(const Arguments& in) {
-  Job<T, A> job{pointer<T>(in.logits),
-                pointer<T>(in.ref_logits),
-                logit_rows("full_kl", "logits", in.logits),
-                logit_rows("full_kl", "ref_logits", in.ref_logits),
-                mask_pointer(in.mask),
-                A(1.0 / in.temperature),
-                {pointer<A>(in.kl), pointer<A>(in.max), pointer<A>(in.log_sum), pointer<A>(in.ref_max),
-                 pointer<A>(in.ref_log_sum)},
-                nullptr,
-                nullptr,
-                {}};
-  if (!in.grad) {
-    parallel_rows(job.rows.rows, 2 * job.rows.V, [&](int64_t begin, int64_t end) { forward_rows(job, begin, end); });
-    return;
-  }
-  job.grad_kl = pointer<A>(*in.grad_kl);
-  job.grad = pointer<T>(*in.grad);
-  job.grad_rows = logit_rows("full_kl", "grad", *in.grad);
-  const RowPages pages(*in.grad, in.logits, job.rows.rows);
-  parallel_rows(job.rows.rows, 2 * job.rows.V, [&](int64_t begin, int64_t end) {
-    pages.for_each_batch(begin, end, [&](int64_t first, int64_t last) { backward_rows(job, first, last); });
-  });
-}
-
-void dispatch(const Arguments& in) {
-  switch (in.logits.scalar_type()) {
-    case ScalarType::Float:
-      return run<float, float>(in);
-    case ScalarType::BFloat16:
-      return run<torch::headeronly::BFloat16, float>(in);
-    case ScalarType::Half:
-      return run<torch::headeronly::Half, float>(in);
-    case ScalarType::Double:
-      return run<double, double>(in);
-    default:
-      reject_dtype("full_kl", "logits", in.logits.scalar_type());
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl_cpu(Tensor logits, Tensor ref_logits,
-                                                               std::optional<Tensor> mask, double temperature) {
-  check_full_kl(logits, ref_logits, mask, temperature);
-  const auto row = [&] { return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type())); };
-  Tensor kl = row(), max = row(), log_sum = row(), ref_max = row(), ref_log_sum = row();
-  dispatch({logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, nullptr, nullptr});
-  return {kl, max, log_sum, ref_max, ref_log_sum};
-}
-
-void run_backward(const Tensor& grad, const Arguments& in) {
-  check_full_kl(in.logits, in.ref_logits, in.mask, in.temperature);
-  check_row_stats("full_kl", in.logits,
-                  {{"grad_kl", *in.grad_kl},
-                   {"kl", in.kl},
-                   {"row_max", in.max},
-                   {"log_sum", in.log_sum},
-                   {"ref_row_max", in.ref_max},
-                   {"ref_log_sum", in.ref_log_sum}});
-  Arguments with_grad = in;
-  with_grad.grad = &grad;
-  dispatch(with_grad);
-}
-
-Tensor full_kl_backward_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                            Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
-  Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
-  run_backward(grad,
-               {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
-  return grad;
-}
-
-void full_kl_backward_inplace_cpu(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask,
-                                  Tensor kl, Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
-                                  double temperature) {
-  require_no_overlap("full_kl", "logits", logits);
-  run_backward(logits,
-               {logits, ref_logits, mask, temperature, kl, max, log_sum, ref_max, ref_log_sum, &grad_kl, nullptr});
-}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CPU, m) {
-  m.impl("_full_kl", TORCH_BOX(&full_kl_cpu));
-  m.impl("_full_kl_backward", TORCH_BOX(&full_kl_backward_cpu));
-  m.impl("_full_kl_backward_", TORCH_BOX(&full_kl_backward_inplace_cpu));
+  m.impl("_full_kl", TORCH_BOX(&full_kl<OnCPU>));
+  m.impl("_full_kl_backward", TORCH_BOX(&full_kl_backward<OnCPU>));
+  m.impl("_full_kl_backward_", TORCH_BOX(&full_kl_backward_inplace<OnCPU>));
 }
 
 }  // namespace ppo_ext

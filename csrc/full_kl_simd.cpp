@@ -1,5 +1,5 @@
-// full_kl_simd.cpp: the rows of full_kl_cpu.cpp, a vector of logits at a time, in blocks that stay in the first cache.
-// Sums      8 vectors in fp32, the rest in fp64, in an order that depends on V only
+// full_kl_simd.cpp: the rows of full_kl_cpu.cpp, a vector of logits at a time, in blocks that stay in the L1 cache
+// Sums      groups of 8 vectors in fp32, the groups in fp64, in an order that depends on V only
 
 #include "full_kl_simd.h"
 #include "common/simd.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlock = 2048;
 constexpr int kGroup = 8;  // vectors whose terms are added in fp32
-// A block's sum of at most this shows that no logit exceeds its origin by more than 12 powers of 2.
+// If a block's sum is at most 2^12, so is each of its terms: fp32 holds them well, and the origin need not move.
 constexpr double kLargestSum = 4096;
 
 // ---- forward ----
@@ -20,20 +20,20 @@ struct Origins {
   Powers powers;
 };
 
-// In fp32, of some vectors: e, e' and e (d - d'), d = x - origin, e = 2^(d scale).
+// Sums over some vectors in fp32: of e, e' and e (d - d'), where d = x - origin and e = 2^(d scale).
 struct VectorSums {
   f32v power, ref_power, weighted;
 };
 
-// Without bounds a -inf gives NaN where bounds are optional.
+// Without kBounds the sums may become NaN if a logit is -inf (Powers).
 template <bool kBounds>
 PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, VectorSums& sums) {
   const Powers& powers = origin.powers;
   const Power e = powers.of_bounded(powers.bounded<kBounds>(x - origin.policy));
   const Power ref_e = powers.of_bounded(powers.bounded<kBounds>(ref_x - origin.ref));
-  // d - d' from x - x', which loses nothing where the two are close.
+  // d - d' by way of x - x', which is exact where the two are close.
   const f32v gap = (x - ref_x) - (origin.policy - origin.ref);
-  // Where the policy has no probability the term is 0, even against a -inf of the reference; a NaN stays.
+  // Where the policy's probability is 0 the term is 0, even if the reference's logit is -inf. A NaN remains NaN.
   constexpr bool kInfinityIsPossible = kBounds || !Powers::kBoundsAreOptional;
   sums.power = e.plus(sums.power);
   sums.ref_power = ref_e.plus(sums.ref_power);
@@ -71,21 +71,23 @@ PPO_INLINE Sums block_sums(const T* x, const T* ref_x, int n, const Origins& ori
   return sums;
 }
 
-// What is saved for the backward pass is relative to a float near the log of the sum, so that little cancels there: to a whole
-// number above the origin, so that a number added to all logits changes nothing else.
+// A float near the logarithm of the row's sum. What is saved for the backward pass is relative to it, so that log p is
+// there the difference of small numbers. It is a whole number above the origin: a constant that is added to all logits
+// moves it by as much, and changes nothing else that is saved.
 PPO_INLINE double near_log_sum(double origin, double sum, float inv_temperature) {
   const double distance = std::round(std::log(sum) / inv_temperature);
   return std::isfinite(distance) ? float(origin + distance) : origin;
 }
 
-// The sums are taken relative to origins near the largest logits so far, so that each logit is read from memory once.
+// The sums are relative to origins near the largest logits so far, which move if a block has much larger ones. This
+// reads each logit from memory once, where a search for the maxima would be a second time.
 template <class T>
 PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_temperature) {
   T buffer[kBlock], ref_buffer[kBlock];
   const float scale = inv_temperature * float(kLog2E);
   const Powers powers(scale);
   KLState<double> state = kl_empty<double>();  // its maxima are the origins
-  bool bounds = !Powers::kBoundsAreOptional;   // true from the block on that shows that it takes them
+  bool bounds = !Powers::kBoundsAreOptional;   // becomes true when sums without them are NaN
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
@@ -130,7 +132,7 @@ PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r, const
   const f32v log_p = (x - r.max) * r.inv_temperature - r.log_sum;
   const f32v log_q = (ref_x - r.ref_max) * r.inv_temperature - r.ref_log_sum;
   const f32v p = powers.of(log_p).value();
-  return p == splat(0.0f) ? splat(0.0f) : r.grad_over_temperature * p * ((log_p - log_q) - r.kl);
+  return p == splat(0.0f) ? splat(0.0f) : kl_logit_grad(p, log_p, log_q, splat(r.kl), splat(r.grad_over_temperature));
 }
 
 template <class T>

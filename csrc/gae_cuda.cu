@@ -9,7 +9,7 @@
 #include "common/launch.h"
 #include "common/load.cuh"
 #include "common/reduce.cuh"
-#include "gae.h"
+#include "gae_entry.h"
 
 namespace ppo_ext {
 namespace {
@@ -17,16 +17,6 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kTokens = 4;  // of one thread in one tile
 constexpr int64_t kWarpPerSequence = 512;
-
-template <class A>
-struct Job {
-  const A *values, *rewards;
-  const bool* mask;
-  A *advantages, *returns;
-  int64_t B, T;
-  A gamma, gamma_lam;
-  bool packed;  // every run of kTokens starts at a multiple of 16 bytes and is whole
-};
 
 // The value of the nearest counted token at or to the right, if there is one.
 template <class A>
@@ -36,7 +26,7 @@ struct NextValue {
 
 // ---- device helpers ----
 
-// The first `present` of kTokens neighbouring tokens; the others are 0.
+// Loads kTokens neighbouring tokens, of which the first `present` exist; the others become 0.
 template <class A>
 __device__ __forceinline__ void load_tokens(const A* p, int present, bool packed, A (&x)[kTokens]) {
   if (packed && present > 0) {
@@ -62,8 +52,10 @@ __device__ __forceinline__ void store_tokens(const A (&x)[kTokens], int present,
 
 // ---- kernels ----
 
+// packed: every run of kTokens tokens is whole and starts at a multiple of 16 bytes, in all four arrays. It is an int, as
+// nvcc 13.0 needs more registers for a bool.
 template <int kThreads, class A>
-__global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
+__global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int packed) {
   constexpr int kGroups = kBlock / kThreads;
   constexpr int kTile = kThreads * kTokens;
   const int thread = thread_of_group<kThreads>();
@@ -78,8 +70,8 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
       const int64_t t0 = begin + thread * kTokens, i0 = b * job.T + t0;
       const int present = int(job.T - t0 < kTokens ? job.T - t0 : kTokens);
       A value[kTokens], delta[kTokens], returns[kTokens];  // delta holds the reward until the next value is known
-      load_tokens(job.values + i0, present, job.packed, value);
-      load_tokens(job.rewards + i0, present, job.packed, delta);
+      load_tokens(job.values + i0, present, packed, value);
+      load_tokens(job.rewards + i0, present, packed, delta);
       unsigned counted = 0;
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) counted |= unsigned(k < present && (!job.mask || job.mask[i0 + k])) << k;
@@ -108,39 +100,32 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const Job<A> job) {
         delta[k] = counts ? running : A(0);
         returns[k] = counts ? running + value[k] : A(0);
       }
-      store_tokens(delta, present, job.packed, job.advantages + i0);
-      store_tokens(returns, present, job.packed, job.returns + i0);
+      store_tokens(delta, present, packed, job.advantages + i0);
+      store_tokens(returns, present, packed, job.returns + i0);
       advantage = gae_step(maps.total.offset, advantage, maps.total.scale);
       if (values.total.found != A(0)) next_value = values.total.value;
     }
   }
 }
 
-// ---- entry points ----
+// ---- launchers ----
 
-std::tuple<Tensor, Tensor> gae_cuda(Tensor values, Tensor rewards, std::optional<Tensor> mask, double gamma,
-                                    double lam) {
-  check_gae(values, rewards, mask, gamma, lam);
-  const Launcher launch("gae", values);
-  Tensor advantages = new_token_tensor(values, 2, values.scalar_type()),
-         returns = new_token_tensor(values, 2, values.scalar_type());
-  dispatch_floats(values.scalar_type(), [&](auto zero) {
-    using A = decltype(zero);
-    Job<A> job{pointer<A>(values), pointer<A>(rewards), mask_pointer(mask), pointer<A>(advantages), pointer<A>(returns),
-               values.size(0),     values.size(1),      A(gamma),           A(gamma * lam),         false};
-    job.packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
-                 is_aligned(job.advantages) && is_aligned(job.returns);
+struct OnCUDA {
+  template <class A>
+  static void run(const GAEJob<A>& job, const Tensor& like) {
+    const Launcher launch("gae", like);
+    const int packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
+                       is_aligned(job.advantages) && is_aligned(job.returns);
     if (job.T <= kWarpPerSequence) {
-      launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
+      launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job, packed);
     } else {
-      launch(gae_kernel<kBlock, A>, job.B, kBlock, job);
+      launch(gae_kernel<kBlock, A>, job.B, kBlock, job, packed);
     }
-  });
-  return {advantages, returns};
-}
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_gae", TORCH_BOX(&gae_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_gae", TORCH_BOX(&gae<OnCUDA>)); }
 
 }  // namespace ppo_ext

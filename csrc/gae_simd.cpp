@@ -1,5 +1,6 @@
-// gae_simd.cpp: the sequences of gae_cpu.cpp, a vector of them side by side, in square tiles that are turned on their
-//               side. What is left of a sequence, and the sequences left over, go token by token, to the same bits.
+// gae_simd.cpp: the recurrence of gae_cpu.cpp on a vector of sequences at a time, one in each lane. A vector holds one
+//               token of each, so tokens are read and written in square tiles that are transposed. The tokens that fill
+//               no tile, and the sequences that fill no vector, are computed one by one, with the same bits.
 
 #include "gae_simd.h"
 #include "common/simd.h"
@@ -13,12 +14,12 @@ struct Carry {
   V next_value, advantage;
 };
 
-// One token's advantage and return; `carry` moves on to it.
 template <class V>
 struct Step {
   V advantage, returns;
 };
 
+// Computes one token, which `carry` holds afterwards.
 template <class V>
 PPO_INLINE Step<V> step_of(V value, V reward, V gamma, V gamma_lam, Carry<V>& carry) {
   const V advantage = gae_step(gae_delta(reward, value, carry.next_value, gamma), carry.advantage, gamma_lam);
@@ -70,8 +71,8 @@ struct Tile {
       for (int s = 0; s < kSize; ++s) {
         if (s & kBlock) continue;
         const vector_of<A> a = x[s], b = x[s + kBlock];
-        x[s] = __builtin_shuffle(a, b, upper);
-        x[s + kBlock] = __builtin_shuffle(a, b, lower);
+        x[s] = shuffled(a, b, upper);
+        x[s + kBlock] = shuffled(a, b, lower);
       }
       transpose<2 * kBlock>();
     }
@@ -107,7 +108,7 @@ PPO_INLINE void scan_tile(const GAEJob<A>& job, const int64_t (&rows)[kLanesOf<A
                           Carry<vector_of<A>>& carry) {
   using V = vector_of<A>;
   const V gamma = Number<V>::of(job.gamma), gamma_lam = Number<V>::of(job.gamma_lam), zero = Number<V>::of(0);
-  Tile<A> values, rewards;  // become returns and advantages
+  Tile<A> values, rewards;  // overwritten by the returns and the advantages
   values.load_rows(job.values, rows);
   rewards.load_rows(job.rewards, rows);
   for (int k = kLanesOf<A> - 1; k >= 0; --k) {
@@ -125,7 +126,7 @@ PPO_INLINE void scan_tile(const GAEJob<A>& job, const int64_t (&rows)[kLanesOf<A
   rewards.store_rows(job.advantages, rows);
 }
 
-// Up to kLanesOf<A> sequences; the lanes beyond repeat the last one.
+// Up to kLanesOf<A> sequences, one in each lane; if they are fewer, the last one fills the other lanes too.
 template <class A>
 PPO_INLINE void scan_side_by_side(const GAEJob<A>& job, int64_t first, int count) {
   constexpr int kSize = kLanesOf<A>;

@@ -6,15 +6,6 @@
 
 namespace ppo_ext {
 
-template <class A>
-struct GAEJob {
-  const A *values, *rewards;
-  const bool* mask;  // may be null
-  A *advantages, *returns;
-  int64_t T;
-  A gamma, gamma_lam;
-};
-
 constexpr int kSequencesOfGroup = 16;
 
 // Runs over `count` <= kSequencesOfGroup sequences from `first` on.

@@ -3,7 +3,7 @@
 // Bytes     22 per token in fp32: two log-probabilities, three results, and the mask twice
 // Launch    one warp per sequence up to T = 1024, else one block of 256 threads
 // Sums      none
-// Limits    a sequence in which no token counts drops its score
+// Limits    a sequence in which no token counts gets no score: all its rewards are 0
 
 #include "common/launch.h"
 #include "common/reduce.cuh"
@@ -15,20 +15,10 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int64_t kWarpPerSequence = 1024;
 
-template <class A>
-struct Job {
-  const A *scores, *logprobs, *ref_logprobs;
-  const bool* mask;
-  A *rewards, *non_score_rewards, *kls;
-  int64_t B, T;
-  A kl_coef;
-  int64_t kl_penalty;
-};
-
 // ---- kernels ----
 
 template <int kThreads, class A>
-__global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job) {
+__global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const KLRewardsJob<A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const int thread = thread_of_group<kThreads>();
   for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B;
@@ -50,38 +40,22 @@ __global__ void __launch_bounds__(kBlock, 4) kl_rewards_kernel(const Job<A> job)
   }
 }
 
-// ---- entry points ----
+// ---- launchers ----
 
-std::tuple<Tensor, Tensor, Tensor> kl_rewards_cuda(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
-                                                   double kl_coef, int64_t kl_penalty) {
-  check_kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty);
-  const Launcher launch("kl_rewards", logprobs);
-  const auto token = [&] { return new_token_tensor(logprobs, 2, logprobs.scalar_type()); };
-  Tensor rewards = token(), non_score_rewards = token(), kls = token();
-  dispatch_floats(logprobs.scalar_type(), [&](auto zero) {
-    using A = decltype(zero);
-    const Job<A> job{pointer<A>(scores),
-                     pointer<A>(logprobs),
-                     pointer<A>(ref_logprobs),
-                     pointer<bool>(mask),
-                     pointer<A>(rewards),
-                     pointer<A>(non_score_rewards),
-                     pointer<A>(kls),
-                     logprobs.size(0),
-                     logprobs.size(1),
-                     A(kl_coef),
-                     kl_penalty};
+struct OnCUDA {
+  template <class A>
+  static void run(const KLRewardsJob<A>& job, const Tensor& like) {
+    const Launcher launch("kl_rewards", like);
     if (job.T <= kWarpPerSequence) {
       launch(kl_rewards_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job);
     } else {
       launch(kl_rewards_kernel<kBlock, A>, job.B, kBlock, job);
     }
-  });
-  return {rewards, non_score_rewards, kls};
-}
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_kl_rewards", TORCH_BOX(&kl_rewards_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) { m.impl("_kl_rewards", TORCH_BOX(&kl_rewards<OnCUDA>)); }
 
 }  // namespace ppo_ext

@@ -9,9 +9,8 @@
 #include "common/launch.h"
 #include "common/load.cuh"
 #include "common/reduce.cuh"
-#include "common/rows.h"
 #include "common/tiles.cuh"
-#include "logprobs.h"
+#include "logprobs_entry.h"
 
 namespace ppo_ext {
 namespace {
@@ -19,38 +18,12 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int64_t kWarpPerRow = 1024;  // up to this V a warp reads a row faster than a block can merge its parts
 
-template <class T, class A>
-struct Forward {
-  const T* logits;
-  LogitRows rows;
-  const int64_t* labels;
-  const bool* mask;
-  A inv_temperature;
-  A *logprobs, *entropy, *max, *log_sum;
-  int64_t* label_note;  // may be null, see ppo_ext/labels.py
-};
-
-template <class T, class A>
-struct Backward {
-  const T* logits;
-  LogitRows rows;
-  T* grad;
-  LogitRows grad_rows;
-  int64_t tiles;  // per row
-  const int64_t* labels;
-  const bool* mask;
-  const A *grad_logprobs, *grad_entropy;  // either may be null
-  const A *entropy, *max, *log_sum;
-  A inv_temperature;
-};
-
 // ---- device helpers ----
 
 template <bool kEntropy, class A, int kCount>
 __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A top, A inv_temperature) {
   if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
-  const A origin =
-      state.max == A(-INFINITY) ? A(0) : state.max;  // nothing but -inf so far: -inf - -inf must not spread
+  const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // as -inf - -inf would be NaN
   const A scale = inv_temperature * A(kLog2E);
   A sum = 0, weighted = 0;
 #pragma unroll
@@ -58,13 +31,13 @@ __device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[
     const A y = (x[k] - origin) * scale;
     const A e = exp2_of(y);
     sum += e;
-    if (kEntropy) weighted += e * larger(y, A(-1e4));  // softmax_bounded: a NaN stays in e
+    if (kEntropy) weighted += e * larger(y, A(-1e4));  // softmax_bounded; a NaN remains in e
   }
   state.sum += sum;
   if (kEntropy) state.weighted += A(kLn2) * weighted;
 }
 
-// Counts a label outside [0, V); of the first to come here row, id and V are kept.
+// Counts the labels outside [0, V). The first that is counted leaves its row, its id and V.
 __device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t label, int64_t V) {
   if (atomicAdd(reinterpret_cast<unsigned long long*>(note), 1ull) != 0) return;
   note[1] = row;
@@ -76,7 +49,7 @@ __device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t l
 
 template <int kThreads, bool kAligned, bool kEntropy, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3))
-    forward_kernel(const Forward<T, A> job) {
+    forward_kernel(const LogprobsJob<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
   const A c = job.inv_temperature;
@@ -116,10 +89,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
 
 template <bool kAligned, bool kEntropy, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3))
-    backward_kernel(const Backward<T, A> job) {
+    backward_kernel(const LogprobsBackwardJob<T, A> job, int64_t tiles) {
   const A c = job.inv_temperature;
-  for (int64_t i = blockIdx.x; i < job.rows.rows * job.tiles; i += gridDim.x) {
-    const int64_t n = i / job.tiles, tile = i % job.tiles, stride = job.grad_rows.stride_v;
+  for (int64_t i = blockIdx.x; i < job.rows.rows * tiles; i += gridDim.x) {
+    const int64_t n = i / tiles, tile = i % tiles, stride = job.grad_rows.stride_v;
     T* out = job.grad + job.grad_rows.offset(n);
     const int64_t label = job.labels[n];
     if ((job.mask && !job.mask[n]) || uint64_t(label) >= uint64_t(job.rows.V)) {
@@ -129,7 +102,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
     const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = kEntropy ? job.grad_entropy[n] : A(0);
     const A entropy = kEntropy ? job.entropy[n] : A(0), max = job.max[n], log_sum = job.log_sum[n];
     const LogitGrad<A> row = logit_grad_of_row(g, h, entropy, c);
-    // p (alpha - beta log p) in terms of y = log2 of p times the row's sum: one division a row, not one an element.
+    // p (alpha - beta log p) in terms of y = log2(p * sum of the row), which takes one division a row and none an
+    // element.
     const A share = exp(-log_sum), scale = c * A(kLog2E);
     const A at_zero = share * (row.alpha + row.beta * log_sum), slope = share * row.beta * A(kLn2);
     const auto grad_of = [=](const A(&x)[1]) {
@@ -148,105 +122,42 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
 // ---- launchers ----
 
 template <int kThreads, bool kAligned, class T, class A>
-void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
+void launch_forward(const Launcher& launch, const LogprobsJob<T, A>& job) {
   const auto kernel =
       job.entropy ? forward_kernel<kThreads, kAligned, true, T, A> : forward_kernel<kThreads, kAligned, false, T, A>;
   launch(kernel, divide_up(job.rows.rows, kBlock / kThreads), kBlock, job);
 }
 
-template <class T, class A>
-void launch_forward(const Launcher& launch, const Forward<T, A>& job) {
-  if (job.rows.V <= kWarpPerRow) return launch_forward<kWarp, false>(launch, job);
-  if (all_aligned(job.logits, job.rows)) return launch_forward<kBlock, true>(launch, job);
-  launch_forward<kBlock, false>(launch, job);
-}
-
 template <bool kAligned, class T, class A>
-void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
+void launch_backward(const Launcher& launch, const LogprobsBackwardJob<T, A>& job) {
   const auto kernel = job.grad_entropy ? backward_kernel<kAligned, true, T, A> : backward_kernel<kAligned, false, T, A>;
-  launch(kernel, job.rows.rows * job.tiles, kBlock, job);
+  const int64_t tiles = divide_up(job.rows.V, kTile<T>);  // per row
+  launch(kernel, job.rows.rows * tiles, kBlock, job, tiles);
 }
 
-template <class T, class A>
-void launch_backward(const Launcher& launch, const Backward<T, A>& job) {
-  const bool aligned = all_aligned(job.logits, job.rows) && all_aligned(job.grad, job.grad_rows);
-  aligned ? launch_backward<true>(launch, job) : launch_backward<false>(launch, job);
-}
+struct OnCUDA {
+  template <class T, class A>
+  static void forward(const LogprobsJob<T, A>& job, const Tensor& labels) {
+    const Launcher launch("logprobs", labels);
+    if (job.rows.V <= kWarpPerRow) return launch_forward<kWarp, false>(launch, job);
+    if (all_aligned(job.logits, job.rows)) return launch_forward<kBlock, true>(launch, job);
+    launch_forward<kBlock, false>(launch, job);
+  }
 
-// ---- entry points ----
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs_cuda(Tensor logits, Tensor labels, std::optional<Tensor> mask,
-                                                         double temperature, bool with_entropy,
-                                                         std::optional<Tensor> label_note) {
-  check_logprobs(logits, labels, mask, temperature);
-  if (label_note) check_label_note(*label_note, logits);
-  const LogitRows rows = logit_rows("logprobs", "logits", logits);
-  const Launcher launch("logprobs", logits);
-  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
-  const auto row = [&] { return new_token_tensor(labels, labels.dim(), dtype); };
-  Tensor logprobs = row(), entropy = with_entropy ? row() : new_tensor(labels, {0}, dtype), max = row(),
-         log_sum = row();
-  dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = accumulate_t<T>;
-    launch_forward(launch, Forward<T, A>{pointer<T>(logits), rows, pointer<int64_t>(labels), mask_pointer(mask),
-                                         A(1.0 / temperature), pointer<A>(logprobs),
-                                         with_entropy ? pointer<A>(entropy) : nullptr, pointer<A>(max),
-                                         pointer<A>(log_sum), label_note ? pointer<int64_t>(*label_note) : nullptr});
-  });
-  return {logprobs, entropy, max, log_sum};
-}
-
-struct BackwardInput {
-  const std::optional<Tensor>&grad_logprobs, &grad_entropy;
-  const Tensor& labels;
-  const std::optional<Tensor>& mask;
-  const Tensor &entropy, &max, &log_sum;
-  double temperature;
+  template <class T, class A>
+  static void backward(const LogprobsBackwardJob<T, A>& job, const Tensor& labels, const Tensor&) {
+    const Launcher launch("logprobs", labels);
+    const bool aligned = all_aligned(job.logits, job.rows) && all_aligned(job.grad, job.grad_rows);
+    aligned ? launch_backward<true>(launch, job) : launch_backward<false>(launch, job);
+  }
 };
-
-void run_backward(const Tensor& logits, const Tensor& grad, const BackwardInput& in) {
-  check_logprobs(logits, in.labels, in.mask, in.temperature);
-  check_row_stats("logprobs", logits, {{"row_max", in.max}, {"log_sum", in.log_sum}});
-  if (in.grad_logprobs) check_row_stats("logprobs", logits, {{"grad_logprobs", *in.grad_logprobs}});
-  if (in.grad_entropy)
-    check_row_stats("logprobs", logits, {{"grad_entropy", *in.grad_entropy}, {"entropy", in.entropy}});
-  const LogitRows rows = logit_rows("logprobs", "logits", logits), grad_rows = logit_rows("logprobs", "grad", grad);
-  const Launcher launch("logprobs", logits);
-  dispatch_logits("logprobs", logits.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = accumulate_t<T>;
-    launch_backward(launch,
-                    Backward<T, A>{pointer<T>(logits), rows, pointer<T>(grad), grad_rows, divide_up(rows.V, kTile<T>),
-                                   pointer<int64_t>(in.labels), mask_pointer(in.mask),
-                                   in.grad_logprobs ? pointer<A>(*in.grad_logprobs) : nullptr,
-                                   in.grad_entropy ? pointer<A>(*in.grad_entropy) : nullptr,
-                                   in.grad_entropy ? pointer<A>(in.entropy) : nullptr, pointer<A>(in.max),
-                                   pointer<A>(in.log_sum), A(1.0 / in.temperature)});
-  });
-}
-
-Tensor logprobs_backward_cuda(Tensor logits, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
-                              Tensor labels, std::optional<Tensor> mask, Tensor entropy, Tensor max, Tensor log_sum,
-                              double temperature) {
-  Tensor grad = new_token_tensor(logits, logits.dim(), logits.scalar_type());
-  run_backward(logits, grad, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
-  return grad;
-}
-
-void logprobs_backward_inplace_cuda(Tensor logits, std::optional<Tensor> grad_logprobs,
-                                    std::optional<Tensor> grad_entropy, Tensor labels, std::optional<Tensor> mask,
-                                    Tensor entropy, Tensor max, Tensor log_sum, double temperature) {
-  require_no_overlap("logprobs", "logits", logits);
-  run_backward(logits, logits, {grad_logprobs, grad_entropy, labels, mask, entropy, max, log_sum, temperature});
-}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_ext, CUDA, m) {
-  m.impl("_logprobs", TORCH_BOX(&logprobs_cuda));
-  m.impl("_logprobs_backward", TORCH_BOX(&logprobs_backward_cuda));
-  m.impl("_logprobs_backward_", TORCH_BOX(&logprobs_backward_inplace_cuda));
+  m.impl("_logprobs", TORCH_BOX(&logprobs<OnCUDA>));
+  m.impl("_logprobs_backward", TORCH_BOX(&logprobs_backward<OnCUDA>));
+  m.impl("_logprobs_backward_", TORCH_BOX(&logprobs_backward_inplace<OnCUDA>));
 }
 
 }  // namespace ppo_ext

@@ -1,5 +1,5 @@
-// logprobs_simd.cpp: the rows of logprobs_cpu.cpp, a vector of logits at a time, in blocks that stay in the first cache.
-// Sums      16 vectors in fp32, the rest in fp64, in an order that depends on V only
+// logprobs_simd.cpp: the rows of logprobs_cpu.cpp, a vector of logits at a time, in blocks that stay in the L1 cache
+// Sums      groups of 16 vectors in fp32, the groups in fp64, in an order that depends on V only
 
 #include "logprobs_simd.h"
 #include "common/simd.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlock = 2048;
 constexpr int kGroup = 16;  // vectors whose terms are added in fp32
-// A block's sum of at most this shows that no logit exceeds the origin by more than 12 powers of 2.
+// If a block's sum is at most 2^12, so is each of its terms: fp32 holds them well, and the origin need not move.
 constexpr double kLargestSum = 4096;
 
 // ---- forward ----
@@ -18,7 +18,7 @@ struct Sums {
   LaneSum sum, weighted;  // of e and of e d, d = x - origin, e = 2^(d scale)
 };
 
-// Adds the terms of x to sums in fp32; without bounds NaN for a -inf where bounds are optional.
+// Adds the terms of x to sums in fp32. Without kBounds they may become NaN if a logit is -inf (Powers).
 template <bool kEntropy, bool kBounds>
 PPO_INLINE void add_terms(f32v x, float origin, const Powers& powers, f32v& sum, f32v& weighted) {
   const f32v d = powers.bounded<kBounds>(x - origin);
@@ -53,7 +53,8 @@ PPO_INLINE Sums sum_terms(const T* x, int n, float origin, const Powers& powers)
   return sums;
 }
 
-// `bounds` becomes true where a block shows that it takes them.
+// Sums without bounds first, which is faster. If that gives NaN, a logit may be -inf: `bounds` becomes true, and the
+// sums are computed again with bounds.
 template <bool kEntropy, class T>
 PPO_INLINE Sums block_sums(const T* x, int n, float origin, const Powers& powers, bool& bounds) {
   if (!bounds) {
@@ -65,7 +66,8 @@ PPO_INLINE Sums block_sums(const T* x, int n, float origin, const Powers& powers
   return sum_terms<kEntropy, true>(x, n, origin, powers);
 }
 
-// Sums relative to an origin near the largest logit so far, so that each logit is read from memory once.
+// The sums are relative to an origin near the largest logit so far, which moves if a block has a much larger one. This
+// reads each logit from memory once, where a search for the maximum would be a second time.
 template <bool kEntropy, class T>
 PPO_INLINE SoftmaxState<double> row_state_of(const LogitRow<T>& row, float inv_temperature) {
   T buffer[kBlock];

@@ -15,12 +15,13 @@ struct LogitRow {
   int64_t stride, V;
 };
 
-// The gradient of a column is e (at_zero - slope d), d = x - max, e = 2^(d scale); that of the label's is put in later.
+// The gradient of a column is e (at_zero - slope d), d = x - max, e = 2^(d scale). The caller corrects the label's
+// column.
 struct RowGrad {
   float max, scale, at_zero, slope;
 };
 
-// SoftmaxState's max is some number near the largest logit.
+// max of the state that row_state returns is some number near the largest logit.
 #define PPO_DECLARE_FOR(T)                                                                          \
   SoftmaxState<double> row_state(const LogitRow<T>& row, float inv_temperature, bool with_entropy); \
   void fill_gradient(const LogitRow<T>& row, const RowGrad& grad, T* out, int64_t out_stride);

@@ -4,61 +4,68 @@
 // Backward  grad_x = r (g - w/W G0) - r^3 w (x - mean) / (W - 1) G1 [+ w/W G0],  G0 = sum g, G1 = sum g (x - mean)
 #pragma once
 
-#include "common/host_device.h"
+#include "common/moments.h"
 
 namespace ppo_ext {
 
 constexpr double kWhitenEps = 1e-8;
 
-// Total weight, mean, and sum of weighted squared distances from the mean.
+// Values and their weights.
 template <class A>
-struct Moments {
-  A weight, mean, m2;
+struct WeightedEntries {
+  const A *values, *weights;
+  int64_t count;
 };
 
-// Chan's update: no difference of two large sums.
+// ---- moments ----
+
+// The moments as the operators return them: weight, mean, biased variance.
+constexpr int kSavedMoments = 3;
+
 template <class A>
-PPO_HD Moments<A> moments_merge(Moments<A> a, Moments<A> b) {
-  if (b.weight == A(0)) return a;
-  if (a.weight == A(0)) return b;
-  const A weight = a.weight + b.weight;
-  const A gap = b.mean - a.mean;
-  if (!(gap - gap == A(0)))
-    return {weight, a.mean + b.mean, A(NAN)};  // inf stays inf, and is at no distance from itself
-  const A part = b.weight / weight;
-  return {weight, a.mean + gap * part, a.m2 + b.m2 + gap * gap * a.weight * part};
+PPO_HD void write_moments(const Moments& m, A* out) {
+  out[0] = A(m.weight);
+  out[1] = A(m.mean);
+  out[2] = A(biased_var(m));
 }
 
 template <class A>
-PPO_HD A biased_var(Moments<A> m) {
-  return m.weight == A(0) ? A(0) : m.m2 / m.weight;
+PPO_HD Moments read_moments(const A* saved) {
+  return {double(saved[0]), double(saved[1]), double(saved[2]) * double(saved[0])};
 }
 
-template <class A>
-PPO_HD A unbiased_var(A weight, A biased) {
-  return weight <= A(1) ? A(0) : biased * weight / (weight - A(1));
-}
+// ---- whitening ----
 
-template <class A>
-PPO_HD A whiten_scale(A weight, A biased) {
-  return A(1) / A(sqrt(unbiased_var(weight, biased) + A(kWhitenEps)));
-}
+PPO_HD double whiten_scale(const Moments& m) { return 1 / sqrt(unbiased_var(m.weight, biased_var(m)) + kWhitenEps); }
 
-// In fp64: A is a double, or on the CPU a vector of them.
+// In fp64: A is double, or on the CPU a vector of them.
 template <class A>
 PPO_HD A whiten_one(A x, double mean, double scale, bool shift_mean) {
   return (x - mean) * scale + (shift_mean ? 0.0 : mean);
 }
 
-// What every entry's gradient takes of the whole, from G0 and G1.
+// The sums G0 and G1 of the backward pass.
+struct GradSums {
+  double grad, centred;
+};
+
+PPO_HD GradSums grad_sums_merge(const GradSums& a, const GradSums& b) {
+  return {a.grad + b.grad, a.centred + b.centred};
+}
+
+// What the gradient of every entry needs from the sums over all of them.
 struct WhitenGrad {
   double mean, scale, grad_mean, slope, added;
 };
 
-PPO_HD WhitenGrad whiten_grad_of(const Moments<double>& m, double sum_grad, double sum_grad_centred, bool shift_mean) {
-  const double scale = whiten_scale(m.weight, biased_var(m)), grad_mean = m.weight == 0 ? 0 : sum_grad / m.weight;
-  const double slope = m.weight <= 1 ? 0 : scale * scale * scale * sum_grad_centred / (m.weight - 1);
-  return {m.mean, scale, grad_mean, slope, shift_mean ? 0.0 : grad_mean};
+PPO_HD WhitenGrad whiten_grad_of(const Moments& m, const GradSums& sums, bool shift_mean) {
+  WhitenGrad all;
+  all.mean = m.mean;
+  all.scale = whiten_scale(m);
+  all.grad_mean = m.weight == 0 ? 0 : sums.grad / m.weight;
+  all.slope = m.weight <= 1 ? 0 : all.scale * all.scale * all.scale * sums.centred / (m.weight - 1);
+  all.added = shift_mean ? 0.0 : all.grad_mean;
+  return all;
 }
 
 template <class A>

@@ -27,7 +27,7 @@ PPO_INLINE void store_some(A* p, vector_of<A> x, int n) {
 }
 
 template <class A>
-PPO_INLINE Moments<double> entry_moments(const WeightedEntries<A>& in) {
+PPO_INLINE Moments entry_moments(const WeightedEntries<A>& in) {
   using V = vector_of<A>;
   LaneMoments<A> moments{};
   moments.origin =
@@ -39,7 +39,7 @@ PPO_INLINE Moments<double> entry_moments(const WeightedEntries<A>& in) {
   return moments.moments();
 }
 
-// f(x, w) of each entry in fp64; 0 where the weight is.
+// Writes f(i, n, weights) for each vector of n entries from i on, but 0 where the weight is 0.
 template <class A, class F>
 PPO_INLINE void fill_entries(const WeightedEntries<A>& in, A* out, const F& f) {
   using V = vector_of<A>;
@@ -50,8 +50,8 @@ PPO_INLINE void fill_entries(const WeightedEntries<A>& in, A* out, const F& f) {
 }
 
 template <class A>
-PPO_INLINE void fill_whitened_entries(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) {
-  const double scale = whiten_scale(m.weight, biased_var(m));
+PPO_INLINE void fill_whitened_entries(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out) {
+  const double scale = whiten_scale(m);
   fill_entries(in, out, [&](int64_t i, int n, vector_of<A>) PPO_INLINE_LAMBDA {
     Wide<A> x = widen(load_some(in.values + i, n));
     for (f64v& part : x.part) part = whiten_one(part, m.mean, scale, shift_mean);
@@ -87,16 +87,16 @@ PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* gra
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(A)                                                                               \
-  Moments<double> moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out) { \
-    fill_whitened_entries(in, m, shift_mean, out);                                                      \
-  }                                                                                                     \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                     \
-    return entry_grad_sums(in, grad, mean);                                                             \
-  }                                                                                                     \
-  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {      \
-    fill_gradient_entries(in, grad, all, out);                                                          \
+#define PPO_DEFINE_FOR(A)                                                                          \
+  Moments moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                   \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out) {    \
+    fill_whitened_entries(in, m, shift_mean, out);                                                 \
+  }                                                                                                \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                \
+    return entry_grad_sums(in, grad, mean);                                                        \
+  }                                                                                                \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) { \
+    fill_gradient_entries(in, grad, all, out);                                                     \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)

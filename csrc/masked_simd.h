@@ -6,21 +6,10 @@
 
 namespace ppo_ext {
 
-template <class A>
-struct WeightedEntries {
-  const A *values, *weights;
-  int64_t count;
-};
-
-// The sums of the incoming gradient g and of g (x - mean).
-struct GradSums {
-  double grad, centred;
-};
-
-#define PPO_DECLARE_FOR(A)                                                                             \
-  Moments<double> moments_of(const WeightedEntries<A>& in);                                            \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments<double>& m, bool shift_mean, A* out); \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);                     \
+#define PPO_DECLARE_FOR(A)                                                                     \
+  Moments moments_of(const WeightedEntries<A>& in);                                            \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out); \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);             \
   void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out);
 #define PPO_DECLARE(level)                       \
   namespace level {                              \

@@ -2,12 +2,20 @@
 // Computes  ratio = exp(logprobs - old_logprobs);  pg = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
 //           clipped = max(min(vpreds, values + cv), values - cv);  vf = 0.5 max((vpreds - R)^2, (clipped - R)^2)
 //           loss = mean pg + vf_coef mean vf over the counted tokens
-// Backward  by the chain rule, with torch's ties: half to each side of a max or min, everything at the bounds of the clip
+// Backward  by the chain rule. As in torch, a max or min of two equal terms gives each half of the gradient, and the
+//           clip lets it through at its bounds.
 #pragma once
 
-#include "masked.h"
+#include "common/moments.h"
 
 namespace ppo_ext {
+
+// ---- arguments and results ----
+
+// Those arguments of the operator that are numbers.
+struct PPOCoefficients {
+  double cliprange, cliprange_value, vf_coef, ratio_threshold;
+};
 
 // The order of STAT_NAMES in ppo_ext/ops/ppo_loss.py.
 enum PPOStat {
@@ -27,46 +35,103 @@ enum PPOStat {
   kValClipFrac,
   kValMean,
   kValVar,
-  kGradScale,  // what the saved per-token gradients still have to be multiplied by: 1 / count, or 0
+  kGradScale,  // 1 / count, or 0 if skipped: the saved gradients are those of sums and must be multiplied by it
   kPPOStats
 };
+
+// One call: `tokens` entries of each array, and the coefficients.
+template <class A>
+struct PPOJob {
+  const A *logprobs, *old_logprobs, *advantages, *vpreds, *values, *returns;
+  const bool* mask;
+  A *ratio, *counted_advantages, *grad_logprobs, *grad_vpreds;
+  A *stats, *loss;
+  int64_t tokens;
+  PPOCoefficients coefficients;
+};
+
+// One call of the backward pass, which multiplies the gradients that the forward pass saved by two factors: the gradient
+// of the loss, and stats[kGradScale].
+template <class A>
+struct PPOBackwardJob {
+  const A *grad_loss, *stats, *grad_logprobs, *grad_vpreds;
+  A *out_logprobs, *out_vpreds;
+  int64_t tokens;
+};
+
+// ---- one token ----
 
 template <class A>
 struct PPOToken {
   A logprob, old_logprob, advantage, vpred, value, ret;
 };
 
-template <class A>
-struct PPOTerms {
-  A ratio, pg, vf, grad_logprob, grad_vpred;  // grad_vpred without vf_coef
-  A pg_clipped, vf_clipped;                   // 1 where the clipped term is the larger one
+// The quantities of a token whose sums over the counted tokens make the statistics. This is their only list.
+#define PPO_FOR_EACH_SUM(X) \
+  X(pg)                     \
+  X(vf)                     \
+  X(approxkl)               \
+  X(policykl)               \
+  X(pg_clipped)             \
+  X(advantage)              \
+  X(ratio)                  \
+  X(vpred)                  \
+  X(error)                  \
+  X(vf_clipped)
+
+// A field T for each of them: a token's term, or the sum of the terms.
+template <class T>
+struct PPOSummed {
+#define PPO_DECLARE(name) T name;
+  PPO_FOR_EACH_SUM(PPO_DECLARE)
+#undef PPO_DECLARE
+
+  // Calls f(field of this, field of the other) for each field.
+  template <class Other, class F>
+  PPO_HD void for_each(const PPOSummed<Other>& other, const F& f) {
+#define PPO_CALL(name) f(name, other.name);
+    PPO_FOR_EACH_SUM(PPO_CALL)
+#undef PPO_CALL
+  }
 };
 
-// exp(logprob - old_logprob); the CPU computes many at a time instead.
+// What one token gives: its terms of the sums, and the gradients of these terms. Those of the loss, which is a mean, are
+// smaller by a factor that is known after the last token only (kGradScale).
+template <class A>
+struct PPOTerms : PPOSummed<A> {
+  A grad_logprob, grad_vpred;
+};
+
+// The ratio of one token. The CPU's loop computes a vector of them by an exp of its own.
 template <class A>
 PPO_HD A token_ratio(A logprob, A old_logprob) {
   return exp(logprob - old_logprob);
 }
 
 template <class A>
-PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, A cliprange, PPOTerms<A>& out) {
-  const A zero = Number<A>::of(0), one = Number<A>::of(1);
+PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, const PPOCoefficients& coefficients, PPOTerms<A>& out) {
+  const A zero = Number<A>::of(0), one = Number<A>::of(1), cliprange = Number<A>::of(coefficients.cliprange);
   const A low = one - cliprange, high = one + cliprange;
   const A bounded = min_or_nan(max_or_nan(ratio, low), high);
   const A pg1 = -x.advantage * ratio, pg2 = -x.advantage * bounded;
   const A share = share_of_max(pg1, pg2);
   const A through_clip = ratio >= low && ratio <= high ? one - share : zero;
   const A grad_ratio = -x.advantage * (share + through_clip);
-  out.ratio = ratio;
+  const A d = x.old_logprob - x.logprob;
   out.pg = max_or_nan(pg1, pg2);
   out.pg_clipped = pg2 > pg1 ? one : zero;
-  // 0 * inf would be NaN where an exploded ratio is clipped away; a NaN ratio must still show.
+  out.approxkl = Number<A>::of(0.5) * d * d;
+  out.policykl = d;
+  out.advantage = x.advantage;
+  out.ratio = ratio;
+  // An infinite ratio that the clip cuts off has the gradient 0 and not 0 * inf. A NaN ratio still gives NaN.
   out.grad_logprob = grad_ratio == zero && ratio == ratio ? zero : grad_ratio * ratio;
 }
 
 template <class A>
-PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& out) {
+PPO_HD void value_terms(const PPOToken<A>& x, const PPOCoefficients& coefficients, PPOTerms<A>& out) {
   const A zero = Number<A>::of(0), one = Number<A>::of(1);
+  const A cliprange_value = Number<A>::of(coefficients.cliprange_value);
   const A high = x.value + cliprange_value, low = x.value - cliprange_value;
   const A below = min_or_nan(x.vpred, high);
   const A clipped = max_or_nan(below, low);
@@ -76,58 +141,91 @@ PPO_HD void value_terms(const PPOToken<A>& x, A cliprange_value, PPOTerms<A>& ou
   const A through_clip = share_of_max(high, x.vpred) * share_of_max(below, low);
   out.vf = Number<A>::of(0.5) * max_or_nan(vf1, vf2);
   out.vf_clipped = vf2 > vf1 ? one : zero;
-  // 0 * inf again: a clipped-away error of infinite size has gradient 0, unless it is NaN.
+  out.vpred = x.vpred;
+  out.error = vf1;
+  // An infinite error that the clip cuts off has the gradient 0 as well. If the loss is NaN, the gradient is.
   const A part2 = (one - share) * through_clip;
   const A grad = (share == zero ? zero : share * error1) + (part2 == zero ? zero : part2 * error2);
-  out.grad_vpred = out.vf != out.vf ? out.vf : grad;
+  out.grad_vpred = Number<A>::of(coefficients.vf_coef) * (out.vf != out.vf ? out.vf : grad);
 }
 
+// If all inputs and the ratio are 0, every term must come out as 0. The CPU's loop relies on that: it computes whole
+// vectors of tokens, and gives zeros for the masked ones.
 template <class A>
-PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A ratio, A cliprange, A cliprange_value) {
+PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A ratio, const PPOCoefficients& coefficients) {
   PPOTerms<A> out;
-  policy_terms(x, ratio, cliprange, out);
-  value_terms(x, cliprange_value, out);
+  policy_terms(x, ratio, coefficients, out);
+  value_terms(x, coefficients, out);
   return out;
 }
 
-// A skipped minibatch may hold inf, and a masked token's 0 stays 0 whatever gradient the loss receives.
+// One token's inputs: read(job.x) gives its entry of an array, on the CPU the entries of a vector of neighbouring
+// tokens.
+template <class V, class A, class Read>
+PPO_HD PPOToken<V> ppo_read(const PPOJob<A>& job, const Read& read) {
+  PPOToken<V> x;
+  x.logprob = read(job.logprobs);
+  x.old_logprob = read(job.old_logprobs);
+  x.advantage = read(job.advantages);
+  x.vpred = read(job.vpreds);
+  x.value = read(job.values);
+  x.ret = read(job.returns);
+  return x;
+}
+
+// The same for its results: write(y, job.y) stores them.
+template <class V, class A, class Write>
+PPO_HD void ppo_write(const PPOTerms<V>& terms, const PPOJob<A>& job, const Write& write) {
+  write(terms.ratio, job.ratio);
+  write(terms.advantage, job.counted_advantages);
+  write(terms.grad_logprob, job.grad_logprobs);
+  write(terms.grad_vpred, job.grad_vpreds);
+}
+
+// The backward pass of one token. A gradient of 0, which masked tokens have, stays 0 even if the gradient of the loss is
+// inf or NaN. If the minibatch is skipped (grad_scale is 0) all gradients are 0, even if the saved ones are infinite.
 template <class A>
 PPO_HD A scaled_gradient(A grad, A scale, A grad_scale) {
   return grad_scale == A(0) || grad == A(0) ? A(0) : scale * grad;
 }
 
-// Sums over counted tokens; `returns` and `values` carry the count.
-struct PPOSums {
-  double pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
-  Moments<double> returns, values;
+// ---- sums and statistics ----
+
+// Sums over counted tokens. The weight of `returns` and `values` is the number of tokens.
+struct PPOSums : PPOSummed<double> {
+  Moments returns, values;
 };
 
+template <class A>
+PPO_HD PPOSums ppo_sums_of(const PPOToken<A>& x, const PPOTerms<A>& terms) {
+  PPOSums sums;
+  sums.for_each(terms, [](double& sum, A term) { sum = term; });
+  sums.returns = {1.0, double(x.ret), 0.0};
+  sums.values = {1.0, double(x.value), 0.0};
+  return sums;
+}
+
 PPO_HD PPOSums ppo_merge(const PPOSums& a, const PPOSums& b) {
-  return {a.pg + b.pg,
-          a.vf + b.vf,
-          a.approxkl + b.approxkl,
-          a.policykl + b.policykl,
-          a.clipfrac + b.clipfrac,
-          a.advantage + b.advantage,
-          a.ratio + b.ratio,
-          a.vpred + b.vpred,
-          a.error + b.error,
-          a.vf_clipfrac + b.vf_clipfrac,
-          moments_merge(a.returns, b.returns),
-          moments_merge(a.values, b.values)};
+  PPOSums sums = a;
+  sums.for_each(b, [](double& sum, double other) { sum += other; });
+  sums.returns = moments_merge(a.returns, b.returns);
+  sums.values = moments_merge(a.values, b.values);
+  return sums;
 }
 
 template <class A>
-PPO_HD void ppo_write_stats(const PPOSums& sums, double vf_coef, double ratio_threshold, A* stats, A* loss) {
+PPO_HD void ppo_write_stats(const PPOSums& sums, const PPOJob<A>& job) {
+  const PPOCoefficients& coefficients = job.coefficients;
+  A* const stats = job.stats;
   const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
-  const bool skipped = sums.ratio * scale > ratio_threshold;
+  const bool skipped = sums.ratio * scale > coefficients.ratio_threshold;
   const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
   stats[kLossPolicy] = A(pg);
   stats[kLossValue] = A(vf);
-  stats[kLossTotal] = *loss = A(pg + vf_coef * vf);
+  stats[kLossTotal] = *job.loss = A(pg + coefficients.vf_coef * vf);
   stats[kApproxKL] = A(sums.approxkl * scale);
   stats[kPolicyKL] = A(sums.policykl * scale);
-  stats[kClipFrac] = A(sums.clipfrac * scale);
+  stats[kClipFrac] = A(sums.pg_clipped * scale);
   stats[kAdvantagesMean] = A(sums.advantage * scale);
   stats[kRatioMean] = A(sums.ratio * scale);
   stats[kSkipped] = skipped ? A(1) : A(0);
@@ -135,7 +233,7 @@ PPO_HD void ppo_write_stats(const PPOSums& sums, double vf_coef, double ratio_th
   stats[kReturnsVar] = A(unbiased_var(count, biased_var(sums.returns)));
   stats[kVPred] = A(sums.vpred * scale);
   stats[kValError] = A(sums.error * scale);
-  stats[kValClipFrac] = A(sums.vf_clipfrac * scale);
+  stats[kValClipFrac] = A(sums.vf_clipped * scale);
   stats[kValMean] = A(sums.values.mean);
   stats[kValVar] = A(unbiased_var(count, biased_var(sums.values)));
   stats[kGradScale] = skipped ? A(0) : A(scale);

@@ -10,32 +10,23 @@ namespace {
 // ---- sums of a block ----
 
 template <class A>
-struct BlockSums {
+struct BlockSums : PPOSummed<LaneSum> {
   using V = vector_of<A>;
-  LaneSum pg, vf, approxkl, policykl, clipfrac, advantage, ratio, vpred, error, vf_clipfrac;
   LaneMoments<A> returns, values;
 
-  // Masked tokens are 0 in x, but not in what is computed from it.
   PPO_INLINE void add(const PPOToken<V>& x, const PPOTerms<V>& terms, condition_of<A> counts) {
-    const auto counted = [&](V term) PPO_INLINE_LAMBDA { return counts ? term : Number<V>::of(0); };
-    const V weights = counted(Number<V>::of(1)), d = x.old_logprob - x.logprob, value_error = x.vpred - x.ret;
-    pg.add(counted(terms.pg));
-    vf.add(counted(terms.vf));
-    approxkl.add(Number<V>::of(0.5) * d * d);
-    policykl.add(d);
-    clipfrac.add(counted(terms.pg_clipped));
-    advantage.add(x.advantage);
-    ratio.add(counted(terms.ratio));
-    vpred.add(x.vpred);
-    error.add(value_error * value_error);
-    vf_clipfrac.add(counted(terms.vf_clipped));
+    const V weights = counts ? Number<V>::of(1) : Number<V>::of(0);
+    this->for_each(terms, [](LaneSum& sum, V term) PPO_INLINE_LAMBDA { sum.add(term); });
     returns.add(x.ret, weights);
     values.add(x.value, weights);
   }
 
   PPO_INLINE PPOSums sums() const {
-    return {pg.total(),    vf.total(),    approxkl.total(), policykl.total(),    clipfrac.total(),  advantage.total(),
-            ratio.total(), vpred.total(), error.total(),    vf_clipfrac.total(), returns.moments(), values.moments()};
+    PPOSums result;
+    result.for_each(*this, [](double& total, const LaneSum& sum) PPO_INLINE_LAMBDA { total = sum.total(); });
+    result.returns = returns.moments();
+    result.values = values.moments();
+    return result;
   }
 };
 
@@ -48,41 +39,39 @@ PPO_INLINE f64v ratio_of(f64v logprob, f64v old_logprob) {
   return logprob;
 }
 
-// The n tokens from i on, a whole vector or its beginning.
+// The n tokens from i on: a whole vector, or with kWhole = false the beginning of one.
 template <bool kWhole, class A>
-PPO_INLINE void fill_vector(const PPOJob<A>& job, int64_t i, int n, BlockSums<A>& sums) {
+PPO_INLINE void fill_vector(const PPOJob<A>& job, const PPOCoefficients& coefficients, int64_t i, int n,
+                            BlockSums<A>& sums) {
   using V = vector_of<A>;
   bool counted[kLanesOf<A>] = {};
   std::memcpy(counted, job.mask + i, kWhole ? kLanesOf<A> : n);
   const condition_of<A> counts = lanes_where<A>(counted);
-  const auto read = [&](const A* from) PPO_INLINE_LAMBDA {
-    const V x = kWhole ? load(from + i) : load_tail(from + i, n);
-    return counts ? x : Number<V>::of(0);
-  };
-  const PPOToken<V> x{read(job.logprobs), read(job.old_logprobs), read(job.advantages),
-                      read(job.vpreds),   read(job.values),       read(job.returns)};
-  const PPOTerms<V> terms = ppo_terms(x, ratio_of(x.logprob, x.old_logprob), Number<V>::of(job.cliprange),
-                                      Number<V>::of(job.cliprange_value));
+  const PPOToken<V> x = ppo_read<V>(job, [&](const A* from) PPO_INLINE_LAMBDA {
+    const V entries = kWhole ? load(from + i) : load_tail(from + i, n);
+    return counts ? entries : Number<V>::of(0);
+  });
+  // A masked token is 0 in x and gets a ratio of 0, so that all its terms are 0.
+  const V ratio = counts ? ratio_of(x.logprob, x.old_logprob) : Number<V>::of(0);
+  const PPOTerms<V> terms = ppo_terms(x, ratio, coefficients);
   sums.add(x, terms, counts);
-  const auto write = [&](V value, A* to) PPO_INLINE_LAMBDA {
+  ppo_write(terms, job, [&](V value, A* to) PPO_INLINE_LAMBDA {
     const V y = counts ? value : Number<V>::of(0);
     kWhole ? store(to + i, y) : store_tail(to + i, y, n);
-  };
-  write(terms.ratio, job.ratio);
-  write(x.advantage, job.counted_advantages);
-  write(terms.grad_logprob, job.grad_logprobs);
-  write(Number<V>::of(job.vf_coef) * terms.grad_vpred, job.grad_vpreds);
+  });
 }
 
 template <class A>
 PPO_INLINE PPOSums fill_tokens(const PPOJob<A>& job, int64_t begin, int64_t end) {
   const auto counts = [&](int64_t i) PPO_INLINE_LAMBDA { return job.mask[i]; };
+  // A copy, which stays in registers: the compiler must assume that the results overwrite the job's.
+  const PPOCoefficients coefficients = job.coefficients;
   BlockSums<A> sums{};
   sums.returns.origin = first_finite(job.returns, begin, end, counts);
   sums.values.origin = first_finite(job.values, begin, end, counts);
   int64_t i = begin;
-  for (; i + kLanesOf<A> <= end; i += kLanesOf<A>) fill_vector<true>(job, i, kLanesOf<A>, sums);
-  if (i < end) fill_vector<false>(job, i, int(end - i), sums);
+  for (; i + kLanesOf<A> <= end; i += kLanesOf<A>) fill_vector<true>(job, coefficients, i, kLanesOf<A>, sums);
+  if (i < end) fill_vector<false>(job, coefficients, i, int(end - i), sums);
   return sums.sums();
 }
 

@@ -6,14 +6,6 @@
 
 namespace ppo_ext {
 
-template <class A>
-struct PPOJob {
-  const A *logprobs, *old_logprobs, *advantages, *vpreds, *values, *returns;
-  const bool* mask;
-  A *ratio, *counted_advantages, *grad_logprobs, *grad_vpreds;
-  A cliprange, cliprange_value, vf_coef;
-};
-
 // Fills the per-token results of tokens [begin, end) and returns their sums.
 #define PPO_DECLARE(level)                                                   \
   namespace level {                                                          \

@@ -1,4 +1,4 @@
-"""Devices, seeds, the oracle, and the one way in which a test compares numbers."""
+"""Devices, seeds, TRL as the oracle, and the functions with which all tests compare numbers."""
 
 import importlib
 import os
@@ -19,7 +19,8 @@ def seed():
 
 
 def require_trl():
-    """TRL 0.11.4, the oracle. Where it is not installed the test is skipped loudly; PPO_EXT_REQUIRE_ORACLE=1 fails it."""
+    """TRL 0.11.4, whose numbers are the oracle. Where it is not installed the test is skipped, and with
+    PPO_EXT_REQUIRE_ORACLE=1 it fails."""
     try:
         trl = importlib.import_module("trl")
         importlib.import_module("trl.core")
@@ -35,12 +36,12 @@ def require_trl():
 
 
 def assert_within_torch_error(name, ours, torchs, exact, units=1, scale=0.0):
-    """Our error against float64 is at most torch's own, in the root mean square and at the worst entry, plus `units` in the
-    last place of the largest entry or, if that is larger, of `scale`: the size of the terms that the result is made of.
+    """Our error against float64 must not exceed torch's own, neither in the root mean square nor at the worst entry.
 
-    The worst entry of a gradient, of a name that begins with grad, may be twice torch's: it is of one more product, and
-    which entry is the worst is luck. A float64 result has no better oracle than float64 itself, so there both may be off
-    by many units.
+    Added to torch's error are `units` in the last place of the largest entry or, if that is larger, of `scale`: the
+    size of the terms that the result is a sum or difference of. The worst entry of a gradient (a name that begins with
+    "grad") may have twice torch's error: it is rounded after one more product, and which entry is the worst is chance.
+    For float64 results float64 is no better oracle, so 1000 times as many units are added.
     """
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}"
     assert torch.isfinite(exact).all(), f"{name}: the exact values are not finite, so nothing would be compared"
@@ -68,7 +69,7 @@ def assert_same_bits(name, a, b):
 
 
 def assert_same_bits_for_any_threads(run):
-    """`run()` returns tensors, by name or in order; they must not depend on the number of threads."""
+    """`run()` returns a dict or a sequence of tensors, which must be the same for any number of threads."""
     threads = torch.get_num_threads()
     results = []
     try:

@@ -1,7 +1,8 @@
 """Runs test_properties.py and counts the examples that each property was tried on: `python -m tests.property_counts`.
 
-`--save` writes the counts to bench/evidence/properties.json and renders properties.md from them; `--save FOLDER` does so
-elsewhere. All other arguments go to pytest. PPO_EXT_FUZZ_EXAMPLES sets the number of examples of each property and op.
+`--save` writes the counts to bench/evidence/properties.json and renders properties.md from them; `--save FOLDER` writes
+to another folder. All other arguments are passed to pytest. PPO_EXT_FUZZ_EXAMPLES sets the number of examples for each
+property and op.
 """
 
 import argparse
@@ -17,7 +18,7 @@ EVIDENCE = TESTS.parent / "bench/evidence"
 
 
 class Recorder:
-    """A pytest plugin: one row for each property, op and device."""
+    """A pytest plugin that keeps one row for each property, op and device."""
 
     def __init__(self):
         self.items, self.rows = {}, []
@@ -41,7 +42,7 @@ class Recorder:
 
 
 def render(counts):
-    """One line a property."""
+    """The page properties.md: a table with one line for each property."""
     stamp, rows = counts["stamp"], counts["rows"]
     lines = [
         f"{sum(row['examples'] for row in rows):,} examples, {sum(row['failures'] for row in rows)} failures; "
@@ -71,7 +72,7 @@ def main():
     options, rest = parser.parse_known_args()
     recorder = Recorder()
     status = pytest.main([str(TESTS / "test_properties.py"), *rest], plugins=[recorder])
-    from bench import machine  # after pytest: its pythonpath finds it wherever this runs
+    from bench import machine  # after pytest, which has put the checkout on sys.path
 
     counts = {"stamp": machine.stamp(torch.device("cpu")), "rows": recorder.rows}
     print(render(counts))

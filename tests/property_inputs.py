@@ -1,13 +1,14 @@
-"""Random inputs for test_properties.py: hypothesis draws their structure and a seed, torch's generators the numbers."""
+"""Random inputs for test_properties.py. Hypothesis draws their structure and a seed; torch's generators draw the
+numbers."""
 
 import dataclasses
 
 import torch
 from cases import FLOATS
 from hypothesis import strategies as st
-from op_calls import ROLES
+from ops import LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TOKENS, WEIGHTS
 
-KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # what an entry may be; zeros have either sign
+KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # of entries; zeros have both signs
 LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
 MASKS = (torch.bool, torch.int64, torch.float32)
 
@@ -29,8 +30,8 @@ class Case:
 
 
 def cases(kinds=KINDS, dtypes=FLOATS):
-    """Batches of 0 to 5 sequences, or of one more than the 16 that the CPU's gae takes side by side; one in three has
-    few tokens and a vocabulary around the kernels' block of 2048 or of several of them."""
+    """Batches of 0 to 5 sequences, or of 17, one more than the 16 that the CPU kernel of gae computes side by side. One
+    case in three has few tokens and a vocabulary near one or several of the kernels' blocks of 2048."""
 
     def of(sequences, tokens, vocabulary):
         return st.builds(
@@ -53,7 +54,7 @@ def cases(kinds=KINDS, dtypes=FLOATS):
 
 
 def numbers(shape, case, generator, step=None):
-    """Entries of the case's kinds; normal ones are multiples of `step`, if given."""
+    """Entries of the kinds of the case. Normal ones are multiples of `step`, if it is given."""
     wide = torch.promote_types(case.dtype, torch.float32)
     x = torch.randn(shape, generator=generator, dtype=wide).mul_(2.0)
     if step:
@@ -68,12 +69,13 @@ def numbers(shape, case, generator, step=None):
 
 
 def quarters(shape, case, generator):
-    """Multiples of 1/4 in [-8, 8): sums of a few, and of any number in float64, are exact in every dtype."""
+    """Multiples of 1/4 in [-8, 8). Sums of a few of them are exact in every dtype, and sums of any number in
+    float64."""
     return torch.randint(-32, 32, shape, generator=generator, dtype=torch.float32).div_(4).to(case.dtype)
 
 
 def laid_out(x, layout):
-    """The same numbers elsewhere in memory, between NaN."""
+    """The same numbers in another memory layout, with NaN (or invalid integers) in the gaps."""
     if layout == "contiguous" or x.numel() == 0:
         return x
     tokens = min(1, x.dim() - 1)
@@ -95,54 +97,30 @@ def _pick(generator, *choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def options(op, generator):
-    """Numbers and flags of a call."""
-    if "temperature" in ROLES[op]:
-        return {"temperature": _pick(generator, 0.25, 1.0, 1.7)}
-    return {
-        "gae": {"gamma": _pick(generator, 0.0, 0.97, 1.0), "lam": _pick(generator, 0.0, 0.9, 1.0)},
-        "kl_rewards": {
-            "kl_coef": _pick(generator, 0.2, -1.0),
-            "kl_penalty": _pick(generator, "kl", "abs", "mse", "full"),
-        },
-        "masked_mean": {"axis": _pick(generator, None, 0, 1, (1, 0))},
-        "masked_var": {"unbiased": _pick(generator, True, False)},
-        "masked_whiten": {"shift_mean": _pick(generator, True, False)},
-        "ppo_loss": {
-            "cliprange": _pick(generator, 0.1, 0.2, 0.5),
-            "cliprange_value": _pick(generator, 0.0, 0.2),
-            "vf_coef": _pick(generator, 0.1, -1.0),
-            "ratio_threshold": _pick(generator, 10.0, float("inf")),
-        },
-    }[op]
-
-
 def arguments(op, case, device="cpu", draw=numbers):
-    """Arguments of `op` by name, and the incoming gradients of its per-token results."""
+    """Arguments of `op`, an entry of ops.OPS, by name, and incoming gradients for its per-token results."""
     generator, shape = case.generator(), (case.sequences, case.tokens)
-    made = options(op, generator)
-    for name in ROLES[op]:
-        if name in ("logits", "ref_logits"):
+    made = {name: _pick(generator, *values) for name, values in op.choices.items()}
+    for name, role in op.arguments.items():
+        if name in op.only_with and made[op.only_with[name][0]] != op.only_with[name][1]:
+            continue
+        if role in (LOGITS, REF_LOGITS):
             made[name] = draw((*shape, case.vocabulary), case, generator)
-            if draw is numbers:  # the largest logits anywhere, or in the last block, or in the first
+            if draw is numbers:  # the largest logits are anywhere, in the last block, or in the first
                 slope = _pick(generator, 0.0, 40.0, -40.0)
                 made[name] = (made[name] + torch.linspace(0, slope, case.vocabulary)).to(case.dtype)
-        elif name == "labels":
+        elif role is LABELS:
             made[name] = torch.randint(case.vocabulary, shape, generator=generator)
-        elif name == "mask":
+        elif role in (MASK, WEIGHTS):
             mask = torch.rand(shape, generator=generator) < case.density
-            weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if op.startswith("masked_") else 1
+            weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if role is WEIGHTS else 1
             made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
-        elif name == "scores":
+        elif role is SCORES:
             made[name] = draw(shape[:1], case, generator)
-        elif name not in made and name != "kls" and name not in ("temperature", "inplace_backward", "validate"):
-            # Multiples of 1/8: no ratio is so near a clip bound that rounding decides the side.
-            step = {"step": 0.125} if op == "ppo_loss" and "logprobs" in name and draw is numbers else {}
+        elif role is TOKENS:
+            step = {"step": 0.125} if name in op.coarse and draw is numbers else {}
             made[name] = draw(shape, case, generator, **step)
-    if made.get("kl_penalty") == "full":
-        made["kls"] = draw(shape, case, generator)
-    per_token = ("logprobs", "entropy", "full_kl", "masked_whiten")
-    grads = {name: torch.randn(shape, generator=generator).to(device) for name in per_token}
+    grads = {name: torch.randn(shape, generator=generator).to(device) for name in op.per_token}
     return {
         name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x for name, x in made.items()
     }, grads

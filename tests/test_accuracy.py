@@ -1,4 +1,5 @@
-"""The accuracy table: no error of ours has grown, none is beyond torch's own, and its page is of its figures."""
+"""The accuracy table: none of our errors has grown, none is larger than torch's, and the page shows the kept
+figures."""
 
 import copy
 
@@ -9,7 +10,7 @@ from bench import accuracy, accuracy_pages
 from ppo_ext.info import report
 from ppo_ext.ops import _native
 
-VOCABULARIES = (7, 1000, 50257)  # of those in the table
+VOCABULARIES = (7, 1000, 50257)  # some of those in the table
 
 pytestmark = pytest.mark.skipif(_native.status()["cpu"] != "loaded", reason="the compiled part is not built here")
 
@@ -53,12 +54,12 @@ def test_a_result_that_is_no_number_is_seen(measured, kept):
 def test_every_op_dtype_and_size_is_kept(kept):
     found = {tuple(row[name] for name in ("op", "dtype", "V", "scale", "offset")) for row in kept}
     assert found == {tuple(input.key.values()) for input in accuracy.all_inputs()}
-    assert {row["op"] for row in kept} == set(accuracy.ON_LOGITS) | set(accuracy.PER_TOKEN)
 
 
 def test_no_error_is_beyond_torchs(kept):
-    """Over all inputs of a result and dtype: the largest within a unit in the last place, and the mean. In a single number
-    torch's error is luck; there the unit is that of the terms, which are of order one."""
+    """Over all inputs of a result and dtype, our largest and mean error are torch's at most, within one unit in the
+    last place. The error of a single number is chance; its unit is that of the terms it is the sum of, which are of
+    order one."""
     for key, rows in accuracy_pages.grouped(kept, "op", "result", "dtype", "offset").items():
         everyone, unit = accuracy_pages.aggregate(rows), max(row["unit"] for row in rows)
         unit = max(unit, 1.2e-7) if key[1] in ("loss", "mean", "var") else unit

@@ -1,4 +1,4 @@
-"""The benchmark suite itself: it refuses to time what is wrong, and one clock serves all passes, caches and devices."""
+"""The benchmark suite: it does not time wrong results, and times all passes, caches and devices with one clock."""
 
 import contextlib
 import pathlib
@@ -12,7 +12,7 @@ import torch
 from bench import bench_gae, command, machine, passes, rows, suite, timing
 
 CPU = torch.device("cpu")
-CUDA = torch.device("cuda")  # its type alone, for what is decided by it
+CUDA = torch.device("cuda")  # only its type is used, no device
 
 
 def _double(inputs):
@@ -153,7 +153,7 @@ def _inputs():
 def test_what_a_pass_computes(pass_name, expected):
     implementation = OP.implementation(pass_name, lambda x: (x**2, x**3))
     prepared = implementation.prepare(_inputs())
-    for _ in range(2):  # as often as the clock likes
+    for _ in range(2):  # it can be called any number of times
         assert [x.tolist() for x in implementation.run(prepared)] == expected
     assert [x.tolist() for x in OP.results(pass_name, _inputs(), lambda x: (x**2, x**3))] == expected
 
@@ -179,8 +179,8 @@ def test_competitors_take_turns():
     order = []
     timing.measure({name: lambda name=name: order.append(name) for name in "abc"}, CPU, seconds=0.0, min_rounds=6)
     changes = [pair for pair in zip(order, order[1:]) if pair[0] != pair[1]]
-    assert len(changes) >= 2 * 6  # one block each would change twice
-    assert len(set(changes)) > 3  # a fixed order would give three pairs of neighbours
+    assert len(changes) >= 2 * 6  # if each ran in one block, there would be two changes
+    assert len(set(changes)) > 3  # a fixed order would have three pairs of neighbours
 
 
 def test_a_cold_call_follows_a_flush_and_a_warm_one_another_call(monkeypatch):
@@ -196,10 +196,10 @@ def test_a_cold_call_follows_a_flush_and_a_warm_one_another_call(monkeypatch):
 @pytest.mark.parametrize(
     "first, second, short, expected, windows",
     [
-        ([1, 1, 1, 1, 1], [5, 5, 5, 5, 5], True, 1, 1),  # quiet: once
-        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], True, 2, 2),  # disturbed: the second, which is quieter
-        ([1, 1, 3, 3, 3], [1, 1, 7, 9, 9], True, 3, 2),  # still the first, if the second is worse
-        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], False, 9, 1),  # too long to be done again
+        ([1, 1, 1, 1, 1], [5, 5, 5, 5, 5], True, 1, 1),  # quiet: timed once
+        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], True, 2, 2),  # disturbed: the second counts, which is quieter
+        ([1, 1, 3, 3, 3], [1, 1, 7, 9, 9], True, 3, 2),  # disturbed, but the second is worse: the first counts
+        ([1, 4, 9, 9, 9], [2, 2, 2, 2, 2], False, 9, 1),  # disturbed, but too long to be repeated
     ],
 )
 def test_what_is_short_and_disturbed_is_timed_once_more(monkeypatch, first, second, short, expected, windows):
@@ -234,7 +234,7 @@ def test_in_which_settings_a_case_is_timed(monkeypatch, kind, target, nbytes, ca
 
 
 class Event:
-    """A stand-in for a CUDA event: the n-th that is recorded is at n milliseconds."""
+    """A stand-in for a CUDA event: the n-th one that is recorded has the time of n milliseconds."""
 
     log = []
 
@@ -258,8 +258,8 @@ class Graph:
 
 @pytest.fixture
 def no_cuda(monkeypatch):
-    """torch.cuda's events, streams and graphs as stand-ins, with CPU tensors behind a device that says cuda; what of them
-    was called, in order."""
+    """Stand-ins for torch.cuda's events, streams and graphs, so that a device "cuda" works with CPU tensors; the list
+    of their calls, in order."""
     monkeypatch.setattr(Event, "log", [])
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
@@ -347,7 +347,7 @@ def test_changes_are_told_but_for_saved_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("size", [8 << 20, 64 << 20])  # below and above what malloc keeps after a free
+@pytest.mark.parametrize("size", [8 << 20, 64 << 20])  # below and above the size that malloc keeps after a free
 def test_peak_memory_sees_a_temporary(size):
     torch.ones(size // 4).sum()
     peak = machine.peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
@@ -378,4 +378,4 @@ def test_the_selection_stays_within_its_minutes(target, minutes):
     cases = command.suite(command.MODULES, target, False)
     seconds = command.budget_seconds(cases, target, command._arguments([]).seconds)
     assert 60 < seconds < 60 * minutes
-    assert command.budget_seconds(cases + cases, target, 0.3) > 60 * minutes  # the estimate does count cases
+    assert command.budget_seconds(cases + cases, target, 0.3) > 60 * minutes  # the estimate grows with the cases

@@ -1,9 +1,9 @@
-"""The CUDA kernels, run without a GPU: the same .cu files compiled by g++, every CUDA thread a fiber, and tested like
-those of the CPU.
+"""The CUDA kernels, run without a GPU: g++ compiles the same .cu files, every CUDA thread is a fiber, and the tests of
+the ops run on them.
 
-`cuda_on_host/layer.h` lists what stands in for the device and what it sees: a seed draws the order of threads, so that
-a missing barrier shows; each load and store must touch memory that AddressSanitizer knows, and barriers must order
-them. An error inside a kernel is an exception in the test that ran it.
+`cuda_on_host/layer.h` describes the layer. A seed draws the order in which threads run, so that a missing barrier
+shows; each load and store must touch memory that AddressSanitizer knows, and barriers must order accesses of different
+threads. An error inside a kernel is an exception in the test that ran it.
 """
 
 import concurrent.futures
@@ -13,11 +13,11 @@ import sys
 
 import pytest
 from cuda_on_host import build
+from ops import OP_TESTS
 
 TESTS = build.HERE.parent
-# On CUDA an id outside the vocabulary gives NaN instead of an error; that has a test of its own below.
+# On CUDA a label outside the vocabulary gives NaN instead of an error, which is tested below.
 SELECTION = "not ids_outside_the_vocabulary and not equals_trl"
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
 HOSTILE_TESTS = [f"test_{name}.py" for name in ("hostile_values", "hostile_operators", "properties")]
 RUNS = {
     "ops, seed 0": (0, OP_TESTS),
@@ -89,7 +89,7 @@ def run_tests(package, names, seed, selection=SELECTION):
 
 @pytest.fixture(scope="module")
 def runs(package):
-    """All runs at once: each waits for one core."""
+    """All runs, started at once; each uses one core."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(run_tests, package, files, seed) for name, (seed, files) in RUNS.items()}
 

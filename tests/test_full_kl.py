@@ -14,7 +14,7 @@ INF = math.inf
 
 
 def run(inputs, logits=None, ref_logits=None, op=ppo_ext.full_kl, **options):
-    """The divergence and the gradient of a random combination of it."""
+    """The divergences and the gradient of a random combination of them."""
     logits = (inputs["logits"] if logits is None else logits).detach().requires_grad_()
     ref_logits = inputs["ref_logits"] if ref_logits is None else ref_logits
     kl = op(logits, ref_logits, mask=inputs["mask"], **options)
@@ -73,7 +73,9 @@ def test_compiles_into_one_graph(device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("V", (1037, 1040))  # of the second the gradient is aligned, whatever the logits are
+@pytest.mark.parametrize(
+    "V", (1037, 1040)
+)  # with the second, rows of the gradient are aligned to 16 bytes for any logits
 def test_views_give_the_same_bits(device, dtype, V):
     inputs = logits_inputs((3, 4, V), dtype, device)
     logits, ref_logits = inputs["logits"], inputs["ref_logits"]
@@ -158,7 +160,7 @@ def test_hopeless_rows_are_nan_and_alone(device):
 def test_identical_distributions_have_no_divergence(device):
     logits = logits_inputs((4, GPT2), torch.float32, device)["logits"]
     assert ppo_ext.full_kl(logits, logits).abs().max().item() <= 2e-6
-    assert ppo_ext.full_kl(logits, logits + 100.0).abs().max().item() <= 1e-4  # the sum itself rounds at 100
+    assert ppo_ext.full_kl(logits, logits + 100.0).abs().max().item() <= 1e-4  # logits + 100 are rounded
 
 
 @pytest.mark.parametrize("op", [ppo_ext.full_kl, reference.full_kl], ids=["compiled", "reference"])

@@ -29,11 +29,12 @@ def test_matches_float64(device, shape, holes):
         inputs["mask"] = (torch.rand(shape, device=device) > 0.4).long()
     for name, a, b, c in zip(("advantages", "returns"), run(inputs), run(inputs, reference.gae), exact(inputs)):
         assert a.dtype == torch.float32
-        assert_within_torch_error(name, a, b, c, units=2, scale=2.0)  # about the largest value
+        assert_within_torch_error(name, a, b, c, units=2, scale=2.0)  # about the size of the terms
 
 
 def test_hand_worked_case(device):
-    """One reward at the end, gamma 1, lam 1/2: each step halves what the value leaves over."""
+    """One reward, at the end, with gamma 1 and lam 1/2. The deltas are 1, 1 and 1; each advantage is its delta plus
+    half the next."""
     values = torch.tensor([[1.0, 2.0, 3.0]], device=device)
     rewards = torch.tensor([[0.0, 0.0, 4.0]], device=device)
     advantages, returns = ppo_ext.gae(values, rewards, gamma=1.0, lam=0.5)
@@ -53,7 +54,7 @@ def test_holes_are_as_if_deleted(device):
 
 @pytest.mark.parametrize(
     "T, hole", [(500, (100, 300)), (3500, (900, 2100))]
-)  # tiles of a warp: 128 tokens, a block: 1024
+)  # a warp takes tiles of 128 tokens, a block tiles of 1024
 def test_a_hole_longer_than_a_tile(device, T, hole):
     inputs = token_inputs((3, T), device)
     inputs["mask"] = torch.ones(3, T, dtype=torch.int64, device=device)

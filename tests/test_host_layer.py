@@ -1,6 +1,7 @@
 """The layer that runs CUDA kernels on the host: each primitive does what CUDA's does, and misuse is an error.
 
-The kernels are those of cuda_on_host/kernels. What takes AddressSanitizer to see is in cuda_on_host/only_on_host.py.
+The kernels of these tests are in cuda_on_host/kernels. Tests that need AddressSanitizer are in
+cuda_on_host/only_on_host.py.
 """
 
 import re
@@ -188,7 +189,7 @@ def test_misuse_is_an_error_whatever_the_order(layer, name, seed):
 
 @pytest.mark.parametrize("threads", (32, 64))
 def test_a_store_after_loads_of_others_is_an_error(layer, threads):
-    for n in range(threads):  # one of them comes last
+    for n in range(threads):  # the storing thread is another one each time, at some point the last one
         with pytest.raises(layer.KernelError, match=UNORDERED.format("global", r"(thread \d+|several warps)")):
             launch(layer, "one_stores_what_all_load", threads=threads, n=n)
 
@@ -199,7 +200,7 @@ def test_overflow_is_an_error(layer, name):
     data = torch.tensor([value], dtype=torch.int32)
     with pytest.raises(layer.KernelError, match=text):
         launch(layer, name, threads=1, data=data)
-    launch(layer, name, threads=1, data=data.sign().abs())  # 1 is no error
+    launch(layer, name, threads=1, data=data.sign().abs())  # with 1 there is no overflow
 
 
 @pytest.mark.parametrize("offset", (1, 2, 3))
@@ -215,7 +216,7 @@ def test_vector_accesses_must_be_aligned(layer, offset):
 
 @pytest.mark.parametrize("name", ("no_barrier", "no_second_barrier", "no_syncwarp"))
 def test_without_a_barrier_the_order_shows(layer, name):
-    """What the order alone does to the results, were the unordered accesses not errors themselves."""
+    """With the check for unordered accesses switched off, the results depend on the order of the threads."""
     layer.set_races(False)
     results = [data[:128].tolist() for data in by_seed(layer, name)]
     right = {

@@ -1,40 +1,51 @@
-"""The ops where torch does something unusual around them: other memory, other modes, other kinds of derivatives."""
+"""The ops in unusual surroundings: overlapping memory, modes of torch, other kinds of derivatives, compilation."""
 
 import contextlib
 import warnings
 
-import op_calls
 import pytest
 import torch
+from cases import valid_arguments
 from conftest import assert_same_bits
-from op_calls import DIFFERENTIABLE, OPS, ROLES, run, valid_arguments
+from ops import OPS, of_stem
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-import ppo_ext
 
-ON_LOGITS = [op for op in OPS if op_calls.LOGITS in ROLES[op].values()]
-WITH_TANGENT_CHECK = (*ON_LOGITS, "ppo_loss")
-WITH_GRADIENTS = [op for op in OPS if DIFFERENTIABLE[op]]
-NOT_DIFFERENTIABLE = [op for op in OPS if not DIFFERENTIABLE[op]]
-MASKED = ("masked_mean", "masked_var", "masked_whiten")
+def each(ops):
+    return pytest.mark.parametrize("op", ops, ids=lambda op: op.name)
+
+
+each_op = each(OPS.values())
+on_logits = each([op for op in OPS.values() if op.on_logits])
+with_gradients = each([op for op in OPS.values() if op.differentiable])
+without_gradients = each([op for op in OPS.values() if not op.differentiable])
+# The masked ops are autograd functions even where no gradient is asked for, so torch refuses forward mode itself.
+CHECKED_FOR_TANGENTS = [op for op in OPS.values() if op.differentiable and op not in of_stem("masked")]
+# torch has no vmap for autograd functions, nor for operators that write to an argument, as _logprobs to its label note.
+WITHOUT_VMAP = [*of_stem("masked"), *of_stem("logprobs")]
+
+
+def call(op, arguments):
+    """The results without gradients."""
+    return list(op.outputs(arguments).values())
 
 
 def tensors_of(arguments):
     return {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
 
 
-def call(op, arguments):
-    """The results without gradients, as a tuple of tensors."""
-    results = getattr(ppo_ext, op)(**arguments)
-    results = results if isinstance(results, tuple) else (results,)
-    return (*results[:-1], *results[-1].values()) if op == "ppo_loss" else results
+def floats_with_gradients(op):
+    """Valid arguments among which every floating tensor requires a gradient."""
+    return {
+        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in valid_arguments(op).items()
+    }
 
 
 def assert_same_results(op, a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b):
-        assert_same_bits(op, x, y)
+    for x, y in zip(a, b, strict=True):
+        assert_same_bits(op.name, x, y)
 
 
 # ---- memory ----
@@ -48,14 +59,14 @@ OVERLAPPING = {
 
 
 @pytest.mark.parametrize("layout", OVERLAPPING)
-@pytest.mark.parametrize("op", ON_LOGITS)
+@on_logits
 def test_logits_that_cannot_be_overwritten_have_the_right_gradient(op, layout):
     arguments = valid_arguments(op)
     view = arguments | {"logits": OVERLAPPING[layout](arguments["logits"])}
     before = view["logits"].clone()
-    results = run(op, view | {"inplace_backward": True})
+    results = op.run(view | {"inplace_backward": True})
     assert_same_bits("the logits", view["logits"], before)
-    for name, expected in run(op, view | {"logits": before}).items():
+    for name, expected in op.run(view | {"logits": before}).items():
         assert_same_bits(name, results[name], expected)
 
 
@@ -64,8 +75,8 @@ def test_ref_logits_that_share_memory_with_the_logits(shared):
     memory = torch.randn(4, 4, 7)
     logits = memory[:2, :3]
     ref_logits = {"the same": logits, "one token later": memory[:2, 1:], "none": memory[2:, :3]}[shared]
-    expected = run("full_kl", {"logits": logits.clone(), "ref_logits": ref_logits.clone()})
-    results = run("full_kl", {"logits": logits, "ref_logits": ref_logits, "inplace_backward": True})
+    expected = OPS["full_kl"].run({"logits": logits.clone(), "ref_logits": ref_logits.clone()})
+    results = OPS["full_kl"].run({"logits": logits, "ref_logits": ref_logits, "inplace_backward": True})
     for name in expected:
         assert_same_bits(name, results[name], expected[name])
     written = torch.equal(logits, expected["grad_logits"])
@@ -80,7 +91,7 @@ def test_ref_logits_that_share_memory_with_the_logits(shared):
     (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)),
     ids=("no_grad", "inference_mode", "autocast"),
 )
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_modes_change_nothing(op, mode):
     arguments = valid_arguments(op)
     expected = call(op, arguments)
@@ -89,7 +100,7 @@ def test_modes_change_nothing(op, mode):
     assert_same_results(op, [x.clone() for x in results], expected)
 
 
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_tensors_of_inference_mode(op):
     arguments = valid_arguments(op)
     with torch.inference_mode():
@@ -97,14 +108,14 @@ def test_tensors_of_inference_mode(op):
     assert_same_results(op, call(op, frozen), call(op, arguments))
 
 
-@pytest.mark.parametrize("op", ON_LOGITS)
+@on_logits
 def test_tensors_of_inference_mode_cannot_be_kept_for_backward(op):
     arguments = valid_arguments(op)
     with torch.inference_mode():
-        other = "ref_logits" if op == "full_kl" else "mask"
+        other = "ref_logits" if "ref_logits" in op.arguments else "mask"
         arguments[other] = arguments[other].clone()
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        run(op, arguments)
+        op.run(arguments)
 
 
 def shapes(results):
@@ -112,7 +123,7 @@ def shapes(results):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_meta_and_fake_tensors_have_the_shapes_of_results(op, dtype):
     arguments = valid_arguments(op, dtype=dtype)
     expected = shapes(call(op, arguments))
@@ -120,8 +131,8 @@ def test_meta_and_fake_tensors_have_the_shapes_of_results(op, dtype):
         warnings.simplefilter("error")
         on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
         assert shapes(call(op, on_meta)) == expected
-        if DIFFERENTIABLE[op]:
-            assert all(x.is_meta for name, x in run(op, on_meta).items() if name.startswith("grad_"))
+        if op.differentiable:
+            assert all(x.is_meta for name, x in op.run(on_meta).items() if name.startswith("grad_"))
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
         assert shapes(call(op, fake)) == expected
@@ -130,29 +141,22 @@ def test_meta_and_fake_tensors_have_the_shapes_of_results(op, dtype):
 # ---- derivatives ----
 
 
-@pytest.mark.parametrize("op", WITH_GRADIENTS)
+@with_gradients
 def test_only_the_named_inputs_receive_gradients(op):
-    arguments = {
-        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in valid_arguments(op).items()
-    }
+    arguments = floats_with_gradients(op)
     call(op, arguments)[0].sum().backward()
-    assert {name for name, x in tensors_of(arguments).items() if x.grad is not None} == set(DIFFERENTIABLE[op])
+    assert {name for name, x in tensors_of(arguments).items() if x.grad is not None} == set(op.differentiable)
 
 
-@pytest.mark.parametrize("op", NOT_DIFFERENTIABLE)
+@without_gradients
 def test_results_without_gradients(op):
-    arguments = {
-        name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in valid_arguments(op).items()
-    }
-    assert not any(x.requires_grad for x in call(op, arguments))
+    assert not any(x.requires_grad for x in call(op, floats_with_gradients(op)))
 
 
-@pytest.mark.parametrize("op", WITH_GRADIENTS)
+@with_gradients
 def test_no_second_derivative(op):
     arguments = valid_arguments(op)
-    leaf = arguments[DIFFERENTIABLE[op][0]].requires_grad_()
+    leaf = arguments[op.differentiable[0]].requires_grad_()
     weight = torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|differentiable once"):
         (grad,) = torch.autograd.grad((weight * call(op, arguments)[0]).sum(), leaf, create_graph=True)
@@ -172,40 +176,43 @@ def functional_jvp(op, arguments, name):
 
 @pytest.mark.parametrize("differentiate", (forward_mode, functional_jvp))
 @pytest.mark.parametrize("context", (contextlib.nullcontext, torch.no_grad))
-@pytest.mark.parametrize("op, name", [(op, name) for op in WITH_TANGENT_CHECK for name in DIFFERENTIABLE[op]])
+@pytest.mark.parametrize(
+    "op, name",
+    [pytest.param(op, name, id=f"{op.name}-{name}") for op in CHECKED_FOR_TANGENTS for name in op.differentiable],
+)
 def test_forward_mode_is_an_error_and_not_0(op, name, context, differentiate):
     with context(), pytest.raises(NotImplementedError) as error:
         differentiate(op, valid_arguments(op), name)
-    assert str(error.value) == f"{op}: {name} must be differentiated in reverse mode, got a forward-mode tangent"
+    assert str(error.value) == f"{op.name}: {name} must be differentiated in reverse mode, got a forward-mode tangent"
 
 
-@pytest.mark.parametrize("op", MASKED)
+@each(of_stem("masked"))
 def test_forward_mode_of_moments_is_an_error_of_torch(op):
     with pytest.raises(NotImplementedError, match="forward mode AD"):
         forward_mode(op, valid_arguments(op), "values")
 
 
-@pytest.mark.parametrize("op", NOT_DIFFERENTIABLE)
+@without_gradients
 def test_detached_results_have_no_tangent(op):
     arguments = valid_arguments(op)
     assert forward_mode(op, arguments, next(iter(arguments))) == [None] * len(call(op, arguments))
 
 
-@pytest.mark.parametrize("op", WITH_GRADIENTS)
+@with_gradients
 def test_functional_gradients_are_an_error_of_torch(op):
-    arguments, name = valid_arguments(op), DIFFERENTIABLE[op][0]
+    arguments, name = valid_arguments(op), op.differentiable[0]
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: call(op, arguments | {name: x})[0].sum())(arguments[name])
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_vmap_is_a_loop_or_an_error_of_torch(op):
     batches = [valid_arguments(op) for _ in range(2)]
     names = list(tensors_of(batches[0]))
     stacked = [torch.stack([batch[name] for batch in batches]) for name in names]
     function = torch.func.vmap(lambda *xs: call(op, batches[0] | dict(zip(names, xs))))
-    if op in (*MASKED, "logprobs", "logprobs_and_entropy"):
+    if op in WITHOUT_VMAP:
         with pytest.raises(RuntimeError, match="functorch transforms|Batching rule not implemented"):
             function(*stacked)
         return
@@ -215,6 +222,7 @@ def test_vmap_is_a_loop_or_an_error_of_torch(op):
 
 @pytest.mark.parametrize("op, name", (("logprobs", "temperature"), ("gae", "gamma"), ("ppo_loss", "cliprange")))
 def test_a_number_that_changes_between_calls_of_a_compiled_function(op, name):
+    op = OPS[op]
     arguments = valid_arguments(op)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: call(op, arguments | {name: x}), fullgraph=True, backend="aot_eager")

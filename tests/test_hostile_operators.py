@@ -1,7 +1,8 @@
-"""The operators torch.ops.ppo_ext.* below the public functions, with arguments that only their schemas allow.
+"""The operators torch.ops.ppo_ext.* below the public functions, with invalid arguments that their schemas allow.
 
-What they touch is memory, so every wrong dtype, shape, stride and device has to be refused with a sentence. The table is
-made from the schemas; a fuzzer with several hostile arguments at a time runs in a process of its own.
+They read and write memory, so every wrong dtype, shape, stride and device must be refused with a sentence. The cases
+are made from the schemas, and the numbers from the roles that public arguments of the same names have in ops.py. A
+fuzzer with several wrong arguments at a time runs in a process of its own.
 """
 
 import math
@@ -9,10 +10,12 @@ import os
 import subprocess
 import sys
 
+import ops
 import pytest
 import torch
 from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits
+from ops import OPS, STEMS
 
 from ppo_ext.ops.ppo_loss import STAT_NAMES
 
@@ -21,8 +24,27 @@ OPERATORS = {
     for name in sorted(torch._C._dispatch_get_all_op_names())
     if name.startswith("ppo_ext::")
 }
-LOGPROBS = {"temperature": 0.7, "with_entropy": True}
-LOSS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "ratio_threshold": 10.0}
+ROLES = {name: role for op in OPS.values() for name, role in op.arguments.items()}
+# By role: a valid number; the condition in the error (None if any number is valid); numbers that are invalid.
+NUMBERS = {
+    ops.TEMPERATURE: (
+        0.7,
+        "be between 1e-30 and 1e30",
+        (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31),
+    ),
+    ops.FINITE: (0.9, "be a finite number", (math.nan, math.inf, -math.inf)),
+    ops.NOT_NEGATIVE: (0.2, "not be negative", (-1.0, math.nan, -math.inf)),
+    ops.PENALTY: (0, r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
+    ops.THRESHOLD: (10.0, None, ()),
+}
+# What a forward pass saves, and other arguments that are not public, where they are no tensors of the tokens' shape.
+INTERNAL = {
+    "weights": torch.ones(2, 3),
+    "grad_loss": torch.ones(()),
+    "moments": torch.ones(3),
+    "stats": torch.ones(len(STAT_NAMES) + 1),
+    "label_note": torch.zeros(4, dtype=torch.int64),
+}
 
 
 def parameters(operator):
@@ -33,32 +55,27 @@ def takes_tensor(parameter):
     return str(parameter.type) in ("Tensor", "Optional[Tensor]")
 
 
+def number(parameter):
+    """(a valid value, the condition in the error, invalid values) of a parameter that is not a tensor."""
+    return (True, None, ()) if str(parameter.type) == "bool" else NUMBERS[ROLES[parameter.name]]
+
+
 def valid_arguments(name):
     """Arguments that the operator accepts, by name, in the order of its schema: [2, 3] tokens, 7 logits each.
 
-    What a forward pass would have saved is of the right shape only.
+    Tensors that a forward pass would have saved have the right shape but not the right values.
     """
-    inputs = token_inputs((2, 3)) | logits_inputs((2, 3, 7), torch.float32) | LOGPROBS | LOSS
-    inputs |= {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.2, "kl_penalty": 0, "shift_mean": True}
-    inputs |= {
-        "grad_kl": inputs["grad_logprobs"],
-        "weights": torch.ones(2, 3),
-        "grad": torch.randn(2, 3),
-        "grad_loss": torch.ones(()),
-        "grad_vpreds": torch.randn(2, 3),
-        "moments": torch.ones(3),
-    }
-    inputs |= {name: torch.rand(2, 3) for name in ("entropy", "row_max", "log_sum", "kl", "ref_row_max", "ref_log_sum")}
-    inputs |= {
-        "stats": torch.ones(len(STAT_NAMES) + 1),
-        "scores": inputs["scores"].contiguous(),
-        "labels": inputs["labels"].clamp(max=5),
-        "label_note": torch.zeros(4, dtype=torch.int64),
-    }
-    return {parameter.name: inputs[parameter.name] for parameter in parameters(OPERATORS[name])}
+    inputs = token_inputs((2, 3)) | logits_inputs((2, 3, 7), torch.float32)
+    inputs |= {name: x.clone() for name, x in INTERNAL.items()}
+    inputs |= {"scores": inputs["scores"].contiguous(), "labels": inputs["labels"].clamp(max=5)}
+    found = {}
+    for parameter in parameters(OPERATORS[name]):
+        other = torch.rand(2, 3) if takes_tensor(parameter) else number(parameter)[0]
+        found[parameter.name] = inputs.get(parameter.name, other)
+    return found
 
 
-# What is done to a valid tensor, and what the error asks for.
+# The rows: what is done to a valid tensor, and the condition in the error.
 SHAPE, DTYPE = "have the shape|have [0-9]+ entr|be contiguous", "be int64|be bool|be float"
 CHANGES = {
     "complex": (lambda x: x.to(torch.complex64), DTYPE),
@@ -78,8 +95,8 @@ CHANGES = {
     "on meta": (lambda x: x.to("meta"), "be on one device"),
 }
 STRIDES = {"every second entry", "stride 0"}
-# No faults: strides of logits are followed, their dtype and V are free where nothing else has them, and one number or a
-# vector may have dimensions of size 1 around it.
+# Changes that are no faults: logits may have any strides, any dtype and V unless another argument must match them, and
+# a number or vector may have additional dimensions of size 1.
 NO_FAULTS = {
     ("_logprobs", "logits"): STRIDES | {"float16", "float64", "one short", "one long"},
     ("_logprobs", "label_note"): {"one more dimension"},
@@ -102,11 +119,11 @@ def tensor_cases():
         if takes_tensor(parameter)
         for change in CHANGES
         if parameter.name != "grad_loss" or change not in STRIDES
-    ]  # it is one number
+    ]  # grad_loss has one entry only
 
 
 def call(name, arguments):
-    """What the operator returns or, if it returns nothing, what it has written."""
+    """The results of the operator or, if it returns nothing, the tensor that it has overwritten."""
     results = OPERATORS[name](*arguments.values())
     results = arguments["logits"] if results is None else results
     return results if isinstance(results, tuple) else (results,)
@@ -126,31 +143,18 @@ def test_tensor(name, argument, change):
         call(name, arguments)
 
 
-NUMBERS = {
-    "temperature": ("be between 1e-30 and 1e30", (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
-    "gamma": ("be a finite number", (math.nan, math.inf, -math.inf)),
-    "lam": ("be a finite number", (math.nan, math.inf, -math.inf)),
-    "kl_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
-    "kl_penalty": (r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
-    "cliprange": ("not be negative", (-1.0, math.nan, -math.inf)),
-    "cliprange_value": ("not be negative", (-1.0, math.nan, -math.inf)),
-    "vf_coef": ("be a finite number", (math.nan, math.inf, -math.inf)),
-}
-ANY_NUMBER = {"ratio_threshold", "with_entropy", "shift_mean"}
-
-
 @pytest.mark.parametrize(
-    "name, argument, value",
+    "name, argument, condition, value",
     [
-        (name, parameter.name, value)
+        (name, parameter.name, number(parameter)[1], value)
         for name, operator in OPERATORS.items()
         for parameter in parameters(operator)
-        if parameter.name in NUMBERS
-        for value in NUMBERS[parameter.name][1]
+        if not takes_tensor(parameter)
+        for value in number(parameter)[2]
     ],
 )
-def test_number(name, argument, value):
-    with pytest.raises((ValueError, RuntimeError), match=f"^[a-z_]+: {argument} must {NUMBERS[argument][0]}, got "):
+def test_number(name, argument, condition, value):
+    with pytest.raises((ValueError, RuntimeError), match=f"^[a-z_]+: {argument} must {condition}, got "):
         call(name, valid_arguments(name) | {argument: value})
 
 
@@ -194,16 +198,16 @@ def test_torch_finds_no_kernel_for_sparse_tensors(name, argument):
         call(name, arguments | {argument: arguments[argument].to_sparse()})
 
 
-def test_every_argument_of_every_operator_is_here():
-    assert len(OPERATORS) == 13
-    tables = {case.values[:2] for case in tensor_cases()}
-    for name, operator in OPERATORS.items():
-        for parameter in parameters(operator):
-            assert (name, parameter.name) in tables or parameter.name in NUMBERS.keys() | ANY_NUMBER
+def stem_of(operator):
+    return next((stem for stem in STEMS if operator.startswith(f"_{stem}")), None)
+
+
+def test_every_operator_is_of_a_stem():
+    assert {stem_of(name) for name in OPERATORS} == set(STEMS)
 
 
 def fuzz(calls):
-    """Any of the faults above, several at a time. Prints how often an operator ran and how often it refused."""
+    """Applies the faults above, up to three at a time. Prints how often an operator ran and how often it refused."""
     generator = torch.Generator().manual_seed(0)
 
     def pick(things):
@@ -219,9 +223,10 @@ def fuzz(calls):
                 try:
                     arguments[argument] = CHANGES[pick(list(CHANGES))][0](arguments[argument])
                 except (RuntimeError, IndexError):
-                    continue  # the change cannot be made of the last one's result
-            elif argument in NUMBERS:
-                arguments[argument] = pick(NUMBERS[argument][1])
+                    continue  # this change cannot be applied after the previous one
+            else:
+                parameter = next(p for p in parameters(OPERATORS[name]) if p.name == argument)
+                arguments[argument] = pick(number(parameter)[2] or (arguments[argument],))
         try:
             call(name, arguments)
             ran += 1

@@ -1,15 +1,16 @@
-"""Values that break loss code elsewhere (NaN, inf, -inf, subnormal, huge, none at all), each with its exact result.
+"""Values with which loss code often fails (NaN, inf, -inf, subnormal, huge, empty), each with the exact result of the
+op.
 
-Most cases are worked by hand: what the arguments are, and what comes out, gradients included.
+Most cases are worked out by hand: the arguments, and the results and gradients that follow.
 """
 
 import math
 
 import pytest
 import torch
-from cases import FLOATS
+from cases import FLOATS, valid_arguments
 from conftest import assert_same_bits
-from op_calls import OPS, run, valid_arguments
+from ops import OPS
 
 import ppo_ext
 
@@ -18,7 +19,7 @@ TINY = 2.0**-149  # the smallest subnormal float32
 BIG = torch.finfo(torch.float32).max
 LN2, LN3 = math.log(2), math.log(3)
 
-# Op; what is hostile; arguments; results (those not named are not looked at). Lists are float32 tensors, labels int64.
+# The rows: op; what is hostile; arguments; the results that are compared. Lists are float32 tensors, labels int64.
 ON_LOGITS = (
     (
         "logprobs_and_entropy",
@@ -108,13 +109,13 @@ ON_LOGITS = (
         "full_kl",
         "-inf in the policy adds nothing",
         {"logits": [[0, -INF]] * 2, "ref_logits": [[0, 0], [0, -INF]]},
-        {"full_kl": [LN2, 0], "grad_logits": [[0, 0]] * 2},
+        {"kl": [LN2, 0], "grad_logits": [[0, 0]] * 2},
     ),
     (
         "full_kl",
         "-inf in the reference where the policy has probability",
         {"logits": [[0, -INF]], "ref_logits": [[-INF, 0]]},
-        {"full_kl": [INF]},
+        {"kl": [INF]},
     ),
     (
         "full_kl",
@@ -123,19 +124,19 @@ ON_LOGITS = (
             "logits": [[-INF, -INF], [0, NAN], [0, INF], [0, 0], [0, 0], [0, 0]],
             "ref_logits": [[0, 0], [0, 0], [0, 0], [-INF, -INF], [NAN, 0], [0, 0]],
         },
-        {"full_kl": [NAN] * 5 + [0]},
+        {"kl": [NAN] * 5 + [0]},
     ),
     (
         "full_kl",
         "huge and subnormal logits",
         {"logits": [[1e38, -1e38], [TINY, 0]], "ref_logits": [[-1e38, 1e38], [0, TINY]]},
-        {"full_kl": [2e38, 0]},
+        {"kl": [2e38, 0]},
     ),
     (
         "full_kl",
         "garbage under the mask",
         {"logits": [[NAN, INF], [0, -INF]], "ref_logits": [[-INF, NAN], [0, 0]], "mask": [0, 1]},
-        {"full_kl": [0, LN2], "grad_logits": [[0, 0]] * 2},
+        {"kl": [0, LN2], "grad_logits": [[0, 0]] * 2},
     ),
 )
 ON_TOKENS = (
@@ -254,61 +255,61 @@ ON_TOKENS = (
         "masked_mean",
         "garbage under the mask",
         {"values": [[NAN, 1, INF, 2, -INF]], "mask": [[0, 1, 0, 1, 0]]},
-        {"masked_mean": 1.5, "grad_values": [[0, 0.25, 0, 0.25, 0]]},
+        {"mean": 1.5, "grad_values": [[0, 0.25, 0, 0.25, 0]]},
     ),
     (
         "masked_mean",
         "nothing counts in one row",
         {"values": [[NAN, NAN], [1, 3]], "mask": [[0, 0], [1, 1]], "axis": 1},
-        {"masked_mean": [0, 2], "grad_values": [[0, 0], [1, 1]]},
+        {"mean": [0, 2], "grad_values": [[0, 0], [1, 1]]},
     ),
     (
         "masked_mean",
         "inf, both infs, NaN",
         {"values": [[INF, 1], [INF, -INF], [NAN, 1]], "mask": [[1, 1]], "axis": 1},
-        {"masked_mean": [INF, NAN, NAN], "grad_values": [[0.25, 0.25], [0.625, 0.625], [1, 1]]},
+        {"mean": [INF, NAN, NAN], "grad_values": [[0.25, 0.25], [0.625, 0.625], [1, 1]]},
     ),
-    ("masked_mean", "sums beyond float32", {"values": [[BIG, BIG]], "mask": [[1, 1]]}, {"masked_mean": BIG}),
+    ("masked_mean", "sums beyond float32", {"values": [[BIG, BIG]], "mask": [[1, 1]]}, {"mean": BIG}),
     (
         "masked_mean",
         "subnormal weights and values",
         {"values": [[3], [TINY]], "mask": [[TINY], [1]], "axis": 1},
-        {"masked_mean": [3, TINY]},
+        {"mean": [3, TINY]},
     ),
-    ("masked_mean", "NaN weights", {"values": [[3, 1]], "mask": [[NAN, 1]]}, {"masked_mean": NAN}),
-    ("masked_var", "one token", {"values": [[NAN, 3]], "mask": [[0, 1]]}, {"masked_var": 0, "grad_values": [[0, 0]]}),
-    ("masked_var", "weights of less than one token", {"values": [[1, 3]], "mask": [[0.25, 0.25]]}, {"masked_var": 0}),
-    ("masked_var", "the same", {"values": [[1, 3]], "mask": [[0.25, 0.25]], "unbiased": False}, {"masked_var": 1}),
-    ("masked_var", "an inf value", {"values": [[INF, 3]], "mask": [[1, 1]]}, {"masked_var": NAN}),
-    ("masked_var", "nothing but one inf", {"values": [[INF]], "mask": [[1]], "unbiased": False}, {"masked_var": NAN}),
-    ("masked_var", "squares beyond float32", {"values": [[BIG, -BIG]], "mask": [[1, 1]]}, {"masked_var": INF}),
+    ("masked_mean", "NaN weights", {"values": [[3, 1]], "mask": [[NAN, 1]]}, {"mean": NAN}),
+    ("masked_var", "one token", {"values": [[NAN, 3]], "mask": [[0, 1]]}, {"var": 0, "grad_values": [[0, 0]]}),
+    ("masked_var", "weights of less than one token", {"values": [[1, 3]], "mask": [[0.25, 0.25]]}, {"var": 0}),
+    ("masked_var", "the same", {"values": [[1, 3]], "mask": [[0.25, 0.25]], "unbiased": False}, {"var": 1}),
+    ("masked_var", "an inf value", {"values": [[INF, 3]], "mask": [[1, 1]]}, {"var": NAN}),
+    ("masked_var", "nothing but one inf", {"values": [[INF]], "mask": [[1]], "unbiased": False}, {"var": NAN}),
+    ("masked_var", "squares beyond float32", {"values": [[BIG, -BIG]], "mask": [[1, 1]]}, {"var": INF}),
     (
         "masked_whiten",
         "one token",
         {"values": [[NAN, 3]], "mask": [[0, 1]]},
-        {"masked_whiten": [[0, 0]], "grad_values": [[0, 0]]},
+        {"whitened": [[0, 0]], "grad_values": [[0, 0]]},
     ),
     (
         "masked_whiten",
         "one token, only scaled",
         {"values": [[NAN, 3]], "mask": [[0, 1]], "shift_mean": False},
-        {"masked_whiten": [[0, 3]]},
+        {"whitened": [[0, 3]]},
     ),
-    ("masked_whiten", "equal values", {"values": [[7, 7, 7]], "mask": [[1, 1, 1]]}, {"masked_whiten": [[0, 0, 0]]}),
+    ("masked_whiten", "equal values", {"values": [[7, 7, 7]], "mask": [[1, 1, 1]]}, {"whitened": [[0, 0, 0]]}),
     (
         "masked_whiten",
         "weights of less than one token",
         {"values": [[1, 1]], "mask": [[0.25, 0.25]]},
-        {"masked_whiten": [[0, 0]]},
+        {"whitened": [[0, 0]]},
     ),
     (
         "masked_whiten",
         "a NaN value",
         {"values": [[NAN, 3, 4]], "mask": [[1, 1, 0]]},
-        {"masked_whiten": [[NAN, NAN, 0]]},
+        {"whitened": [[NAN, NAN, 0]]},
     ),
 )
-# Two tokens each; the others' values are those of an unchanged policy and a value head that is right.
+# The arguments that a case does not give: two tokens, an unchanged policy, and values equal to the returns.
 CALM = {
     "logprobs": [[-1, -1]],
     "old_logprobs": [[-1, -1]],
@@ -393,91 +394,93 @@ def test_hostile_values(device, op, what, arguments, expected):
     arguments = {name: tensor(name, value, device) for name, value in arguments.items()}
     ones = torch.ones(arguments["labels"].shape if "labels" in arguments else (), device=device)
     grads = {"logprobs": ones, "entropy": ones} if op == "logprobs_and_entropy" else {"loss": ones / 2}
-    results = run(op, arguments, grads)
+    results = OPS[op].run(arguments, grads)
     for name, value in expected.items():
         result, exact = results[name], torch.tensor(value, dtype=torch.float32, device=device)
         assert_same_bits(f"{name} {result.tolist()} instead of {value}", result, exact.expand(result.shape))
 
 
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", ((0, 3), (3, 0), (0, 0)), ids=str)
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_empty_batches_and_sequences(device, op, shape, dtype):
     arguments = valid_arguments(op, shape, device=device, dtype=dtype)
-    for name, result in run(op, arguments).items():
-        single = torch.float64 if dtype == torch.float64 else torch.float32
+    single = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, result in op.run(arguments).items():
         if name.startswith("grad_"):
             assert result.dtype == dtype and result.shape == arguments[name.removeprefix("grad_")].shape
         else:
-            of_tokens = result.shape == (() if op in ("masked_mean", "masked_var") else shape)
-            assert result.dtype == single and (of_tokens or (op == "ppo_loss" and result.shape == ()))
+            expected = (shape,) if name in op.per_token else ((),) if name in op.results else ((), shape)
+            assert result.dtype == single and result.shape in expected, name
         assert (result == 0).all(), name
 
 
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_no_token_counts(device, op):
     arguments = valid_arguments(op, device=device)
     arguments = {
         name: torch.full_like(x, NAN) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
     } | {"mask": torch.zeros(2, 3, device=device)}
-    for name, result in run(op, arguments).items():
+    for name, result in op.run(arguments).items():
         assert (result == 0).all(), name
 
 
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_one_token_is_finite(device, op):
     arguments = valid_arguments(op, (1, 1), device=device) | {"mask": torch.ones(1, 1, device=device)}
-    for name, result in run(op, arguments).items():
+    for name, result in op.run(arguments).items():
         assert torch.isfinite(result).all(), name
 
 
-PER_TOKEN = ("logprobs", "logprobs_and_entropy", "full_kl", "masked_whiten")
+DIFFERENTIABLE = [op for op in OPS.values() if op.differentiable]
 
 
 @pytest.mark.parametrize("garbage", (NAN, INF, -INF))
-@pytest.mark.parametrize("op", (*PER_TOKEN, "masked_mean", "masked_var", "ppo_loss"))
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 def test_garbage_in_incoming_gradients(device, op, garbage):
-    """What flows back into a masked token, or from a loss that overflowed, leaves the gradient of masked tokens 0."""
+    """The gradients of masked tokens are 0 for any incoming gradient: with garbage at masked tokens, or of an infinite
+    loss."""
     arguments = valid_arguments(op, device=device)
     mask = arguments["mask"] = torch.tensor([[1, 0, 1], [0, 0, 1]], device=device)
-    clean = torch.ones((2, 3) if op in PER_TOKEN else (), device=device)
-    spoilt = clean.masked_fill(mask == 0, garbage) if op in PER_TOKEN else clean * garbage
-    names = run(op, arguments)
-    results, expected = (run(op, arguments, dict.fromkeys(names, grad)) for grad in (spoilt, clean))
-    for name in names:
-        if name.startswith("grad_"):
-            assert (results[name][mask == 0] == 0).all(), name
-            if op in PER_TOKEN:
-                assert_same_bits(name, results[name], expected[name])
-            else:
-                assert not torch.isfinite(results[name][mask == 1]).all(), name
+    clean = torch.ones((2, 3) if op.per_token else (), device=device)
+    spoilt = clean.masked_fill(mask == 0, garbage) if op.per_token else clean * garbage
+    results, expected = (op.run(arguments, dict.fromkeys(op.results, grad)) for grad in (spoilt, clean))
+    for name in (f"grad_{name}" for name in op.differentiable):
+        assert (results[name][mask == 0] == 0).all(), name
+        if op.per_token:
+            assert_same_bits(name, results[name], expected[name])
+        else:
+            assert not torch.isfinite(results[name][mask == 1]).all(), name
 
 
-@pytest.mark.parametrize("op", PER_TOKEN)
+@pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op.per_token], ids=lambda op: op.name)
 def test_incoming_gradients_of_any_strides(op):
     arguments = valid_arguments(op)
-    results = run(op, arguments)
     for make in (lambda x: x.t().contiguous().t(), lambda x: x[:1, :1].expand(2, 3), lambda x: x.repeat(1, 2)[:, ::2]):
-        grads = {name: make(torch.randn(2, 3)) for name in results}
+        grads = {name: make(torch.randn(2, 3)) for name in op.per_token}
         dense = {name: grad.clone(memory_format=torch.contiguous_format) for name, grad in grads.items()}
-        for name, result in run(op, arguments, grads).items():
-            assert_same_bits(name, result, run(op, arguments, dense)[name])
+        expected = op.run(arguments, dense)
+        for name, result in op.run(arguments, grads).items():
+            assert_same_bits(name, result, expected[name])
 
 
-@pytest.mark.parametrize("op", ("logprobs", "logprobs_and_entropy"))
+@pytest.mark.parametrize("op", [op for op in OPS.values() if "labels" in op.arguments], ids=lambda op: op.name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("label", (-100, -1, 7, 14, 2**40, 2**63 - 1, -(2**63)))
 def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
     arguments = valid_arguments(op, dtype=dtype) | {"mask": torch.ones(2, 3)}
     arguments["labels"][1, 2] = label
     with pytest.raises(ValueError) as error:
-        run(op, arguments)
-    assert str(error.value) == f"{op}: labels[1, 2] must be an id in [0, 7), got {label}"
+        op.run(arguments)
+    assert str(error.value) == f"{op.name}: labels[1, 2] must be an id in [0, 7), got {label}"
     arguments["mask"][1, 2] = 0
-    masked = run(op, arguments)
+    masked = op.run(arguments)
     arguments["labels"][1, 2] = 3
-    for name, result in run(op, arguments).items():
+    for name, result in op.run(arguments).items():
         assert_same_bits(name, masked[name], result)
         assert (result[1, 2] == 0).all() and (result[:, 0] != 0).any(), name
 
@@ -488,20 +491,19 @@ def test_ids_outside_the_vocabulary_of_one_row():
     assert str(error.value) == "logprobs: labels[] must be an id in [0, 7), got -100"
 
 
-@pytest.mark.parametrize("op", OPS)
+@each_op
 def test_sizes_that_no_memory_holds(op):
-    """Tensors of stride 0 may claim 2^50 tokens: torch says that there is no memory for them, and nothing crashes."""
+    """Tensors of stride 0 can have 2^50 tokens. torch reports that there is not enough memory for the results; nothing
+    crashes."""
     arguments = {
-        name: x.flatten()[0].expand(2**25, 2**25, *x.shape[2:]) if isinstance(x, torch.Tensor) else x
+        name: x.flatten()[0].expand(*[2**25] * min(x.dim(), 2), *x.shape[2:]) if isinstance(x, torch.Tensor) else x
         for name, x in valid_arguments(op).items()
     }
-    if op == "kl_rewards":
-        arguments["scores"] = arguments["scores"][:, 0]
     with pytest.raises(RuntimeError, match="allocate|memory"):
-        run(op, arguments)
+        op.run(arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("gae", "kl_rewards")])
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.rank is None], ids=lambda op: op.name)
 def test_hundreds_of_dimensions(op):
     arguments = valid_arguments(op, (1, 1))
     rank = 300
@@ -509,20 +511,19 @@ def test_hundreds_of_dimensions(op):
         name: x.view([1] * (rank - 2) + list(x.shape)) if isinstance(x, torch.Tensor) else x
         for name, x in arguments.items()
     }
-    results = getattr(ppo_ext, op)(**deep)
-    expected = getattr(ppo_ext, op)(**arguments)
-    for result, plain in zip(*(x if isinstance(x, tuple) else (x,) for x in (results, expected))):
-        if isinstance(result, torch.Tensor):
-            assert_same_bits(op, result.flatten(), plain.flatten())
+    expected = op.outputs(arguments)
+    for name, result in op.outputs(deep).items():
+        assert_same_bits(name, result.flatten(), expected[name].flatten())
 
 
-@pytest.mark.parametrize("op", ("logprobs", "logprobs_and_entropy", "full_kl"))
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.on_logits], ids=lambda op: op.name)
 def test_more_leading_dimensions_than_the_kernels_follow(op):
     dims = 9
-    logits = torch.randn(*[2] * dims, 5).permute(*reversed(range(dims)), dims)
-    other = {"ref_logits": logits} if op == "full_kl" else {"labels": torch.zeros([2] * dims, dtype=torch.int64)}
-    with pytest.raises((ValueError, RuntimeError)) as error:  # some versions of torch make one of the other
-        getattr(ppo_ext, op)(logits, *other.values())
-    assert str(error.value).startswith(f"{op}: logits must have at most 8 leading dimensions that do not merge, got 9")
-    dense = run(op, {"logits": logits.contiguous(), **{k: x.contiguous() for k, x in other.items()}})
-    assert dense[op if op == "full_kl" else "logprobs"].shape == logits.shape[:-1]
+    arguments = op.pick({}, [2] * dims, vocabulary=5)
+    logits = arguments["logits"].permute(*reversed(range(dims)), dims)
+    with pytest.raises((ValueError, RuntimeError)) as error:  # some versions of torch turn one into the other
+        op.run(arguments | {"logits": logits})
+    text = f"{op.name}: logits must have at most 8 leading dimensions that do not merge, got 9"
+    assert str(error.value).startswith(text)
+    dense = op.run(arguments | {"logits": logits.contiguous()})
+    assert all(dense[name].shape == logits.shape[:-1] for name in op.per_token)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import OPS
 
 from ppo_ext.info import report, selftest
 from ppo_ext.ops import _native
@@ -186,13 +187,18 @@ def test_diagnosis_of_a_disabled_library(monkeypatch):
 @needs_native
 def test_selftest_sees_a_wrong_op(monkeypatch):
     assert selftest.run(["cpu"])["cpu"]["passed"]
-    monkeypatch.setattr("ppo_ext.gae", lambda values, *_, **__: (values, values))
+    monkeypatch.setattr("ppo_ext.gae", lambda values, rewards, mask: (values.detach(), values.detach()))
     result = selftest.run(["cpu"])["cpu"]
     assert not result["passed"] and not result["raised"] and result["errors"]["gae"] > 0.1
 
 
 @needs_native
+def test_selftest_runs_every_op():
+    assert set(selftest.run(["cpu"])["cpu"]["errors"]) == set(OPS)
+
+
+@needs_native
 def test_selftest_sees_nan(monkeypatch):
-    monkeypatch.setattr("ppo_ext.masked_mean", lambda values, *_: values.mean() * torch.nan)
+    monkeypatch.setattr("ppo_ext.masked_mean", lambda values, mask: values.mean() * torch.nan)
     result = selftest.run(["cpu"])["cpu"]
     assert not result["passed"] and result["raised"] == {"masked_mean": "ArithmeticError: the result is not finite"}

@@ -1,4 +1,5 @@
-"""The CPU kernels exist once for each of several instruction sets; the machine's best runs, and here the others too."""
+"""The CPU kernels are compiled for several instruction sets. The best of the machine runs by default; here the others
+run too."""
 
 import json
 import os
@@ -9,13 +10,14 @@ import sys
 
 import pytest
 import torch
+from ops import OP_TESTS
 
 from ppo_ext.info import report
 from ppo_ext.ops import _native
 
 TESTS = pathlib.Path(__file__).parent
 OBJECTS = sorted((TESTS.parent / "build").glob("release*/*_simd.cpp.v*.o"))
-LEVELS = {"1": "x86-64", "3": "x86-64-v3"}  # PPO_EXT_CPU_LEVEL: what runs then
+LEVELS = {"1": "x86-64", "3": "x86-64-v3"}  # value of PPO_EXT_CPU_LEVEL: the level that it selects
 
 pytestmark = [
     pytest.mark.skipif(_native.status()["cpu"] != "loaded", reason="the compiled part is not built here"),
@@ -30,15 +32,13 @@ def run(*arguments, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_level_asked_for_runs(level):
-    result = run("-c", "from ppo_ext import info; print(report.cpu_level())", level=level)
+    result = run("-c", "from ppo_ext.info import report; print(report.cpu_level())", level=level)
     assert result.stdout.strip() == LEVELS[level], result.stderr
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_ops_pass_their_tests(level):
-    files = [
-        str(TESTS / f"test_{op}.py") for op in ("logprobs", "full_kl", "gae", "masked", "ppo_loss", "hostile_values")
-    ]
+    files = [str(TESTS / name) for name in (*OP_TESTS, "test_hostile_values.py")]
     result = run(
         "-m",
         "pytest",
@@ -56,7 +56,8 @@ def test_ops_pass_their_tests(level):
 @pytest.mark.skipif(not OBJECTS, reason="this checkout was not built in place")
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
 def test_no_function_of_a_level_can_replace_another_files(path):
-    """The linker keeps one of several weak definitions: one with newer instructions would break older machines."""
+    """The linker keeps one of several weak definitions. One that was compiled for newer instructions would crash older
+    machines."""
     symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [line for line in symbols if re.match(r"[0-9a-f]* +[WVu] ", line)]
     assert any(" T " in line for line in symbols) and not weak

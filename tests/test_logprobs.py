@@ -15,7 +15,7 @@ INF = math.inf
 
 
 def run(inputs, logits=None, op=ppo_ext.logprobs_and_entropy, **options):
-    """Both results and the gradient of a random combination of them."""
+    """Both results and the gradient of a random linear combination of them."""
     logits = (inputs["logits"] if logits is None else logits).detach().requires_grad_()
     logprobs, entropy = op(logits, inputs["labels"], mask=inputs["mask"], **options)
     loss = (logprobs * inputs["grad_logprobs"]).sum() + (entropy * inputs["grad_entropy"]).sum()
@@ -112,7 +112,7 @@ def test_compiles_into_one_graph(device):
 
 
 def strided_views(logits):
-    """The same numbers in every layout that a model or a caller may hand over."""
+    """The same numbers in every memory layout that a model or a caller may pass."""
     *rows, V = logits.shape
     padded = logits.new_full((rows[0], rows[1] + 2, V), math.nan)
     padded[:, 1:-1] = logits
@@ -127,7 +127,9 @@ def strided_views(logits):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("V", (1037, 1040))  # of the second the gradient is aligned, whatever the logits are
+@pytest.mark.parametrize(
+    "V", (1037, 1040)
+)  # with the second, rows of the gradient are aligned to 16 bytes for any logits
 def test_views_give_the_same_bits(device, dtype, V):
     inputs = logits_inputs((3, 4, V), dtype, device)
     expected = run(inputs)
@@ -211,7 +213,7 @@ def test_label_of_probability_zero(device):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001), ids=hex)
 def test_any_nan_makes_a_gradient_nan(device, dtype, bits):
-    """Also one all of whose bits are set: rounding it to half precision must not carry into the sign."""
+    """Including the NaN with all bits set: when it is rounded to half precision, no carry may change the sign bit."""
     inputs = logits_inputs((2, 1037), dtype, device)
     logits = inputs["logits"].requires_grad_()
     incoming = torch.tensor([bits, 0], dtype=torch.int32, device=device).view(torch.float32)
@@ -222,7 +224,7 @@ def test_any_nan_makes_a_gradient_nan(device, dtype, bits):
 @pytest.mark.parametrize("offset", (1e4, -1e4))
 def test_common_offset_costs_no_accuracy(device, offset):
     inputs = logits_inputs((4, 500), torch.float32, device)
-    inputs["logits"] = (inputs["logits"] * 64).round() / 64 + offset  # exact in float32, so only the op can err
+    inputs["logits"] = (inputs["logits"] * 64).round() / 64 + offset  # exact in float32, so that any error is of the op
     ours, truth = run(inputs), exact(inputs)
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=0, atol=2e-6)
     torch.testing.assert_close(ours[1].double(), truth[1], rtol=0, atol=2e-6)
@@ -369,7 +371,7 @@ def test_reference_equals_trl():
 
 
 def test_log_probability_of_a_sentence():
-    """The slides' example: from the logits of a GPT-2 to one number, here for the tokens after the first."""
+    """From the logits of a GPT-2 to the log-probability of a sentence, here of its tokens after the first."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)).eval()
     ids = torch.randint(97, (1, 12))

@@ -1,4 +1,5 @@
-"""bench/on_gpu.sh without a GPU: its order, limits and reports, with steps of a second, and a rehearsal on the CPU."""
+"""bench/on_gpu.sh without a GPU: its order, time limits and reports, with steps of a second, and a rehearsal on the
+CPU."""
 
 import json
 import os
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def known_facts(request, monkeypatch):
-    """Asking torch takes seconds, so one test does."""
+    """Importing torch to ask for the facts takes seconds, so only the test of them does."""
     if request.function is not test_a_summary_names_device_versions_commit_and_date:
         monkeypatch.setattr(on_gpu, "facts", lambda environment, commit: {"device": "a device", "commit": "abc"})
 
@@ -33,7 +34,7 @@ def python(name, code, seconds=30, **more):
 
 
 def run(out, steps, *arguments):
-    """(exit status, summary.json) of a run of the steps on the CPU."""
+    """Runs the steps on the CPU; returns (exit status, summary.json)."""
     status = on_gpu.main(["--out", str(out), "--device", "cpu", *arguments], tuple(steps))
     return status, json.loads((out / "summary.json").read_text())
 
@@ -82,7 +83,7 @@ def test_a_summary_names_device_versions_commit_and_date(tmp_path):
 
 
 def test_what_comes_back_fits(tmp_path):
-    """Few files at the top, the logs and the rows of the benchmarks packed, rows beside."""
+    """The folder has few files: the summaries, the rows of the benchmarks, and an archive of the logs and rows."""
     code = (
         "import pathlib, sys; folder = pathlib.Path(sys.argv[1], 'some-device'); folder.mkdir(parents=True);"
         "pathlib.Path(folder, 'gae.jsonl').write_text('{\"op\": \"gae\"}\\n')"
@@ -117,7 +118,10 @@ def test_a_process_that_a_step_leaves_behind_is_ended(tmp_path):
     pid = tmp_path / "pid"
     run(tmp_path / "out", [Step("parent", 4, ("sh", "-c", f"sleep 99 & echo $! > {pid}; sleep 99"))])
     status = Path(f"/proc/{pid.read_text().strip()}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    deadline = time.monotonic() + 20  # a killed process of a busy machine takes a moment to end
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_a_library_nothing_else_is_tested(tmp_path):
@@ -176,7 +180,7 @@ def test_carried_packages_can_be_imported(tmp_path):
     code = "import carried_module, os; print(os.environ['PYTHONPATH'].split(':')[0])"
     step = python("import", code, needs=("carried_module",))
     _, summary = run(tmp_path / "out", [step], "--packages", str(tmp_path / "site"))
-    assert summary["steps"][0]["note"] == str(ROOT)  # the checkout comes first all the same
+    assert summary["steps"][0]["note"] == str(ROOT)  # the checkout stands first on the path
     with zipfile.ZipFile(tmp_path / "site/carried-1-py3-none-any.whl", "w") as archive:
         archive.writestr("carried_module.py", "")
         archive.writestr("carried-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1\n")
@@ -218,7 +222,7 @@ def test_unknown_steps_are_refused(tmp_path, capsys):
 
 
 def test_the_steps_name_what_exists():
-    """A test file, module or option that was renamed would be found out on a rented GPU only."""
+    """Without this test, a renamed test file, module or option would only be noticed on a GPU."""
     for step in STEPS:
         for word in step.command:
             path = ROOT / word.removeprefix("--ignore=")
@@ -246,8 +250,8 @@ def test_a_missing_library_is_not_taken_for_a_loaded_one():
     step = next(step for step in STEPS if step.name == "load")
     code = step.command[2].replace(
         "import sys, ppo_ext",
-        "import sys, types; ppo_ext = types.SimpleNamespace("
-        "_native=types.SimpleNamespace(status=lambda: {'cuda': '_C_cuda.so was not built'}))",
+        "import sys, types; native = types.SimpleNamespace(status=lambda: {'cuda': '_C_cuda.so was not built'}); "
+        "ppo_ext = types.SimpleNamespace(ops=types.SimpleNamespace(_native=native))",
     )
     done = subprocess.run([sys.executable, "-c", code, "cuda"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "the library of cuda: _C_cuda.so was not built\n"
@@ -255,7 +259,7 @@ def test_a_missing_library_is_not_taken_for_a_loaded_one():
 
 @pytest.mark.slow
 def test_a_rehearsal_on_the_cpu(tmp_path):
-    """The script itself: real steps, those that need a GPU skipped, files as on a GPU."""
+    """The script itself on the CPU: real steps, without those that need a GPU, and the same files as on a GPU."""
     command = [
         "bash",
         "bench/on_gpu.sh",

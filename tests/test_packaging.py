@@ -1,4 +1,5 @@
-"""What is shipped: the wheel, the libraries' symbols and architectures, the build's searches, the package's habits."""
+"""What is installed: the wheel, the libraries' symbols and architectures, how the build finds its tools, what an import
+does."""
 
 import ast
 import json
@@ -22,12 +23,12 @@ import find_tools  # noqa: E402
 import native_build  # noqa: E402
 from native_build import BuildError, Options  # noqa: E402
 
-# exported by libtorch_cuda only, so that the library links against a torch without CUDA
+# Only libtorch_cuda exports these. They stay undefined, so that the library can be linked against a torch without CUDA.
 CUDA_SHIMS = {"aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg"}
 
 
 def python(*arguments, cwd="/", **variables):
-    """Runs this interpreter in a clean process, outside the checkout."""
+    """Runs this interpreter in a new process, outside the checkout and without its environment variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PPO_EXT_") and k != "PYTHONPATH"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
@@ -36,9 +37,9 @@ def python(*arguments, cwd="/", **variables):
 
 
 def backend(hook, target):
-    """Runs one hook of the build backend on this checkout and returns the file it made.
+    """Runs one hook of the build backend on this checkout; returns the file that it made.
 
-    The options are those of the checkout's own build, so that its objects are used and nothing is compiled again.
+    The options are those with which the checkout itself was built, so that no object has to be compiled again.
     """
     facts = PACKAGE / "_build_info.json"
     info = json.loads(facts.read_text()) if facts.exists() else {}
@@ -100,7 +101,8 @@ def test_undefined_symbols_are_allowed(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_library_exports_nothing_of_its_own(backend):
-    """In one process with torch's CUDA runtime, a symbol of the private static one must not be visible."""
+    """The library contains a private static CUDA runtime. Its symbols must not be visible beside those of torch's
+    runtime."""
     exported = symbols(library(backend), "-C", "--defined-only")
     own = [name for name in exported if not re.search(r"\bstd::|__gnu_cxx|_edata|_end|__bss_start|_fini|_init", name)]
     assert not own
@@ -184,7 +186,7 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
 def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(backend("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples")
+    folders = ("csrc", "_build", "ppo_ext", "tests", "bench", "docs", "examples", ".github")
     assert names >= tracked(*folders, "setup.py", "Makefile", "constraints.txt", "*.md", "CITATION.cff")
     assert not [name for name in names if name.endswith((".so", "_build_info.json", ".pyc"))]
 
@@ -225,7 +227,7 @@ def test_find_torch_takes_the_first_usable_one(tmp_path):
 
 
 def test_find_torch_looks_out_of_build_isolation():
-    """Without site-packages on its path, as under pip's isolation, it still finds the torch of this interpreter."""
+    """Without site-packages on its path, as in pip's build isolation, the build finds the torch of this interpreter."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import find_tools; print(find_tools.find_torch())"
     )
@@ -259,7 +261,7 @@ def make_toolkit(root, release="13.0", lack=()):
 
 
 def test_find_cuda_is_not_fooled_by_a_wrapper(tmp_path):
-    """nvcc on $PATH may be a script in a folder that holds no toolkit."""
+    """nvcc on $PATH may be a script in a folder without a toolkit."""
     wrapper = make_toolkit(tmp_path / "local", lack=("header", "cccl", "runtime"))
     half = make_toolkit(tmp_path / "half", lack=("runtime",))
     good = make_toolkit(tmp_path / "cuda", "12.8")
@@ -281,7 +283,7 @@ def test_find_cuda_says_what_each_place_lacks(tmp_path):
 
 @pytest.mark.parametrize("beside", ["torch", "interpreter"])
 def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
-    """pip puts nvcc's packages into nvidia/cu13, the runtime into lib: beside torch, or in this interpreter's folder."""
+    """pip installs nvcc into nvidia/cu13 with the runtime in lib, beside torch or in this interpreter's folder."""
     folders = {name: tmp_path / name for name in ("torch", "interpreter")}
     torch = find_tools.Torch(make_torch(folders["torch"], "2.13.0"), "2.13.0")
     monkeypatch.setattr(find_tools, "find_torch", lambda env: torch)
@@ -294,7 +296,7 @@ def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
 
 
 def test_find_cuda_misses_the_headers_that_nvcc_does_not_bring(tmp_path):
-    """nvidia-cuda-nvcc does not ask for nvidia-cuda-cccl, without which no kernel compiles."""
+    """The package nvidia-cuda-nvcc does not depend on nvidia-cuda-cccl, without which no kernel compiles."""
     cuda, rejected = find_tools.find_cuda({}, [make_toolkit(tmp_path / "nvidia/cu13", lack=("cccl",))])
     assert cuda is None and rejected == [f"{tmp_path / 'nvidia/cu13'} lacks include/nv/target"]
 

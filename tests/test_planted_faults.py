@@ -1,6 +1,6 @@
-"""The host layer catches what it is for: with each of five faults planted in the kernels, a test of theirs fails and
-says what is wrong. A fault is a change of text in a copy of csrc; without it the same tests pass.
-"""
+"""The host layer catches the faults that it is made for. Each of five faults is planted in the kernels; then a test
+of theirs must fail with the right message. A fault is a change of text in a copy of csrc; without it the same tests
+pass."""
 
 import concurrent.futures
 import dataclasses
@@ -16,13 +16,16 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    file: str  # that is changed
+    """In `file`, the text `right` is replaced by `wrong`, and the kernels of `op` are compiled with it. Then the tests
+    in the file `tests` that the pytest `selection` names must fail, with a message that matches `seen`."""
+
+    file: str
     right: str
     wrong: str
-    op: str  # that is compiled with it
-    tests: str  # that fail, in this file,
-    selection: str  # and of these names
-    seen: str  # what they say, as a regular expression
+    op: str
+    tests: str
+    selection: str
+    seen: str
 
 
 FAULTS = {
@@ -67,7 +70,7 @@ FAULTS = {
         r"__shfl_down_sync \(reduce.cuh:\d+\) with mask 0x0000ffff",
     ),
     "int32 row offset": Fault(
-        "rows.h",
+        "common/rows.h",
         "return dims > 0 ? result + n * strides[0] : result;",
         "return dims > 0 ? result + int32_t(n * strides[0]) : result;",
         "logprobs",
@@ -79,7 +82,7 @@ FAULTS = {
 
 
 def plant(fault, folder):
-    """A folder to import ppo_ext from that has the fault in one op's kernels."""
+    """Makes a folder to import ppo_ext from, with the fault in the kernels of one op."""
     csrc = folder / "csrc"
     shutil.copytree(build.CSRC, csrc)
     text = (csrc / fault.file).read_text()
@@ -90,7 +93,8 @@ def plant(fault, folder):
 
 @pytest.fixture(scope="module")
 def outcomes(package, tmp_path_factory):  # noqa: F811
-    """What the tests say without a fault, by None, and by name with each; all at once, as each waits for one core."""
+    """The outcome of the tests for each fault and, under None, without one; all are started at once, and each uses one
+    core."""
 
     def run_with(fault):
         return run_tests(plant(fault, tmp_path_factory.mktemp("planted")), [fault.tests], 0, fault.selection)

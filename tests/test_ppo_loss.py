@@ -15,7 +15,7 @@ ORDER = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns"
 
 
 def run(inputs, op=ppo_ext.ppo_loss, grad=1.0, **options):
-    """Loss, statistics, and the gradients of `grad` times the loss."""
+    """The loss, the statistics, and the gradients of `grad` times the loss."""
     inputs = {k: inputs[k].detach().clone() for k in ORDER}
     logprobs, vpreds = inputs["logprobs"].requires_grad_(), inputs["vpreds"].requires_grad_()
     loss, stats = op(*inputs.values(), **options)
@@ -40,7 +40,7 @@ def test_matches_float64(device, shape):
 
 
 def test_hand_worked_case(device):
-    """Two counted tokens: a ratio clipped from above, and one inside with a clipped value."""
+    """Two tokens that count: a ratio above the clip range, and one within it with a value outside of its clip range."""
     log = math.log
 
     def row(*numbers):
@@ -93,7 +93,7 @@ def test_gradcheck_float64(device):
 
 
 def test_ties_as_in_torch(device):
-    """Ratios at 1 and at both bounds, zero advantages, values at both bounds: the gradient is autograd's."""
+    """Ratios of 1 and at both bounds, advantages of 0, values at both bounds: the gradient is that of autograd."""
     ratio = torch.tensor([0.5, 1.0, 1.5, 0.75, 2.0], dtype=torch.float64)
     advantages = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     gap = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.5], dtype=torch.float64)

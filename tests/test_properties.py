@@ -1,4 +1,5 @@
-"""What holds for every input of an op, tried on many: 200 each in CI, PPO_EXT_FUZZ_EXAMPLES each under `make fuzz`."""
+"""Properties that hold for every input of an op, each tried on many: 200 in CI, PPO_EXT_FUZZ_EXAMPLES under `make
+fuzz`."""
 
 import collections
 import functools
@@ -8,12 +9,12 @@ import pytest
 import torch
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error
 from hypothesis import given, settings
-from op_calls import OPS, run
+from ops import AXIS, BATCH, OPS, SEQUENCE, STATS, TOKEN
 from property_inputs import KINDS, arguments, cases, quarters
 
 from ppo_ext.ops import reference
 
-ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels, run by fibers: slow
+ON_HOST = "CUDA_ON_HOST_SEED" in os.environ  # the CUDA kernels on the host layer, which is slow
 settings.register_profile("ci", max_examples=15 if ON_HOST else 200, derandomize=True, deadline=None)
 settings.register_profile(
     "fuzz", max_examples=int(os.environ.get("PPO_EXT_FUZZ_EXAMPLES", 20_000)), deadline=None, print_blob=True
@@ -21,17 +22,21 @@ settings.register_profile(
 settings.load_profile("fuzz" if "PPO_EXT_FUZZ_EXAMPLES" in os.environ else "ci")
 
 EXAMPLES = collections.Counter()  # by property, op and device, for property_counts.py
-ON_LOGITS = ("logprobs", "logprobs_and_entropy", "full_kl")
-BY_SEQUENCE = (*ON_LOGITS, "kl_rewards", "gae", "masked_mean")  # no sequence mixes with another (masked_mean by row)
-MEANS = ("masked_mean", "masked_var", "masked_whiten", "ppo_loss")  # over all tokens
-CALM = ("normal", "subnormal", "zero")  # of which sums do not cancel to much less than their rounding
-# For a handful of numbers torch's error is luck, and a mean of parts is rounded once more for each of them.
+ON_LOGITS = [name for name, op in OPS.items() if op.on_logits]
+PER_TOKEN = [name for name, op in OPS.items() if op.scope is TOKEN]
+OF_SEQUENCES = [name for name, op in OPS.items() if op.scope is SEQUENCE]
+MEANS = [name for name, op in OPS.items() if op.scope is BATCH]
+# No sequence influences another; where the op has an axis, the tests choose the one of the tokens.
+BY_SEQUENCE = [name for name, op in OPS.items() if op.scope is not BATCH or AXIS in op.arguments.values()]
+CALM = ("normal", "subnormal", "zero")  # sums of these do not cancel to less than their rounding errors
+# Added to torch's error, in units in the last place: the error of a few numbers is chance, and a mean of several parts
+# is rounded once more for each part.
 UNITS = 8
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are small: on a busy machine a second thread makes torch many times slower."""
+    """The tensors are small. On a busy machine a second thread would make torch many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +44,7 @@ def one_thread():
 
 
 def property_of(*ops, kinds=KINDS):
-    """Makes a test of `check(op, case, device)` for each of the ops."""
+    """Makes a test of `check(op, case, device)` for each op; `ops` are names."""
 
     def decorate(check):
         @pytest.mark.parametrize("op", ops)
@@ -47,7 +52,7 @@ def property_of(*ops, kinds=KINDS):
         @functools.wraps(check)
         def test(op, case, device):
             EXAMPLES[check.__name__, op, device] += 1
-            check(op, case, device)
+            check(OPS[op], case, device)
 
         return test
 
@@ -55,7 +60,7 @@ def property_of(*ops, kinds=KINDS):
 
 
 def tensors(function, inputs):
-    """`function` of each tensor among the arguments."""
+    """The arguments, with `function` applied to each tensor."""
     return {name: function(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
@@ -74,7 +79,8 @@ def assert_same_results(a, b):
 
 
 def assert_near(name, ours, torchs, exact, scale=0.0):
-    """The same NaN and infinities as float64; elsewhere within torch's error and UNITS of the largest entry or scale."""
+    """NaN and infinities must be those of float64. All else must be within torch's error plus UNITS of the largest
+    entry or scale."""
     rounded = exact.to(ours.dtype)
     finite = rounded.isfinite()
     assert_same_bits(f"{name} where not finite", ours.masked_fill(finite, 0), rounded.masked_fill(finite, 0))
@@ -83,37 +89,65 @@ def assert_near(name, ours, torchs, exact, scale=0.0):
 
 
 def without_undefined_gradients(op, inputs, results):
-    """0 for gradients of a row's result that is not finite, or through a token that is not: nothing defines them."""
-    if op in ON_LOGITS:
+    """The results with 0 for gradients that nothing defines: of rows whose result is not finite, and of tokens with an
+    input that is not."""
+    if op.on_logits:
         values = [x.isfinite() for name, x in results.items() if not name.startswith("grad_")]
         defined = torch.stack(values).all(0)[..., None]
-    elif op == "ppo_loss":
+    elif STATS in op.results.values():
         tokens = (results["policy/ratio"], *(x for x in inputs.values() if isinstance(x, torch.Tensor)))
         defined = torch.stack([x.isfinite() for x in tokens]).all(0)
-    elif op in MEANS:
-        defined = inputs["values"][inputs["mask"] != 0].isfinite().all()
+    elif op.scope is BATCH:
+        defined = inputs[op.first][inputs["mask"] != 0].isfinite().all()
     else:
         return results
     return results | {name: x.masked_fill(~defined, 0) for name, x in gradients(results).items()}
 
 
 def scale_of(op, name, inputs, grads, exact):
-    """The size of the terms whose difference a result is."""
-    if name == "full_kl":
-        return exact[name].nan_to_num(0, 0, 0).abs().max().sqrt().item() if exact[name].numel() else 0.0
-    return scale_of_gradients(op, inputs, grads, exact) if name.startswith("grad_") else 0.0
+    """The size of the terms whose sum or difference a result is, where it may be much smaller itself."""
+    if name.startswith("grad_"):
+        return scale_of_gradients(op, inputs, grads, exact)
+    terms = max(largest(inputs[name]) for name in op.tensors if name in inputs)
+    if op.scope is SEQUENCE:
+        return terms
+    if op.scope is BATCH and inputs[op.first].dtype == torch.float64:  # float32 results have sums in float64
+        return terms**2
+    # They hold the logarithm of a sum of 1 or more, so one unit in the last place of 1 is rounding.
+    of_logarithm = 1.0 / UNITS if op.on_logits else 0.0
+    if name == "kl":
+        return max(of_logarithm, largest(exact[name]) ** 0.5, largest_gap(inputs))
+    return of_logarithm
+
+
+def largest(x):
+    """The largest finite magnitude."""
+    return x.double().nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0.0
+
+
+def largest_gap(inputs):
+    """The largest difference between policy and reference logits at an entry with probability under the policy. full_kl
+    subtracts the two first, so its rounding error is of that size."""
+    logits, ref_logits = (inputs[name].double() / inputs["temperature"] for name in ("logits", "ref_logits"))
+    has_probability = torch.softmax(logits, -1) > torch.finfo(torch.float32).tiny
+    return largest((logits - ref_logits)[has_probability])
 
 
 def scale_of_gradients(op, inputs, grads, exact):
-    """The size of the terms whose difference the gradient is, where it may be much smaller itself."""
-    if op in ON_LOGITS:
-        sizes = [grads[name].abs() * (1 if name == "logprobs" else 1 + exact[name]) for name in exact if name in grads]
+    """The size of the terms whose sum or difference a gradient is, where it may be much smaller itself."""
+    if op.on_logits:
+        gap = largest_gap(inputs) if "ref_logits" in inputs else 0.0
+        sizes = [grads[name].abs() * (1 if name == "logprobs" else 1 + exact[name] + gap) for name in op.per_token]
         terms = sum(sizes) / inputs["temperature"]
-    elif op == "masked_whiten":
-        terms = grads[op] * torch.rsqrt(reference.masked_var(inputs["values"].double(), inputs["mask"]) + 1e-8)
+    elif op.name == "masked_whiten":
+        variance = reference.masked_var(inputs["values"].double(), inputs["mask"])
+        terms = grads["whitened"] * torch.rsqrt(variance + reference.WHITEN_EPS)
+    elif op.name == "masked_var":
+        weights = inputs["mask"].double()
+        terms = torch.where(weights != 0, inputs["values"].double(), 0.0) * weights / weights.sum()
     else:
         return 0.0
-    return terms.nan_to_num(0, 0, 0).abs().max().item() if terms.numel() else 0.0
+    return largest(terms)
 
 
 @property_of(*OPS)
@@ -128,21 +162,34 @@ def test_masked_values_never_matter(op, case, device):
         return torch.where(hidden, garbage.to(x.dtype) if x.is_floating_point() else -100, x)
 
     spoilt = tensors(spoil, {name: x for name, x in inputs.items() if name != "mask"}) | {"mask": inputs["mask"]}
-    results = run(op, spoilt, tensors(spoil, grads))
-    assert_same_results(results, run(op, inputs, grads))
+    results = op.run(spoilt, tensors(spoil, grads))
+    assert_same_results(results, op.run(inputs, grads))
     for name, result in results.items():
         if result.shape[:2] == masked.shape:
             assert (result[masked] == 0).all(), name
+
+
+def without_rows_that_float32_decides(op, inputs, results):
+    """The results with 0 in those rows of full_kl where the policy has a probability near the smallest float32 and the
+    reference has none. Whether their divergence is infinite depends on whether that probability is rounded to 0."""
+    if "ref_logits" not in op.arguments:
+        return results
+    p = torch.softmax(inputs["logits"].double() / inputs["temperature"], -1)
+    decided = ~((inputs["ref_logits"] == -torch.inf) & (p > 0) & (p < 1e-36)).any(-1)
+    return {
+        name: torch.where(decided if x.dim() == decided.dim() else decided[..., None], x, 0)
+        for name, x in results.items()
+    }
 
 
 @property_of(*OPS)
 def test_reference(op, case, device):
     inputs, grads = arguments(op, case, device)
     single = tensors(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, inputs)
-    exact = run(op, doubles(inputs), grads, reference)
+    exact = op.run(doubles(inputs), grads, reference)
     ours, torchs, exact = (
-        without_undefined_gradients(op, inputs, results)
-        for results in (run(op, inputs, grads), run(op, single, grads, reference), exact)
+        without_rows_that_float32_decides(op, inputs, without_undefined_gradients(op, inputs, results))
+        for results in (op.run(inputs, grads), op.run(single, grads, reference), exact)
     )
     assert list(ours) == list(torchs)
     for name, result in ours.items():
@@ -153,48 +200,49 @@ def test_reference(op, case, device):
 def test_strides_never_matter(op, case, device):
     inputs, grads = arguments(op, case, device)
     dense = tensors(lambda x: x.clone(memory_format=torch.contiguous_format), inputs)
-    assert_same_results(run(op, inputs, grads), run(op, dense, grads))
+    assert_same_results(op.run(inputs, grads), op.run(dense, grads))
 
 
 @property_of(*OPS)
 def test_same_bits_on_every_run_and_for_any_threads(op, case, device):
     inputs, grads = arguments(op, case, device)
-    assert_same_bits_for_any_threads(lambda: run(op, inputs, grads))
-    assert_same_results(run(op, inputs, grads), run(op, inputs, grads))
+    assert_same_bits_for_any_threads(lambda: op.run(inputs, grads))
+    assert_same_results(op.run(inputs, grads), op.run(inputs, grads))
 
 
 @property_of(*ON_LOGITS)
 def test_inplace_backward_changes_no_bit(op, case, device):
     inputs, grads = arguments(op, case, device)
-    expected = run(op, inputs, grads)
-    assert_same_results(run(op, inputs | {"inplace_backward": True}, grads), expected)
+    expected = op.run(inputs, grads)
+    assert_same_results(op.run(inputs | {"inplace_backward": True}, grads), expected)
 
 
 def by_sequence(op, case, device):
-    """Arguments and incoming gradients of an op that treats sequences apart."""
+    """Arguments and incoming gradients of an op that computes each result from one sequence."""
     inputs, grads = arguments(op, case, device)
-    if op == "masked_mean":
-        return inputs | {"axis": 1}, {op: torch.arange(1.0, case.sequences + 1, device=device)}
+    if AXIS in op.arguments.values():
+        different = torch.arange(1.0, case.sequences + 1, device=device)
+        return inputs | {"axis": 1}, dict.fromkeys(op.results, different)
     return inputs, grads
 
 
 def of_all_tokens(op, case, device):
     """Arguments and incoming gradients of an op that takes means over all tokens."""
     inputs, grads = arguments(op, case, device)
-    return inputs | ({"axis": None} if op == "masked_mean" else {}), grads
+    return inputs | ({"axis": None} if AXIS in op.arguments.values() else {}), grads
 
 
 @property_of(*BY_SEQUENCE)
 def test_sequences_in_any_order(op, case, device):
     inputs, grads = by_sequence(op, case, device)
     order = torch.randperm(case.sequences, generator=case.generator()).to(device)
-    permuted = run(op, tensors(lambda x: x[order], inputs), tensors(lambda x: x[order], grads))
-    assert_same_results(permuted, tensors(lambda x: x[order], run(op, inputs, grads)))
+    permuted = op.run(tensors(lambda x: x[order], inputs), tensors(lambda x: x[order], grads))
+    assert_same_results(permuted, tensors(lambda x: x[order], op.run(inputs, grads)))
 
 
 @property_of(*MEANS, kinds=CALM)
 def test_tokens_in_any_order(op, case, device):
-    """A sum in another order is rounded otherwise; nothing else changes."""
+    """A sum in another order has other rounding errors; nothing else changes."""
     inputs, grads = of_all_tokens(op, case, device)
     count = case.sequences * case.tokens
     order = torch.randperm(count, generator=case.generator()).to(device)
@@ -202,9 +250,9 @@ def test_tokens_in_any_order(op, case, device):
     def shuffle(x):
         return x.reshape(count)[order].view(x.shape) if x.shape == (case.sequences, case.tokens) else x
 
-    results, expected = run(op, tensors(shuffle, inputs), tensors(shuffle, grads)), run(op, inputs, grads)
+    results, expected = op.run(tensors(shuffle, inputs), tensors(shuffle, grads)), op.run(inputs, grads)
     expected = tensors(shuffle, expected)
-    exact = tensors(shuffle, run(op, doubles(inputs), grads))
+    exact = tensors(shuffle, op.run(doubles(inputs), grads))
     for name in expected:
         assert_near(name, results[name], expected[name], exact[name])
 
@@ -214,24 +262,24 @@ def test_parts_of_a_batch_give_the_whole(op, case, device):
     inputs, grads = by_sequence(op, case, device)
     cut = case.seed % (case.sequences + 1)
     parts = [
-        run(op, tensors(lambda x, rows=rows: x[rows], inputs), tensors(lambda x, rows=rows: x[rows], grads))
+        op.run(tensors(lambda x, rows=rows: x[rows], inputs), tensors(lambda x, rows=rows: x[rows], grads))
         for rows in (slice(cut), slice(cut, None))
     ]
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    assert_same_results(together, run(op, inputs, grads))
+    assert_same_results(together, op.run(inputs, grads))
 
 
 @property_of("masked_mean", "ppo_loss", kinds=CALM)
 def test_parts_of_a_batch_weighted_by_their_tokens_give_the_whole(op, case, device):
     inputs, _ = of_all_tokens(op, case, device)
-    inputs |= {"ratio_threshold": float("inf")} if op == "ppo_loss" else {}
-    weights = inputs["mask"].double() if op == "masked_mean" else (inputs["mask"] != 0).double()
+    inputs |= {"ratio_threshold": float("inf")} if op.name == "ppo_loss" else {}
+    weights = inputs["mask"].double() if op.name == "masked_mean" else (inputs["mask"] != 0).double()
     cut = case.seed % (case.sequences + 1)
     halves = (slice(cut), slice(cut, None))
-    parts = [run(op, tensors(lambda x, rows=rows: x[rows], inputs)) for rows in halves]
+    parts = [op.run(tensors(lambda x, rows=rows: x[rows], inputs)) for rows in halves]
     shares = [weights[rows].sum() / weights.sum().clamp(min=0.25) for rows in halves]
-    whole, exact = run(op, inputs), run(op, doubles(inputs))
-    for name in ("masked_mean",) if op == "masked_mean" else ("loss", "policy/approxkl", "val/vpred", "returns/mean"):
+    whole, exact = op.run(inputs), op.run(doubles(inputs))
+    for name in ("mean",) if op.name == "masked_mean" else ("loss", "policy/approxkl", "val/vpred", "returns/mean"):
         terms = [share * part[name].double() for share, part in zip(shares, parts)]
         assert_near(name, sum(terms).to(whole[name].dtype), whole[name], exact[name], max(abs(x).item() for x in terms))
     for name, grad in gradients(whole).items():
@@ -241,13 +289,13 @@ def test_parts_of_a_batch_weighted_by_their_tokens_give_the_whole(op, case, devi
 
 @property_of(*ON_LOGITS)
 def test_a_number_added_to_all_logits_changes_nothing(op, case, device):
-    """Multiples of 1/4 below 64 are exact in every dtype, so the sums are, and the results have the same bits."""
+    """Multiples of 1/4 below 64 are exact in every dtype, so no sum is rounded and the results have the same bits."""
     inputs, grads = arguments(op, case, device, quarters)
     moved = dict(inputs)
     for name, turn in (("logits", 0), ("ref_logits", 16)):
         if name in inputs:
             moved[name] = inputs[name] + ((case.seed >> turn) % 256 - 128) / 4
-    assert_same_results(run(op, moved, grads), run(op, inputs, grads))
+    assert_same_results(op.run(moved, grads), op.run(inputs, grads))
 
 
 def packed_tokens(inputs, grads):
@@ -256,49 +304,51 @@ def packed_tokens(inputs, grads):
     return tensors(lambda x: x[counts], inputs), tensors(lambda x: x[counts], grads)
 
 
-@property_of(*ON_LOGITS)
+@property_of(*PER_TOKEN)
 def test_packed_rows_are_padded_rows(op, case, device):
     inputs, grads = arguments(op, case, device)
-    padded, counts = run(op, inputs, grads), inputs["mask"] != 0
-    assert_same_results(run(op, *packed_tokens(inputs, grads)), tensors(lambda x: x[counts], padded))
+    padded, counts = op.run(inputs, grads), inputs["mask"] != 0
+    assert_same_results(op.run(*packed_tokens(inputs, grads)), tensors(lambda x: x[counts], padded))
 
 
 @property_of(*MEANS, kinds=CALM)
 def test_packed_tokens_are_padded_tokens(op, case, device):
     inputs, grads = of_all_tokens(op, case, device)
-    padded, counts, exact = run(op, inputs, grads), inputs["mask"] != 0, run(op, doubles(inputs), grads)
-    for name, result in run(op, *packed_tokens(inputs, grads)).items():
+    padded, counts, exact = op.run(inputs, grads), inputs["mask"] != 0, op.run(doubles(inputs), grads)
+    for name, result in op.run(*packed_tokens(inputs, grads)).items():
         padded_result, exact_result = (x[counts] if x.shape == counts.shape else x for x in (padded[name], exact[name]))
         assert_near(name, result, padded_result, exact_result)
 
 
 def one_by_one(op, inputs, keep):
-    """Each sequence alone, without the tokens that `keep` leaves out."""
+    """The results of each sequence alone, without the tokens that `keep` leaves out."""
     for b in range(len(keep)):
         alone = tensors(lambda x, b=b: x[b : b + 1] if x.dim() == 1 else x[b : b + 1, keep[b]], inputs)
-        yield b, keep[b], run(op, alone)
+        yield b, keep[b], op.run(alone)
 
 
-@property_of("gae", "kl_rewards")
+@property_of(*OF_SEQUENCES)
 def test_padded_sequences_are_sequences_alone(op, case, device):
-    """Padding left and right of one block of tokens that count; quarters with gamma and lam 1 give the same bits."""
+    """Padding to the left and right of one block of tokens that count. Sums of quarters with gamma = lam = 1 are exact,
+    so the bits are the same."""
     inputs, _ = arguments(op, case, device, quarters)
-    inputs = inputs | {"gamma": 1.0, "lam": 1.0} if op == "gae" else inputs
+    inputs = inputs | {"gamma": 1.0, "lam": 1.0} if op.name == "gae" else inputs
     start = torch.randint(case.tokens + 1, (case.sequences, 1), generator=case.generator()).to(device)
     position = torch.arange(case.tokens, device=device)
     inputs["mask"] = ((position >= start) & (position < start + case.tokens // 2)).to(case.mask)
-    padded = run(op, inputs)
+    padded = op.run(inputs)
     for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
         assert_same_results(alone, tensors(lambda x, b=b, keep=keep: x[b : b + 1, keep], padded))
 
 
 @property_of("gae")
 def test_holes_are_tokens_deleted(op, case, device):
-    """With quarters and gamma = lam = 1 all sums are exact, and so are the bits; else within float32's error."""
+    """Sums of quarters with gamma = lam = 1 are exact, so the bits are the same; for other gamma and lam the results
+    agree within float32's error."""
     inputs, _ = arguments(op, case, device, quarters)
     for gamma, lam in ((1.0, 1.0), (0.97, 0.9)):
         inputs |= {"gamma": gamma, "lam": lam}
-        whole, exact = run(op, inputs), run(op, doubles(inputs), module=reference)
+        whole, exact = op.run(inputs), op.run(doubles(inputs), module=reference)
         for b, keep, alone in one_by_one(op, inputs, inputs["mask"] != 0):
             for name, result in alone.items():
                 holes, exact_part = whole[name][b : b + 1, keep], exact[name][b : b + 1, keep]

@@ -1,4 +1,4 @@
-"""The counts of examples: what is written is what ran."""
+"""The counts of examples that are written are those of the run."""
 
 import json
 import os

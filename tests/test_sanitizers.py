@@ -1,5 +1,6 @@
-"""The CPU ops under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under ThreadSanitizer: their tests
-pass without a report. That a report would come is shown by faults, each planted in a copy of the sources."""
+"""The tests of the ops pass without a report with the CPU kernels under AddressSanitizer and
+UndefinedBehaviorSanitizer, and with their threads under ThreadSanitizer. Faults that are planted in copies of the
+sources show that reports would come."""
 
 import concurrent.futures
 import dataclasses
@@ -11,10 +12,10 @@ import subprocess
 import sys
 
 import pytest
+from ops import OP_TESTS
 from sanitized import build
 
-OP_TESTS = [f"test_{op}.py" for op in ("logprobs", "full_kl", "gae", "kl_rewards", "masked", "ppo_loss")]
-# Left out is what runs little of the kernels and much of torch.
+# Tests that spend their time in torch and not in the kernels are left out.
 SELECTION = "not trl and not opcheck and not compile and not gradcheck"
 RUNS = {
     "address and undefined": (build.ADDRESS, [*OP_TESTS, "test_hostile_values.py", "test_hostile_operators.py"]),
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Both at once: each waits for one core."""
+    """Both runs, started at once; each uses one core."""
 
     def build_and_run(folder, sanitizer, files):
         return build.run_tests(build.package(folder, sanitizer), sanitizer, SELECTION, *files)
@@ -56,7 +57,7 @@ class Fault:
     wrong: str
     tests: str
     selection: str
-    seen: str  # what the report says, as a regular expression
+    seen: str  # a regular expression that the report matches
 
 
 FAULTS = {
@@ -72,8 +73,8 @@ FAULTS = {
     "misaligned load": Fault(
         build.ADDRESS,
         "ppo_loss_cpu.cpp",
-        "pointer<A>(stats)[kGradScale]",
-        "*reinterpret_cast<const A*>(reinterpret_cast<const char*>(pointer<A>(stats)) + 1)",
+        "job.stats[kGradScale]",
+        "*reinterpret_cast<const A*>(reinterpret_cast<const char*>(job.stats) + 1)",
         "test_ppo_loss.py",
         "ppo_loss",
         "runtime error: load of misaligned address",
@@ -107,7 +108,7 @@ def test_a_planted_fault_is_reported(name, tmp_path):
 
 
 def test_a_warning_is_an_error_where_native_parts_are_required(tmp_path):
-    """A build of the CPU library from a copy of the project in which a variable is unused."""
+    """Builds the CPU library from a copy of the project in which a variable is unused."""
     root = pathlib.Path(__file__).parent.parent
     for name in ("csrc", "_build", "ppo_ext"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

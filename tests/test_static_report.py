@@ -1,4 +1,5 @@
-"""What nvcc made of the kernels: no spills, 16-byte accesses, hot loops not longer than they were; and its parser."""
+"""The report on the compiled CUDA kernels: no spills, 16-byte accesses, hot loops that have not grown; and its
+parser."""
 
 import dataclasses
 import json
@@ -17,7 +18,8 @@ import find_tools  # noqa: E402
 
 
 def missing(reason):
-    """Skips where the library cannot be built or read; a native build with nvcc must have both."""
+    """Skips the test where the library cannot be built or read; fails it in a native build with nvcc, which must have
+    both."""
     required = os.environ.get("PPO_EXT_REQUIRE_NATIVE") == "1" and os.environ.get("PPO_EXT_CUDA") != "0"
     if required and find_tools.find_cuda()[0]:
         pytest.fail(f"nvcc is here, but {reason}")
@@ -79,7 +81,8 @@ def test_the_page_says_what_is_kept(kept):
 
 # ---- the parser -----------------------------------------------------------------------------------------------------
 
-# Shortened from a forward and a backward kernel: rows around batches; a whole batch or the rest of a row; a rescale.
+# Shortened from a forward and a backward kernel: a loop over rows; in it a loop over whole batches and the rest of the
+# row; in that a rescale to a new maximum.
 SAMPLE = """
 //--------------------- .text._Zloop --------------------------
 	.section	.text._Zloop,"ax",@progbits
@@ -127,7 +130,8 @@ _Zspills:
 
 
 def test_one_iteration_is_counted_by_the_rule():
-    """By hand: 3 to the branch, an address, 2 loads, 2 past the rescale, 4 to the end; a store of 4 bytes is none of 16."""
+    """Counted by hand: 3 instructions to the branch, an address, 2 loads, 2 that skip the rescale, 4 to the end. The
+    store of 4 bytes is not counted among those of 16."""
     loop = sass.hot_loop_of(*sass.parse(SAMPLE)["_Zloop"])
     assert loop == sass.HotLoop(loads=2, stores=1, instructions=12, exponentials=1)
 
@@ -140,7 +144,7 @@ def test_a_load_under_opposite_predicates_is_one_load():
 def test_a_kernel_without_16_byte_loads_has_no_hot_loop():
     narrow = SAMPLE.replace("LDG.E.NA.LTC256B.128", "LDG.E.NA.LTC256B.64")
     assert sass.hot_loop_of(*sass.parse(narrow)["_Zloop"]) is None
-    assert sass.hot_loop_of(*sass.parse(SAMPLE)["_Zspills"]) is None  # a load, but no loop
+    assert sass.hot_loop_of(*sass.parse(SAMPLE)["_Zspills"]) is None  # it has a 16-byte load, but no loop
 
 
 def test_spills_are_counted():

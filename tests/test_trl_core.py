@@ -1,4 +1,4 @@
-"""ppo_ext.trl.core against trl.core 0.11.4, name by name."""
+"""ppo_ext.trl.core against trl.core of TRL 0.11.4, name by name."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A script written for TRL 0.11 runs under ppo_ext.trl with nothing but its imports changed, and prints the same."""
+"""A script for TRL 0.11 runs with ppo_ext.trl when only its imports are changed, and prints the same numbers."""
 
 import contextlib
 import io
@@ -91,7 +91,7 @@ def test_a_script_prints_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     require_trl()
     folder = tmp_path / "model"
-    # TRL samples with dropout after its first step, we do not
+    # TRL leaves the model in training mode after its first step and then samples with dropout; ppo_ext does not.
     tiny_models.build("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     theirs = printed(SCRIPT, folder, tmp_path / "theirs")

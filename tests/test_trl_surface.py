@@ -1,4 +1,4 @@
-"""Names, signatures and attributes that a script or a subclass written for TRL 0.11.4 finds."""
+"""The names, signatures and attributes of TRL 0.11.4 that a script or a subclass may use exist in ppo_ext.trl."""
 
 import importlib
 import inspect

@@ -1,7 +1,7 @@
-"""The libraries that ours is compared with: what each offers for an op, as it ships, or why it cannot run here.
+"""The libraries with which ours is compared: what each offers for an op, as it is published, or why it cannot run here.
 
-A peer is one module of this package with a `PEER`. Nothing of it is imported before one of its ops is asked for, and none
-of them is needed to run the rest.
+A peer is one module of this package with a `PEER`. Its library is not imported before one of its ops is needed, and the
+rest runs without it.
 """
 
 import collections.abc
@@ -30,14 +30,14 @@ NEEDS_GPU = "runs on a GPU only"
 
 
 class Unavailable(Exception):
-    """A peer cannot run here; the message is one sentence that says why, and what would change it."""
+    """A peer cannot run here. The message is one sentence that says why, and how that can be changed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """One implementation of an op: `function` takes and returns what ours does. `compiled`: by torch.compile, on the first
-    call. `partial`: it returns the first of our results only. `low_precision`: of use below float32 only. `instead`: why a
-    pass cannot be timed."""
+    """One implementation of an op. `function` has the arguments and results of our op. `compiled`: torch.compile
+    compiles it on the first call. `partial`: it returns only the first of our results. `low_precision`: it is only
+    compared below float32. `instead`: {pass: why it cannot be timed}."""
 
     function: collections.abc.Callable
     compiled: bool = False
@@ -49,8 +49,8 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """`load(device)` returns {op: {name: Offer}}. `ops`: what it offers on some device; where it cannot run, each has a
-    row that says why. `how`: the command that brings it."""
+    """`load(device)` returns {op: {name: Offer}}. `ops`: all ops that it offers on any device; where it cannot run,
+    each of them has a row that says why. `how`: the command that installs it."""
 
     name: str
     ops: tuple
@@ -82,14 +82,14 @@ def everyone():
 
 @functools.cache
 def offers(peer, device):
-    """(what the peer offers on this device, why it offers nothing): one of them is empty."""
+    """(what the peer offers on this device, why it offers nothing); one of the two is empty."""
     try:
         return peer.load(device), ""
     except Unavailable as error:
         return {}, str(error)
     except ModuleNotFoundError as error:
         return {}, f"needs {error.name}, which is not installed; {peer.how} brings it"
-    except Exception as error:  # other people's packages may fail to import in any way; the row says in which
+    except Exception as error:  # a package may fail to import in any way; the row says in which
         return {}, f"cannot be imported, {first_line(error)}"
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.peers`: who is compared here, and what would bring the others; --download: fetches the wheels."""
+"""`python -m bench.peers`: which peers run here, and how to install the others; --download fetches the wheels."""
 
 import argparse
 

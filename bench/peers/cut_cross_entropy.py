@@ -1,4 +1,5 @@
-"""Apple's cut-cross-entropy: the loss of a linear head without its logits; Triton on a GPU, torch.compile elsewhere."""
+"""Apple's cut-cross-entropy: the loss of a linear head without its logits, in Triton on a GPU and by torch.compile
+elsewhere."""
 
 from . import GPU_EXTRA, Offer, Peer, installed
 

@@ -1,6 +1,6 @@
-"""Statements out of another library's long function, word for word, as a function that can be called alone.
+"""Statements of a long function of another library, unchanged, as a function that can be called alone.
 
-TRL's trainers hold the whole of PPO in one method each. What is timed must be what they ship, not a copy of it.
+TRL's trainers have all of PPO in one method each. The code that is timed must be theirs, not a copy.
 """
 
 import ast
@@ -9,8 +9,8 @@ import textwrap
 
 
 def excerpt(function, first, last, *, inputs, outputs):
-    """A function of `inputs` (names) that runs the statements of `function` from the one that starts with the text `first`
-    to the one that starts with `last`, both of one block, and returns a tuple of `outputs` (names)."""
+    """A function of `inputs` (names) that runs the statements of `function` from the one that starts with the text
+    `first` to the one that starts with `last`, both in the same block, and returns a tuple of `outputs` (names)."""
     source = textwrap.dedent(inspect.getsource(function))
     chosen = _statements(ast.parse(source), source, first, last)
     if chosen is None:
@@ -24,7 +24,7 @@ def excerpt(function, first, last, *, inputs, outputs):
 
 
 def _statements(tree, source, first, last):
-    """The first run of statements in one block with such a beginning and end, None without one."""
+    """The statements from `first` to `last` of the first block that has both; None if no block has."""
     for node in ast.walk(tree):
         for block in (getattr(node, name, None) for name in ("body", "orelse")):
             if not isinstance(block, list):

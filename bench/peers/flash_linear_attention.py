@@ -1,4 +1,4 @@
-"""flash-linear-attention: its cross entropy in Triton, the one of flash-attention."""
+"""flash-linear-attention: its cross entropy in Triton, which is that of flash-attention."""
 
 from . import GPU_EXTRA, Offer, Peer, installed, need_gpu
 

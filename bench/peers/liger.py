@@ -1,6 +1,7 @@
-"""Liger-Kernel: Triton's cross entropy on a GPU, and log-probabilities straight from the hidden states anywhere.
+"""Liger-Kernel: cross entropy in Triton on a GPU, and log-probabilities straight from the hidden states on any device.
 
-Its package asks for Triton, which a CPU has no use for; the chunked loss is plain torch, and is imported from the wheel.
+Its package depends on Triton, which a CPU does not need. The chunked loss is plain torch, so it is imported from the
+wheel.
 """
 
 from . import Offer, Peer, installed, wheels

@@ -1,4 +1,4 @@
-"""QuACK: cross entropy in CuTe DSL, with the row held in shared memory over a cluster of blocks."""
+"""QuACK: cross entropy in CuTe DSL, which keeps a row in the shared memory of a cluster of blocks."""
 
 from . import GPU_EXTRA, Offer, Peer, installed, need_gpu
 

@@ -1,4 +1,4 @@
-"""RL-Kernel: log-probabilities in CUDA, and straight from the hidden states; torch where there is no GPU."""
+"""RL-Kernel: log-probabilities from logits and from hidden states, in CUDA; plain torch where there is no GPU."""
 
 from . import Offer, Peer, installed
 

@@ -1,4 +1,4 @@
-"""rl-triton: generalised advantages as an associative scan in Triton."""
+"""rl-triton: generalised advantage estimation as an associative scan in Triton."""
 
 import torch
 
@@ -13,7 +13,10 @@ def _load(device):
     from rl_triton import compute_gae
 
     def gae(values, rewards, mask):
-        values, rewards = values * mask, rewards * mask  # it has no mask; zeros behind a sequence give the same
+        values, rewards = (
+            values * mask,
+            rewards * mask,
+        )  # it has no mask, but zeros after the end of a sequence give the same
         advantages = compute_gae(rewards, values, torch.zeros_like(values), gamma=GAMMA, lambda_=LAM)
         return advantages, advantages + values
 

@@ -1,4 +1,4 @@
-"""Plain torch: the strongest expression it has for an op where that is not TRL's own."""
+"""Plain torch: its fastest expression for an op, where that is not the one of TRL."""
 
 import torch
 
@@ -8,12 +8,12 @@ from . import Offer, Peer
 
 
 def gather_minus_logsumexp(logits, labels):
-    """The leanest expression in plain torch for fp32; what TRL moved to in 0.15, without its loop over rows."""
+    """The shortest expression in plain torch for float32. TRL uses it since 0.15, in a loop over rows."""
     return logits.gather(-1, labels[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
 
 
 def triangular_product(values, rewards, mask):
-    """GAE as deltas times the triangular matrix of (gamma*lam)^(k - t)."""
+    """GAE as the product of the deltas with the triangular matrix of (gamma*lam)^(k - t)."""
     values, rewards = values * mask, rewards * mask
     delta = rewards + GAMMA * torch.nn.functional.pad(values, (0, 1))[:, 1:] - values
     position = torch.arange(values.shape[1], device=values.device)

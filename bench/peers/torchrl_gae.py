@@ -1,4 +1,4 @@
-"""torchrl: generalised advantages, vectorised as a convolution, and its loop in TorchScript's place."""
+"""torchrl: generalised advantage estimation, vectorised as a convolution."""
 
 import torch
 
@@ -10,7 +10,7 @@ def _load(device):
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
     def gae(values, rewards, mask):
-        # torchrl has no mask; zeros behind a sequence give the same, as in TRL
+        # torchrl has no mask, but zeros after the end of a sequence give the same, as in TRL
         values, rewards = values * mask, rewards * mask
         next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
         done = torch.zeros_like(values, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""TRL 1.12, the last release with a PPO trainer: its shared functions, and the statements of `PPOTrainer.train`."""
+"""TRL 1.12, the last release with a PPO trainer: its shared functions, and statements of `PPOTrainer.train`."""
 
 import functools
 import types
@@ -20,9 +20,9 @@ _ARGS = types.SimpleNamespace(
     cliprange=0.2,
     cliprange_value=0.2,
     vf_coef=0.1,
-    temperature=1.0 - 1e-7,
-)  # train() adds 1e-7 and divides in place, here by 1.0
-SEQUENCES = 8  # the shared functions loop over the first dimension, in a trainer the sequences of a minibatch
+    temperature=1.0 - 1e-7,  # train() adds 1e-7 and divides in place, here by 1.0
+)
+SEQUENCES = 8  # the shared functions loop over the first dimension, which in a trainer is the sequences of a minibatch
 
 
 def as_batch(x):
@@ -31,7 +31,7 @@ def as_batch(x):
     return x.view(sequences, x.shape[0] // sequences, *x.shape[1:])
 
 
-@functools.lru_cache(maxsize=1)  # train() has it once and for all, so it is made outside the clock
+@functools.lru_cache(maxsize=1)  # train() makes it once, so it is made outside the clock
 def _padding(mask):
     """(padding_mask, the position of the last token of each sequence)."""
     return mask == 0, mask.shape[1] - 1 - mask.flip(1).argmax(1)
@@ -44,9 +44,8 @@ def _gae(train, *, whiten):
 
     def gae(values, rewards, mask):
         padding_mask, _ = _padding(mask)
-        values, rewards = (
-            torch.masked_fill(x, padding_mask, 0) for x in (values, rewards)
-        )  # as train() has done by then
+        # as train() does before these statements
+        values, rewards = (torch.masked_fill(x, padding_mask, 0) for x in (values, rewards))
         return statements(_ARGS, values, values, rewards, *((padding_mask,) if whiten else ()))
 
     return gae
@@ -62,7 +61,7 @@ def _kl_rewards(train):
     )
 
     def kl_rewards(scores, logprobs, ref_logprobs, mask):
-        # train() gives the score to the slot behind the last token; told that this slot is the last token, as ours does
+        # train() gives the score to the position after the last token; here that position is the last token, as in ours.
         padding_mask, last = _padding(mask)
         logprobs, ref_logprobs = (
             torch.masked_fill(x, padding_mask, train.__globals__["INVALID_LOGPROB"]) for x in (logprobs, ref_logprobs)
@@ -111,7 +110,8 @@ def _ppo_loss(train):
 
 
 class _ModelOutput(torch.autograd.Function):
-    """Logits as a model returns them: no leaf, so that train() can divide them in place, and without a copy."""
+    """Makes logits look like the output of a model: they are no leaf, so that train() can divide them in place; without
+    a copy."""
 
     @staticmethod
     def forward(ctx, logits, anchor, gradients):
@@ -126,7 +126,7 @@ class _ModelOutput(torch.autograd.Function):
 
 
 def _loss_head(train):
-    """From the logits to their gradient: train()'s statements, with its statistics and its backward pass among them."""
+    """From the logits to their gradient: the statements of train(), including its statistics and its backward pass."""
     statistics = tuple(
         f"{name}_stats" for name in ("approxkl", "pg_clipfrac", "pg_loss", "vf_loss", "vf_clipfrac", "entropy", "ratio")
     )

@@ -1,4 +1,4 @@
-"""TRL 0.11.4, the last release with the classic trainer: its functions as they ship, and each through torch.compile."""
+"""TRL 0.11.4, the last release with the classic trainer: its functions as published, and each with torch.compile."""
 
 import types
 
@@ -26,13 +26,13 @@ _GRAPH_BREAKS = {"forward": "torch.compile unrolls the loop over rows, with a gr
 
 
 def _both(function, *, instead=None):
-    """Eager and compiled."""
+    """The offers of a function, eager and compiled."""
     return {NAME: Offer(function), COMPILED: Offer(compiled(function), compiled=True, instead=instead or {})}
 
 
 def _with_upcast(function):
-    """Eager and compiled, and both on float32 copies: TRL's value-head models return `logits.float()`, and only so are
-    low-precision results as accurate as ours."""
+    """The offers of a function, eager and compiled, and both on float32 copies. TRL's value-head models return
+    `logits.float()`, and only on those are low-precision results as accurate as ours."""
 
     def upcast(*arguments):
         return function(*(x.float() if x.is_floating_point() else x for x in arguments))
@@ -58,7 +58,7 @@ def _gae_alone(trl):
 
 
 def _loss_head(trl):
-    """As in `batched_forward_pass` and `train_minibatch`, on the float32 logits that TRL's models return."""
+    """The loss head of `batched_forward_pass` and `train_minibatch`, on float32 logits as TRL's models return them."""
 
     def loss(logits, labels, old_logprobs, advantages, vpreds, values, returns, mask):
         logits = logits.float()[:, :-1]
@@ -73,7 +73,7 @@ def _loss_head(trl):
 
 
 def _gradients(loss):
-    """The gradients of logits and vpreds."""
+    """A function that returns the gradients of logits and vpreds."""
 
     def gradients(logits, labels, vpreds, **per_token):
         logits, vpreds = (x.detach().requires_grad_() for x in (logits, vpreds))

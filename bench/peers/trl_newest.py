@@ -1,5 +1,5 @@
-"""The newest TRL: log-probabilities and entropy in one call (a Triton kernel on a GPU, torch on a CPU), and straight from
-the hidden states."""
+"""The newest TRL: log-probabilities and entropy in one call (a Triton kernel on a GPU, torch on a CPU), and
+log-probabilities straight from the hidden states."""
 
 import functools
 

@@ -1,7 +1,7 @@
-"""Releases that cannot be installed beside the rest, imported from their wheels in .peers/.
+"""Releases that cannot be installed beside each other, imported from their wheels in .peers/.
 
-Three releases of TRL are compared in one process. A wheel of pure Python can be imported where it lies, and TRL, whose
-modules import each other relatively, under a name of its own.
+Three releases of TRL are compared in one process. A wheel of pure Python can be imported where it lies; TRL, whose
+modules import each other relatively, can be imported under another name.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def version(name):
 
 
 def path(name):
-    """The wheel, or `Unavailable`."""
+    """The path of the wheel; raises `Unavailable` if it is not there."""
     project, _, release = WHEELS[name].partition("==")
     found = sorted(FOLDER.glob(f"{project.replace('-', '_')}-{release}-*.whl"))
     if not found:
@@ -32,7 +32,8 @@ def path(name):
 
 
 def under_own_name(name, package, module):
-    """`package.module` of the wheel, imported as `package_1_2_3.module`, so that another release can stand beside it."""
+    """`package.module` of the wheel, imported as `package_1_2_3.module`, so that it does not replace another
+    release."""
     alias = f"{package}_{version(name).replace('.', '_')}"
     if alias not in sys.modules:
         root = types.ModuleType(alias)
@@ -44,14 +45,14 @@ def under_own_name(name, package, module):
 
 
 def on_path(name):
-    """Lets the wheel be imported under its package's own name, behind what is installed."""
+    """Lets the wheel be imported under its package's name, unless that package is installed."""
     place = str(path(name))
     if place not in sys.path:
         sys.path.append(place)
 
 
 def download():
-    """Fetches what is missing with pip; returns the names of what could not be."""
+    """Fetches the wheels that are missing with pip; returns the requirements that failed."""
     failed = []
     for name, requirement in WHEELS.items():
         try:

@@ -1,4 +1,4 @@
-// launch.h: the one place where host code meets the device: guard, stream, grid, launch, check.
+// launch.h: launches kernels: device guard, stream, grid, check for errors. No other file calls the CUDA runtime.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +12,13 @@
 #include "cuda_on_host.h"  // the tests' stand-in: runs the same kernels without a GPU
 #endif
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
-#include "checks.h"
+#include "tensors.h"
 
 namespace ppo_ext {
 
 #if defined(__CUDACC__)
-constexpr int64_t max_blocks() { return 2147483647; }  // of a grid's first dimension; kernels loop over what is beyond
+constexpr int64_t max_blocks() { return 2147483647; }  // of a grid's first dimension; kernels loop where they need more
 #else
 using cuda_on_host::max_blocks;
 #endif
@@ -38,13 +36,14 @@ inline void check_launch(const char* op) {
 }
 #endif
 
-// While it lives, the device of `like` is the current one; launches go to the caller's stream there.
+// Launches kernels on the device of `like`, in the stream that is current there for the caller. The device is the
+// current one as long as the Launcher exists.
 class Launcher {
  public:
   Launcher(const char* op, const Tensor& like) : op_(op), guard_(like.get_device_index()) {
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) != 0)
-      throw std::runtime_error(std::string(op) + ": the current CUDA stream cannot be had");
+      throw std::runtime_error(std::string(op) + ": torch has no current CUDA stream for the device of the tensors");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -66,26 +65,12 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// Calls f with a zero of the elements' type.
-template <class F>
-void dispatch_logits(const char* op, ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float(0));
-    case ScalarType::BFloat16:
-      return f(torch::headeronly::BFloat16(0));
-    case ScalarType::Half:
-      return f(torch::headeronly::Half(0));
-    case ScalarType::Double:
-      return f(double(0));
-    default:
-      reject_dtype(op, "logits", dtype);
-  }
-}
-
-template <class F>
-void dispatch_floats(ScalarType dtype, const F& f) {
-  dtype == ScalarType::Double ? f(double(0)) : f(float(0));
+// Memory for `count` States that blocks leave for another kernel, uninitialised. The tensor must live until the last
+// kernel that uses it was launched; torch gives its memory to later work on the same stream only.
+template <class State>
+Tensor new_parts(const Tensor& like, int64_t count) {
+  static_assert(sizeof(State) % sizeof(double) == 0, "allocated as float64");
+  return new_tensor(like, {count * int64_t(sizeof(State) / sizeof(double))}, ScalarType::Double);
 }
 
 }  // namespace ppo_ext

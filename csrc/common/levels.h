@@ -1,10 +1,11 @@
-// levels.h: <op>_simd.cpp is compiled once for each of several instruction sets; the machine's best is chosen here.
+// levels.h: chooses among the copies of <op>_simd.cpp, which is compiled for several instruction sets (levels).
 #pragma once
 
 #include <cstdlib>
 
-// The namespaces that hold the copies. One that is compiled for a newer machine must not be entered on an older one, so
-// these files include nothing whose inline functions could be merged with another copy's.
+// X(namespace) for each copy. Code for a newer machine must not run on an older one, but of an inline function that
+// several copies contain the linker keeps one for all of them. So these files include no torch but its 16-bit numbers,
+// and the copy for the oldest machines is linked first, as the linker keeps what it finds first.
 #if defined(__x86_64__) && !defined(PPO_EXT_ONE_LEVEL)
 #define PPO_FOR_EACH_LEVEL(X) X(v4) X(v3) X(base)
 #else
@@ -40,7 +41,7 @@ inline Level best_level() {
   return Level::base;
 }
 
-// PPO_EXT_CPU_LEVEL=3 or 1 uses less than the machine has, to test the other copies.
+// The best level of this machine. PPO_EXT_CPU_LEVEL=3 or 1 chooses a lower one, to test the other copies.
 inline Level cpu_level() {
   static const Level level = [] {
     const char* wanted = std::getenv("PPO_EXT_CPU_LEVEL");

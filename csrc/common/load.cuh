@@ -12,11 +12,7 @@
 
 namespace ppo_ext {
 
-// The type that arithmetic on elements of type T runs in.
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
-
-// 2^y. The fast unit's error is 2 ulp; results below the smallest normal number become 0.
+// 2^y, in fp32 by the special function unit: its error is 2 ulp, and results below the smallest normal number become 0.
 __device__ __forceinline__ float exp2_of(float y) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -28,7 +24,7 @@ __device__ __forceinline__ float exp2_of(float y) {
 }
 __device__ __forceinline__ double exp2_of(double y) { return exp2(y); }
 
-// The larger number; a NaN is passed over, so callers must meet it elsewhere.
+// The larger number. A NaN is ignored, so that callers must take care of it elsewhere.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
@@ -52,18 +48,18 @@ constexpr int kPack = 16 / int(sizeof(T));  // elements in a pack
 #define PPO_LOAD_PACK(instruction, p) return *p
 #endif
 
-// A pack that is read once: it passes the first-level cache by.
+// Loads a pack that nothing else reads: it is not kept in the first-level cache.
 __device__ __forceinline__ Pack load_pack(const Pack* p) {
   PPO_LOAD_PACK("ld.global.L1::no_allocate.L2::256B.v4.u32", p);
 }
 
-// A pack that the neighbouring thread reads as well.
+// Loads a pack that the neighbouring thread loads as well.
 __device__ __forceinline__ Pack load_common_pack(const Pack* p) { PPO_LOAD_PACK("ld.global.v4.u32", p); }
 
 __device__ __forceinline__ void store_pack(Pack* p, const Pack& x) {
 #if defined(__CUDA_ARCH__)
-  // In so many words, as the compiler stores the parts of a struct, a uint4 too, one by one. "memory": what was read of a
-  // row must not be read again after it is written in place.
+  // As PTX, since the compiler stores the members of a struct one by one, those of a uint4 too. "memory" keeps it from
+  // loading parts of a row again after they were overwritten in place.
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
                "r"(x.words[3])
                : "memory");
@@ -72,7 +68,7 @@ __device__ __forceinline__ void store_pack(Pack* p, const Pack& x) {
 #endif
 }
 
-// A pack's elements one by one.
+// Loads the elements of a pack one by one.
 template <class T>
 __device__ __forceinline__ Pack gather_pack(const T* p, int64_t stride) {
   T elements[kPack<T>];
@@ -83,7 +79,7 @@ __device__ __forceinline__ Pack gather_pack(const T* p, int64_t stride) {
   return x;
 }
 
-// The 16 bytes that start `bytes` into a, which b follows in memory.
+// The 16 bytes that start `bytes` bytes behind the start of a, where b is what follows a in memory.
 __device__ __forceinline__ Pack shift_packs(const Pack& a, const Pack& b, int bytes) {
   unsigned w[8];
   std::memcpy(w, &a, sizeof(a));
@@ -104,7 +100,7 @@ constexpr bool is_bfloat16 = std::is_same<T, torch::headeronly::BFloat16>::value
 // The elements that lie in `words`, as numbers.
 template <class T, int kWords>
 __device__ __forceinline__ void unpack_words(const unsigned (&words)[kWords], accumulate_t<T>* x) {
-  if constexpr (is_bfloat16<T>) {  // the upper half of a float: one instruction each
+  if constexpr (is_bfloat16<T>) {  // a bfloat16 is the upper half of a float: one instruction each
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const unsigned bits[2] = {words[i] << 16, words[i] & 0xffff0000u};
@@ -133,7 +129,7 @@ __device__ __forceinline__ Pack pack_of(const accumulate_t<T>* x) {
   return pack;
 }
 
-// The larger of each two 16-bit numbers in a word; a NaN is passed over.
+// Two words of two 16-bit numbers each: the larger ones, place by place. A NaN is ignored.
 template <class T>
 __device__ __forceinline__ unsigned larger_pair(unsigned a, unsigned b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -154,7 +150,7 @@ __device__ __forceinline__ unsigned larger_pair(unsigned a, unsigned b) {
 #endif
 }
 
-// The largest element of some packs; NaNs are passed over.
+// The largest element of some packs. NaNs are ignored.
 template <class T, int kCount>
 __device__ __forceinline__ accumulate_t<T> largest(const Pack (&packs)[kCount]) {
   constexpr int kLeft = sizeof(T) == 2 ? 2 : kCount * kPack<T>;  // 16-bit numbers are compared in pairs first
@@ -186,15 +182,15 @@ __device__ __forceinline__ int bytes_beyond_boundary(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) % 16);
 }
 
-// How many packs of each input a thread has in flight.
+// How many packs of each input a thread loads before it uses the first one.
 template <int kInputs>
 constexpr int kBatch = kInputs == 1 ? 4 : 2;
 
-// One row of inputs, from column `begin` on seen as packs, whatever its alignment and stride: what a thread gets depends
-// on the columns only.
+// A row of one input, seen as packs from some column on, with any alignment and stride. Which elements a pack has
+// depends on their columns only, so that the results do not depend on where the row lies.
 template <class T>
 struct PackedRow {
-  const T* packs;  // the row at column `begin`
+  const T* packs;  // the element at that column
   int64_t stride;
   int last;  // the last pack that is whole
 
@@ -224,10 +220,11 @@ struct PackedRow {
         if (kWhole || first + k * step < end)
           batch[k] = gather_pack(packs + (first + k * step) * (stride * kPack<T>), stride);
     } else {
-      // Each pack lies in two aligned ones; the row's first and last may reach out of it and are gathered instead.
+      // A pack is cut out of the two aligned packs of memory that it lies in. At the first and the last pack of the row
+      // these may reach beyond the row, so that their elements are loaded one by one.
       const Pack* const across = reinterpret_cast<const Pack*>(reinterpret_cast<uintptr_t>(packs) - beyond) + first;
 #pragma unroll
-      for (int k = 0; k < kCount; k += 2) {  // two at a time, to keep registers for the rest
+      for (int k = 0; k < kCount; k += 2) {  // two at a time, which saves registers
         Pack next[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -279,9 +276,9 @@ bool all_aligned(const T* logits, const LogitRows& rows) {
   return result;
 }
 
-// Calls f on this thread's share of the rows, in pieces A[kInputs][n] of several n, filled up with -inf, each with its
-// largest numbers A[kInputs]. The pieces depend on V only; kAligned spares a kernel whose rows are all_aligned the other
-// ways to read.
+// Calls f(x, top) for each piece of this thread's share of the rows: x[i] has the elements of input i, an array of one
+// of two lengths, filled up with -inf, and top[i] is the largest of them. Which elements a piece has depends on V only.
+// With kAligned all rows must be all_aligned; the kernel then contains no code for others.
 template <int kThreads, bool kAligned, class T, int kInputs, class F>
 __device__ __forceinline__ void read_rows(const Rows<T, kInputs>& in, const F& f) {
   using A = accumulate_t<T>;

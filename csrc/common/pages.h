@@ -1,4 +1,5 @@
-// pages.h: the memory pages behind a tensor as large as the logits, which an allocation of that size maps afresh.
+// pages.h: faster first writes to a new tensor as large as the logits. The system gives it fresh memory pages, each of
+//          which costs a fault when it is first written.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +9,12 @@
 #include <unistd.h>
 #endif
 
-#include "checks.h"
+#include "tensors.h"
 
 namespace ppo_ext {
 
-// Makes the pages of a range present in one call; by itself each faults when it is first written, which takes longer than
-// filling it. Where the system cannot, they fault.
+// Makes all pages of a range present in one call, which is faster than a fault for each: a fault takes longer than
+// filling the page. Where the system cannot do it nothing happens, and the pages fault one by one.
 inline void populate(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack and older kernels refuse
@@ -24,13 +25,13 @@ inline void populate(void* data, int64_t bytes) {
 #endif
 }
 
-// The rows of `out`, about to be written. Those of a large new tensor are populated, some at a time, by the thread that
-// writes them; memory that is written over is there already.
+// The rows of `out`, which are about to be written from `in`. If `out` is large and new, the thread that writes some
+// rows first populates their pages. If it is `in` itself, its pages are present already.
 class RowPages {
  public:
-  RowPages(const Tensor& out, const Tensor& in, int64_t rows) : data_(static_cast<char*>(out.data_ptr())) {
+  RowPages(const Tensor& out, const void* in, int64_t rows) : data_(static_cast<char*>(out.data_ptr())) {
     const int64_t bytes = out.numel() * int64_t(out.element_size());
-    if (out.data_ptr() != in.data_ptr() && bytes >= kMapped) row_bytes_ = bytes / rows;
+    if (out.data_ptr() != in && bytes >= kMapped) row_bytes_ = bytes / rows;
   }
 
   // Calls f(begin, end) on parts of the range of rows.
@@ -45,8 +46,8 @@ class RowPages {
   }
 
  private:
-  static constexpr int64_t kMapped = 32 << 20;  // the C library keeps freed memory of less for the next allocation
-  static constexpr int64_t kBatch = 1 << 20;    // as large as the cache that the pages, which come zeroed, are still in
+  static constexpr int64_t kMapped = 32 << 20;  // below this the C library reuses freed memory, whose pages are present
+  static constexpr int64_t kBatch = 1 << 20;  // fits into the second-level cache, where the zeroed pages then still are
 
   char* data_;
   int64_t row_bytes_ = 0;

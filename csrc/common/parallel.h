@@ -8,7 +8,8 @@ namespace ppo_ext {
 // Waking a thread costs as much as tens of thousands of elements of work.
 constexpr int64_t kGrain = 32768;
 
-// Calls f(begin, end) on ranges of `rows`, each row being `cost` elements of work. Nothing inside f may throw.
+// Calls f(begin, end) for ranges that make up [0, rows), on several threads if it pays. A row is as much work as `cost`
+// elements. f must not throw.
 template <class F>
 void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   if (rows == 0) return;

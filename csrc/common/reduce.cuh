@@ -18,7 +18,7 @@ __device__ __forceinline__ int thread_of_group() {
   return kThreads == kWarp ? int(threadIdx.x) % kWarp : int(threadIdx.x);
 }
 
-// The state of the lane `by` places further; one's own beyond the last.
+// The state of the lane `by` places to the right; for the last lanes, to whose right there is none, their own.
 template <class State>
 __device__ __forceinline__ State shuffle_down(const State& state, int by) {
   static_assert(sizeof(State) % 4 == 0 && std::is_trivially_copyable<State>::value, "moved in words");
@@ -31,7 +31,7 @@ __device__ __forceinline__ State shuffle_down(const State& state, int by) {
   return result;
 }
 
-// merge of all lanes below kLanes, whole in lane 0 only.
+// Merges the states of the lanes below kLanes. Only lane 0 gets the whole result.
 template <int kLanes, class State, class Merge>
 __device__ __forceinline__ State reduce_lanes(State state, const Merge& merge) {
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ __forceinline__ State reduce_lanes(State state, const Merge& merge) {
   return state;
 }
 
-// merge over the group, whole in its thread 0 only.
+// Merges the states of a group. Only its thread 0 gets the whole result.
 template <int kThreads, class State, class Merge>
 __device__ __forceinline__ State reduce_group(State state, const Merge& merge) {
   state = reduce_lanes<kWarp>(state, merge);
@@ -50,12 +50,12 @@ __device__ __forceinline__ State reduce_group(State state, const Merge& merge) {
     if (lane == 0) parts[warp] = state;
     __syncthreads();
     if (warp == 0) state = reduce_lanes<kWarps>(parts[lane % kWarps], merge);
-    __syncthreads();  // parts may be written again at once
+    __syncthreads();  // before the next call writes to parts
   }
   return state;
 }
 
-// The state of thread 0, for the whole group.
+// Gives the state of the group's thread 0 to all its threads.
 template <int kThreads, class State>
 __device__ __forceinline__ State share_first(State state) {
   if constexpr (kThreads == kWarp) {
@@ -80,7 +80,8 @@ struct Scan {
   State total;  // of the whole group
 };
 
-// compose(earlier, later) over the group's threads from right to left.
+// For each thread the composition of all states to its right, and the one of all; compose(earlier, later) composes
+// neighbours.
 template <int kThreads, class State, class Compose>
 __device__ __forceinline__ Scan<State> scan_from_right(State state, const State& identity, const Compose& compose) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -103,7 +104,7 @@ __device__ __forceinline__ Scan<State> scan_from_right(State state, const State&
       if (w == warp) right = total;
       total = compose(parts[w], total);
     }
-    __syncthreads();  // parts may be written again at once
+    __syncthreads();  // before the next call writes to parts
     return {compose(after, right), total};
   }
 }

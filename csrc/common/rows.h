@@ -6,7 +6,7 @@
 namespace ppo_ext {
 
 struct LogitRows {
-  static constexpr int kMaxDims = 8;  // leading dimensions left after merging those that merge
+  static constexpr int kMaxDims = 8;  // leading dimensions that are left after neighbouring ones were merged
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxDims];
   int dims;

@@ -1,5 +1,6 @@
 // simd.h: vectors as wide as the instruction set that the including file is compiled for (levels.h).
-//         Selecting by ?: is a blend; a comparison kept in a variable may be taken apart lane by lane (GCC 12, AVX-512).
+//         On vectors `a < b ? x : y` is one blend. A comparison that is kept in a variable may cost more: for AVX-512,
+//         GCC 12 may take it apart lane by lane.
 #pragma once
 
 #include <cmath>
@@ -13,13 +14,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../masked.h"
 #include "host_device.h"
+#include "moments.h"
 
 #define PPO_INLINE inline __attribute__((always_inline))
 #define PPO_INLINE_LAMBDA __attribute__((always_inline))
 
-// Vectors are passed between inlined functions only, so no call depends on the ABI this warns about.
+// The warning is that vectors are passed in other ways at other levels. Only inlined functions take them here.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace ppo_ext {
@@ -46,7 +47,8 @@ typedef uint8_t u8v __attribute__((vector_size(kVectorBytes / 4)));
 typedef uint8_t u8half __attribute__((vector_size(kVectorBytes / 8)));
 typedef float f32half __attribute__((vector_size(kVectorBytes / 2)));
 
-// The vector of elements of type A, how many it holds, and what ?: on it takes.
+// For elements of type A: the vector, the condition that ?: on it takes (all bits of a lane are set where it holds),
+// and the number of lanes.
 template <class A>
 using vector_of = std::conditional_t<std::is_same<A, double>::value, f64v, f32v>;
 template <class A>
@@ -56,7 +58,7 @@ constexpr int kLanesOf = std::is_same<A, double>::value ? kVectorBytes / 8 : kVe
 constexpr int kLanes = kLanesOf<float>;
 
 #if defined(__AVX512F__)
-constexpr __mmask16 kAllLanes = 0xffff;  // GCC 12 warns about the intrinsics without a mask
+constexpr __mmask16 kAllLanes = 0xffff;  // for intrinsics with a mask; GCC 12 warns about those without one
 #endif
 
 PPO_INLINE f32v splat(float x) { return f32v{} + x; }
@@ -95,14 +97,15 @@ PPO_INLINE f32v load(const Half* p) {
   return (f32v)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #else
   const u32v h = __builtin_convertvector(load_bytes<u16v>(p), u32v);
-  // A half's exponent and mantissa, moved into a float's, are off by 2^112; the product also mends subnormals.
+  // The exponent and mantissa of a half, moved to their places in a float, give its value times 2^-112, also if it is
+  // subnormal. The product undoes that.
   const f32v magnitude = (f32v)((h & 0x7fffu) << 13) * 0x1p112f;
   const u32v exponent = h & 0x7c00u, infinite_or_nan = exponent == 0x7c00u ? u32v{} + 0x7f800000u : u32v{};
   return (f32v)((u32v)magnitude | infinite_or_nan | ((h & 0x8000u) << 16));
 #endif
 }
 
-// Two vectors' worth of elements, in any order, but in one that store_pair undoes.
+// The elements of two vectors. load_pair may mix up their order; store_pair restores it.
 struct Pair {
   f32v x[2];
 };
@@ -120,13 +123,15 @@ PPO_INLINE Pair load_pair(const BFloat16* p) {
 PPO_INLINE void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
 PPO_INLINE void store(double* p, f64v x) { std::memcpy(p, &x, sizeof(x)); }
 
-// A bfloat16 in the upper half of each lane; what is below it is not cleared. A NaN must hold nothing there, else it might
-// become a number: what is computed from bfloat16s and from numbers made `clean` does not.
+// Rounds to bfloat16, which is the upper half of each lane; the lower half of the result means nothing. The lower half
+// of a NaN must be 0, or the addition might turn it into a number. That holds for results of bfloat16s and of `clean`
+// numbers.
 PPO_INLINE u32v rounded_to_bfloat16(f32v x) {
   const u32v bits = (u32v)x;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
+// x, or if that is a NaN the one called NAN, whose lower half is 0.
 PPO_INLINE float clean(float x) { return x == x ? x : NAN; }
 
 PPO_INLINE void store(BFloat16* p, f32v x) {
@@ -187,7 +192,7 @@ PPO_INLINE f32v load_logits_tail(const T* p, int n) {
   return load(lanes);
 }
 
-// A stretch of a row as contiguous elements: the row itself, or a copy of it where its elements lie apart.
+// n elements of a row from column `begin` on, contiguous: in their place if the stride is 1, else copied to the buffer.
 template <class T>
 PPO_INLINE const T* contiguous_block(const T* row, int64_t begin, int n, int64_t stride, T* buffer) {
   if (stride == 1) return row + begin;
@@ -195,7 +200,7 @@ PPO_INLINE const T* contiguous_block(const T* row, int64_t begin, int n, int64_t
   return buffer;
 }
 
-// All bits of the lanes whose flag is set.
+// The condition that holds in the lanes whose flag is set.
 template <class A>
 PPO_INLINE condition_of<A> lanes_where(const bool* flags) {
   using bytes = std::conditional_t<std::is_same<A, double>::value, u8half, u8v>;
@@ -204,7 +209,21 @@ PPO_INLINE condition_of<A> lanes_where(const bool* flags) {
 
 // ---- across lanes ----
 
-// The larger (smaller) of two; the second if either is NaN. GCC 12 does not find the one instruction behind ?: by itself.
+// The lanes of a and b in the order of `lanes`, where those of b have the numbers from their count on.
+template <class V, class I>
+PPO_INLINE V shuffled(V a, V b, I lanes) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  V result{};
+  for (int l = 0; l < kCount; ++l) result[l] = lanes[l] < kCount ? a[lanes[l]] : b[lanes[l] - kCount];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// The larger (smaller) of two; the second if either is NaN. One instruction, which GCC 12 does not make of a ?: by
+// itself.
 PPO_INLINE f32v max_or_second(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
@@ -229,7 +248,7 @@ PPO_INLINE f32v min_or_second(f32v a, f32v b) {
 #endif
 }
 
-// The elements of a vector of A in fp64.
+// The elements of a vector of A, converted to fp64: two vectors for fp32.
 template <class A>
 struct Wide {
   static constexpr int kParts = std::is_same<A, double>::value ? 1 : 2;
@@ -239,7 +258,7 @@ struct Wide {
 PPO_INLINE Wide<double> widen(f64v x) { return {{x}}; }
 PPO_INLINE f64v narrow(const Wide<double>& x) { return x.part[0]; }
 
-// GCC 12 converts half a vector in four steps where there is one instruction.
+// One instruction each, where GCC 12 makes four of __builtin_convertvector.
 PPO_INLINE f64v in_fp64(f32half x) {
 #if defined(__AVX512F__)
   return (f64v)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
@@ -293,13 +312,14 @@ struct LaneSum {
   }
 };
 
-// Weight, mean and variance from distances to one of the numbers, so that no two large sums are subtracted.
+// Weight, mean and variance of numbers, from their distances to one of them, the origin. Without that the variance
+// would be the difference of two large sums.
 template <class A>
 struct LaneMoments {
   A origin;
   f64v weight, sum, squares;
 
-  // Entries of weight 0 must hold something finite.
+  // x must be finite where its weight is 0, as it is multiplied by it.
   PPO_INLINE void add(vector_of<A> x, vector_of<A> weights) {
     const Wide<A> wide = widen(x), w = widen(weights);
     for (int k = 0; k < Wide<A>::kParts; ++k) {
@@ -310,10 +330,10 @@ struct LaneMoments {
     }
   }
 
-  PPO_INLINE Moments<double> moments() const {
+  PPO_INLINE Moments moments() const {
     const double total = LaneSum{weight}.total(), gap = LaneSum{sum}.total() / total;
     const double m2 = LaneSum{squares}.total() - LaneSum{sum}.total() * gap;
-    return total == 0 ? Moments<double>{} : Moments<double>{total, origin + gap, m2 < 0 ? 0 : m2};
+    return total == 0 ? Moments{} : Moments{total, origin + gap, m2 < 0 ? 0 : m2};
   }
 };
 
@@ -333,7 +353,7 @@ PPO_INLINE float max_lanes(f32v x) {
   return result;
 }
 
-// The largest of n elements; NaN does not count (it shows in the sums that follow).
+// The largest of n elements. A NaN is ignored; it shows in the sums that follow.
 template <class T>
 PPO_INLINE float block_max(const T* x, int n) {
   f32v a = splat(-INFINITY), b = a;
@@ -362,7 +382,9 @@ PPO_INLINE f32v exp2_fraction(f32v f) {
   return p * f + 1.0f;
 }
 
-// 2^d as a product, so that it can be added to a sum in one step: with one rounding, whatever else it is used for.
+// 2^d as a product of two factors. `plus` adds it to a sum with one rounding, by an intrinsic: left to itself, the
+// compiler would fuse multiplication and addition or not, depending on what else the product is used for, and the bits
+// would change.
 struct Power {
   f32v whole, fraction;
 
@@ -379,13 +401,15 @@ struct Power {
   }
 };
 
-// 2^d is that of the nearest whole number of steps of 1 / kSteps, looked up in a table, times that of the rest r, which is
-// computed from r + kRestOffset.
+// 2^d = 2^s 2^r, where s is d rounded to a multiple of 1 / kSteps, a step, and r is the rest. 2^s is an entry of a
+// table times a power of 2 with a whole exponent. 2^r is exp2_rest(r + kRestOffset), a polynomial.
 #if defined(__AVX512F__)
 constexpr int kSteps = 32;
-// 2^r = c ((r + 46/32)^2 + g) to 2e-7: a whole number of steps, so that it is subtracted with them, near 1 / ln 2, where the
-// linear term is right too. That saves a step of the polynomial. c is in the table, which is made exact at d = 0, and so are
-// the steps' own exponents: entry k is 2^(k/32 - floor((k - 46) / 32)) c.
+// 2^r = c ((r + h)^2 + g) with a relative error of 2e-7, which is one multiplication less than a polynomial of degree 2
+// takes. The linear term of 2^r asks for h near 1 / ln 2 = 1.4427. h = 46/32 is a whole number of steps, so that it is
+// added to r without another instruction: s - h is subtracted from d in place of s. c is part of the table, which is
+// scaled so that 2^0 is exactly 1. The whole exponent is floor(s - h), so that the entry for s = k/32 is
+// 2^(k/32 - floor((k - 46) / 32)) c.
 constexpr float kRestOffset = 46.0f / kSteps;
 constexpr f32v kStepPowers[] = {
     {0x1.edc582p-1f, 0x1.f8956ap-1f, 0x1.01d0fap+0f, 0x1.077634p+0f, 0x1.0d3b16p+0f, 0x1.13204ep+0f, 0x1.192692p+0f,
@@ -400,7 +424,7 @@ constexpr int kSteps = 8;
 constexpr float kRestOffset = 0;
 constexpr f32v kStepPowers = {0x1.000000p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
                               0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
-PPO_INLINE f32v exp2_rest(f32v r) {  // to 3e-8
+PPO_INLINE f32v exp2_rest(f32v r) {  // relative error 3e-8
   return ((splat(5.549622327e-2f) * r + 0.2402576357f) * r + 0.6931472421f) * r + 1.0f;
 }
 #else
@@ -414,13 +438,14 @@ class Powers {
  public:
   PPO_INLINE explicit Powers(float scale) : scale_(scale), lowest_(kLowest / scale), highest_(kHighest / scale) {}
 
-  // d, or what has the same power and is not -inf. Without bounds it may be d itself.
+  // A number of the same power as d for which of_bounded is right. Without kBounds it is d itself if
+  // kBoundsAreOptional: this is faster, and right for all d but -inf.
   template <bool kBounds = true>
   PPO_INLINE f32v bounded(f32v d) const {
     return kBounds || !kBoundsAreOptional ? within_exponents(max_or_second(splat(lowest_), d)) : d;
   }
 
-  // Of a bounded d. AVX-512 takes any but -inf, for which it gives NaN.
+  // The power of a d that comes from `bounded`. If kBoundsAreOptional any d but -inf is right, and -inf gives NaN.
   PPO_INLINE Power of_bounded(f32v d) const {
     const f32v shifted = d * scale_ + kRound / kSteps, steps = shifted - (kRound / kSteps + kRestOffset);
     return {whole(shifted, steps), exp2_rest(d * scale_ - steps)};
@@ -445,14 +470,15 @@ class Powers {
   static constexpr bool kBoundsAreOptional = false;
 
  private:
-  static constexpr float kLowest = -127.0f, kHighest = 128.0f;  // whose biased exponents are those of 0 and inf
+  // Numbers that get the exponents of 0 and of inf.
+  static constexpr float kLowest = -127.0f, kHighest = 128.0f;
 
   PPO_INLINE f32v within_exponents(f32v d) const { return min_or_second(splat(highest_), d); }
 
   static PPO_INLINE f32v whole(f32v shifted, f32v) {
 #if defined(__AVX2__)
     constexpr i32v kStep = {0, 1, 2, 3, 4, 5, 6, 7};
-    const i32v table = (i32v)kStepPowers - (kStep << 20);  // as the steps below a whole one are added again
+    const i32v table = (i32v)kStepPowers - (kStep << 20);  // `shifted` << 20 adds k << 20 again
     return (f32v)((i32v)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted) + ((i32v)shifted << 20));
 #else
     return (f32v)(((i32v)shifted << 23) + 0x3f800000);
@@ -460,10 +486,12 @@ class Powers {
   }
 #endif
 
-  float scale_, lowest_, highest_;
+  float scale_, lowest_;
+  [[maybe_unused]] float highest_;  // in AVX-512
 };
 
-// The integer n that leaves x - n to exp2_fraction, and p times 2^n for n <= 128, in two steps, as 2^128 is no float.
+// x rounded to an integer n, which leaves x - n to exp2_fraction; and p * 2^n for n <= 128, by two factors, as 2^128 is
+// no float.
 PPO_INLINE f32v whole_part(f32v x) { return (x + kRound) - kRound; }
 PPO_INLINE f32v times_power(f32v p, f32v n) { return p * (f32v)((i32v)(n + (kRound + 126.0f)) << 23) * 2.0f; }
 

@@ -1,23 +1,24 @@
-// tiles.cuh: writes rows of logits 16 bytes at a time, in tiles, so that few long rows fill the device too.
+// tiles.cuh: writes rows of logits 16 bytes at a time, in tiles, so that a few long rows occupy the whole device.
 #pragma once
 
 #include "load.cuh"
 
 namespace ppo_ext {
 
-constexpr int kTileBytes = 65536;  // what one block reads of a row before it takes up another tile
+constexpr int kTileBytes = 65536;  // of a row in one tile, which one block writes
 
 template <class T>
 constexpr int64_t kTile = kTileBytes / int64_t(sizeof(T));  // columns
 
-// Columns of one tile: packs [first, end) from column `head` on, where out is aligned, and in tile 0 the edges around them.
+// The columns of one tile: packs [first, end), counted from column `head`, where `out` is first aligned to 16 bytes.
+// The columns before the row's first pack and behind its last one are the edges, which tile 0 has as well.
 struct Tile {
   int head, first, end, edges;
 
   // The i-th column of the edges.
   __device__ __forceinline__ int64_t edge(int i, int64_t V) const { return i < head ? i : V - edges + i; }
 
-  // The thread that writes column v; -1 if it is not of this tile.
+  // The thread that writes column v; -1 if the column is in another tile.
   template <int kThreads, int kPackSize>
   __device__ __forceinline__ int owner(int64_t v, int64_t V) const {
     const int64_t pack = v < head ? -1 : (v - head) / kPackSize;
@@ -49,9 +50,10 @@ __device__ __forceinline__ void store_columns(T* out, int64_t stride, int64_t co
   }
 }
 
-// Writes f(inputs) to every column of one tile of a row, and g(input 0) to column `special` if it lies there. The row
-// may be input 0 itself: each thread reads all that it is about to overwrite first, and nobody else reads it. kAligned
-// spares a kernel whose rows, inputs and out, are all_aligned the other ways to read and write.
+// Writes f(inputs) to every column of one tile of a row, and g(input 0) to column `special` if that is in the tile.
+// `out` may be input 0 itself: each thread reads the columns that it overwrites before it writes them, and no other
+// thread reads them. With kAligned all rows, those of the inputs and of out, must be all_aligned; the kernel then
+// contains no code for others.
 template <int kThreads, bool kAligned, class T, int kInputs, class F, class G>
 __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, int64_t out_stride, int64_t tile,
                                            const F& f, int64_t special, const G& g) {
@@ -60,7 +62,7 @@ __device__ __forceinline__ void write_tile(const Rows<T, kInputs>& in, T* out, i
   const bool has_special = t.owner<kThreads, kPack<T>>(special, in.V) == int(threadIdx.x);
   const A at_special = has_special ? g(in.at(0, special)) : A(0);
   constexpr int kPacks = kBatch<kInputs>;
-  const auto write_batch = [&](int first, auto whole) {  // whole: all packs of the batch are there
+  const auto write_batch = [&](int first, auto whole) {  // whole: all packs of the batch are in the tile
     Pack batch[kInputs][kPacks];
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)

@@ -9,6 +9,8 @@ import pathlib
 import platform
 import sys
 import urllib.parse
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,8 +37,8 @@ _LEVELS = (
 )  # csrc/common/levels.h
 
 
-def main(argv=None):
-    """Prints the report; the exit status is 1 if the compiled part does not work on a device that is here."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns 1 as exit status if the compiled libraries do not work on a device of this machine."""
     parser = argparse.ArgumentParser(prog="python -m ppo_ext info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
     options = parser.parse_args(argv)
@@ -45,9 +47,9 @@ def main(argv=None):
     return 1 if report["problem"] else 0
 
 
-def collect():
-    """The whole report as a dict that JSON can hold."""
-    report = {
+def collect() -> dict[str, Any]:
+    """The whole report, of values that JSON can hold."""
+    report: dict[str, Any] = {
         "ppo_ext": ppo_ext.__version__,
         "folder": str(_FOLDER),
         "python": platform.python_version(),
@@ -71,14 +73,14 @@ def collect():
     return report
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def read_build_info(path):
+def read_build_info(path: pathlib.Path) -> dict[str, Any]:
     """What the build wrote beside the libraries; {} if nothing was built."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ def read_build_info(path):
         return {}
 
 
-def native_ops():
+def native_ops() -> dict[str, dict[str, bool]]:
     """{op: {"cpu": has a compiled implementation, "cuda": ...}} of every operator of the package."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ppo_ext::"))
@@ -96,18 +98,18 @@ def native_ops():
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-def cpu_level():
-    """The instruction set whose copy of the CPU kernels runs: the machine's best, or less by PPO_EXT_CPU_LEVEL."""
+def cpu_level() -> str | None:
+    """The instruction set whose CPU kernels run: the best of this machine, or a lower one set by PPO_EXT_CPU_LEVEL."""
     if _native.status()["cpu"] != "loaded":
         return None
     return _LEVELS[torch.ops.ppo_ext_info.cpu_level()]
 
 
-def _cuda(build):
-    facts = {"torch_cuda": torch.version.cuda, "driver": None, "devices": []}
+def _cuda(build: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"torch_cuda": torch.version.cuda, "driver": None, "devices": []}
     if not torch.cuda.is_available():
         return facts
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     facts["driver"] = f"{driver // 1000}.{driver % 1000 // 10}"
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -121,13 +123,13 @@ def _cuda(build):
     return facts
 
 
-def coverage(capability, sass, ptx):
-    """How a GPU of this (major, minor) capability is served: "SASS x.y", "PTX x.y" (compiled on first use) or None."""
+def coverage(capability: tuple[int, int], sass: list[str], ptx: list[str]) -> str | None:
+    """What runs on a GPU of this (major, minor) capability: "SASS x.y", "PTX x.y" (compiled on first use) or None."""
 
-    def parse(arch):
+    def parse(arch: str) -> tuple[int, ...]:
         return tuple(map(int, arch.rstrip("af").split(".")))
 
-    def runs(arch):
+    def runs(arch: str) -> bool:
         return parse(arch) == capability if arch[-1] == "a" else parse(arch) <= capability
 
     binary = [arch for arch in sass if parse(arch)[0] == capability[0] and runs(arch)]
@@ -140,8 +142,8 @@ def coverage(capability, sass, ptx):
 # ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
-def diagnose(report):
-    """(problem, the one command that mends it), or (None, None)."""
+def diagnose(report: dict[str, Any]) -> tuple[str | None, str | None]:
+    """(the first problem found, the one command that fixes it), or (None, None)."""
     state, build, devices = report["libraries"], report["build"], report["cuda"]["devices"]
     needed = ["cpu", "cuda"] if devices else ["cpu"]
     missing = next((device for device in needed if state[device] != "loaded"), None)
@@ -168,8 +170,8 @@ def diagnose(report):
     return None, None
 
 
-def _reinstall(variables=""):
-    """The command that builds the package again where it came from, and fails aloud if it cannot."""
+def _reinstall(variables: str = "") -> str:
+    """The command that builds the package again from its source, and ends with an error if that is not possible."""
     editable = (_FOLDER.parent / "setup.py").exists()
     source = str(_FOLDER.parent) if editable else _install_source()
     how = "--editable" if editable else "--force-reinstall"
@@ -177,8 +179,8 @@ def _reinstall(variables=""):
 
 
 @functools.cache
-def _install_source():
-    """The folder that pip installed the package from if it still is there, else "." for the reader's checkout."""
+def _install_source() -> str:
+    """The folder that pip installed the package from if it still exists, else ".", to be run in a checkout."""
     try:
         text = importlib.metadata.distribution("ppo_ext").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
@@ -191,8 +193,8 @@ def _install_source():
 # ---- the text -------------------------------------------------------------------------------------------------------
 
 
-def render(report):
-    """The report as lines to read."""
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
     build, cuda = report["build"], report["cuda"]
     lines = [
         f"ppo_ext {report['ppo_ext']} ({build.get('git') or 'no git commit recorded'}) in {report['folder']}",
@@ -232,7 +234,7 @@ def render(report):
     return "\n".join([*lines, "everything fine"])
 
 
-def _render_build(build):
+def _render_build(build: dict[str, Any]) -> list[str]:
     if not build:
         return ["build        no _build_info.json: the compiled part was never built here"]
     lines = [

@@ -1,4 +1,9 @@
-"""A second's worth of checking: every compiled op against the reference, on one device."""
+"""The self-test of `python -m ppo_ext info`: every op of ppo_ext against the reference, on one device, within a
+second."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -9,47 +14,71 @@ from ..ops import reference
 _LIMIT = 1e-4  # float32 against float32 with another order of summation; a wrong kernel is off by far more
 
 
-def run(devices):
+def run(devices: Iterable[str]) -> dict[str, dict[str, Any]]:
     """{device: {"passed", "limit", "errors": {op: largest error}, "raised": {op: message}}}."""
     return {device: _run_on(device) for device in devices}
 
 
-def _run_on(device):
+def ops() -> list[str]:
+    """The names of all ops: the public functions that the reference specifies."""
+    return [name for name in ppo_ext.__all__ if hasattr(reference, name)]
+
+
+def _run_on(device: str) -> dict[str, Any]:
     errors, raised = {}, {}
-    for name, case in _CASES.items():
+    for name in ops():
         try:
-            x = _inputs(device)
-            errors[name] = _largest_error(case(ppo_ext, x), case(reference, x))
+            arguments = _arguments(getattr(reference, name), device)
+            expected = _results(getattr(reference, name), arguments)
+            errors[name] = _largest_error(_results(getattr(ppo_ext, name), arguments), expected)
         except Exception as error:  # whatever it is, the report must reach the reader
             raised[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     passed = not raised and all(error <= _LIMIT for error in errors.values())
     return {"passed": passed, "limit": _LIMIT, "errors": errors, "raised": raised}
 
 
-def _inputs(device):
+def _arguments(function: Callable, device: str) -> dict[str, Any]:
+    """The arguments that `function` has no default for, and the mask, by name."""
     generator = torch.Generator().manual_seed(0)
     B, T, V = 4, 9, 1003
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(device)
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
 
-    return {
+    made = {
         "logits": normal(B, T, V),
         "ref_logits": normal(B, T, V),
-        "labels": torch.randint(V, (B, T), generator=generator).to(device),
-        "mask": (torch.arange(T) < torch.tensor([[9], [7], [1], [0]])).to(device),
+        "labels": torch.randint(V, (B, T), generator=generator),
+        "mask": torch.arange(T) < torch.tensor([[9], [7], [1], [0]]),
         "scores": normal(B),
-        "logprobs": -normal(B, T).abs(),
-        "ref_logprobs": -normal(B, T).abs(),
-        "values": normal(B, T),
-        "rewards": normal(B, T),
-        "advantages": normal(B, T),
-        "vpreds": normal(B, T),
-        "returns": normal(B, T),
+        "kl_coef": 0.2,
     }
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "mask" or parameter.default is inspect.Parameter.empty:
+            value = made[name] if name in made else -normal(B, T).abs()  # one number a token
+            found[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    return found
 
 
-def _largest_error(ours, expected):
+def _results(function: Callable, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """The outputs of `function` and, if they have any, the gradients of their sum."""
+    leaves = {
+        name: x.detach().clone().requires_grad_()
+        for name, x in arguments.items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+    outputs = function(**arguments | leaves)
+    outputs = [x for x in outputs if isinstance(x, torch.Tensor)] if isinstance(outputs, tuple) else [outputs]
+    results = [x.detach() for x in outputs]
+    if any(x.requires_grad for x in outputs):
+        total = torch.stack([x.sum() for x in outputs]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        results += [grad for grad in found if grad is not None]
+    return results
+
+
+def _largest_error(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Over outputs and gradients, relative where the reference is above 1."""
     worst = 0.0
     for a, b in zip(ours, expected, strict=True):
@@ -57,36 +86,3 @@ def _largest_error(ours, expected):
             raise ArithmeticError("the result is not finite")
         worst = max(worst, ((a - b).abs() / b.abs().clamp(min=1)).max().item())
     return worst
-
-
-def _with_grad(f, *inputs):
-    """The outputs of `f` and the gradients of their sum."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = f(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(sum(y.sum() for y in outputs), leaves)]
-
-
-def _ppo_loss(ops, x):
-    return _with_grad(
-        lambda logprobs, vpreds: ops.ppo_loss(
-            logprobs, x["ref_logprobs"], x["advantages"], vpreds, x["values"], x["returns"], x["mask"]
-        )[0],
-        x["logprobs"],
-        x["vpreds"],
-    )
-
-
-_CASES = {
-    "logprobs": lambda ops, x: _with_grad(lambda z: ops.logprobs(z, x["labels"], mask=x["mask"]), x["logits"]),
-    "logprobs_and_entropy": lambda ops, x: _with_grad(
-        lambda z: ops.logprobs_and_entropy(z, x["labels"], temperature=0.7), x["logits"]
-    ),
-    "full_kl": lambda ops, x: _with_grad(lambda z: ops.full_kl(z, x["ref_logits"], mask=x["mask"]), x["logits"]),
-    "kl_rewards": lambda ops, x: ops.kl_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_coef=0.2),
-    "gae": lambda ops, x: ops.gae(x["values"], x["rewards"], x["mask"], gamma=0.99),
-    "masked_mean": lambda ops, x: [ops.masked_mean(x["values"], x["mask"])],
-    "masked_var": lambda ops, x: [ops.masked_var(x["values"], x["mask"])],
-    "masked_whiten": lambda ops, x: _with_grad(lambda v: ops.masked_whiten(v, x["mask"]), x["values"]),
-    "ppo_loss": _ppo_loss,
-}

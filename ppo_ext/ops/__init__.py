@@ -1,1 +1,4 @@
-"""The loss path: one module per op, their specification (`reference`) and the compiled libraries. No transformers here."""
+"""The loss path: one module for each op, the reference that specifies them, and what loads the compiled libraries.
+
+Nothing here imports transformers. Nothing is exported either: `ppo_ext.ops.gae` is the module, not the function.
+"""

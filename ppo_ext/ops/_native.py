@@ -1,12 +1,15 @@
-"""Loads the compiled libraries and says which of them can run.
+"""Loads the compiled libraries, defines their operators, and says on which devices they run.
 
-`_C_cpu.so` and `_C_cuda.so` register implementations of the operators whose schemas the op modules define. Where a
-library is missing, the op modules call `ppo_ext.ops.reference` instead and one warning says so.
+`_C_cpu.so` and `_C_cuda.so` hold the implementations of the operators whose schemas the op modules define. Where a
+library is missing, the op modules call `ppo_ext.ops.reference` instead, and a warning says so once for each type of
+device.
 """
 
 import os
 import pathlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,8 +17,8 @@ _FOLDER = pathlib.Path(__file__).parent.parent
 _REBUILD = "reinstall with `pip install --force-reinstall --no-deps .` and read the build's output"
 
 
-def _load(name, wanted):
-    """None if loaded, else the reason as one string."""
+def _load(name: str, wanted: bool) -> str | None:
+    """Loads a library; returns None, or the reason why it is not loaded."""
     if os.environ.get("PPO_EXT_DISABLE_NATIVE") == "1":
         return "disabled by PPO_EXT_DISABLE_NATIVE=1"
     if not wanted:
@@ -35,19 +38,22 @@ _ERRORS = {
     "cuda": _load("_C_cuda.so", torch.version.cuda is not None),
 }
 _LOADED = frozenset(device for device, error in _ERRORS.items() if error is None)
-_WARNED = set()
+_WARNED: set[str] = set()
 
 if os.environ.get("PPO_EXT_REQUIRE_NATIVE") == "1" and "cpu" not in _LOADED:
     raise ImportError(f"ppo_ext: PPO_EXT_REQUIRE_NATIVE=1, but {_ERRORS['cpu']}; {_REBUILD}")
 
 
-def status():
-    """What each backend's library is: 'loaded', or why it is not."""
+def status() -> dict[str, str]:
+    """For each type of device "loaded", or the reason why its library is not."""
     return {device: error or "loaded" for device, error in _ERRORS.items()}
 
 
-def available(device_type):
-    """Whether the compiled ops run on this device, or its tensors have shapes only; warns once per device if not."""
+def available(device_type: str) -> bool:
+    """Whether the compiled ops run on this type of device; warns once for each type on which they do not.
+
+    They also run on "meta", where only shapes are computed.
+    """
     if device_type in _LOADED or device_type == "meta":
         return True
     if device_type not in _WARNED:
@@ -61,21 +67,31 @@ def available(device_type):
     return False
 
 
-def define(schema):
-    """Defines the operator `ppo_ext::<schema>` and returns its default overload and its qualified name."""
-    name = "ppo_ext::" + schema[: schema.index("(")]
-    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(torch.ops.ppo_ext, name.split("::")[1]).default, name
+def define(schema: str) -> tuple[torch._ops.OpOverload, str]:
+    """Defines the operator `ppo_ext::<schema>`; returns its default overload and its qualified name.
+
+    Torch keeps an operator until the process ends. When a module is imported again (importlib.reload, IPython's
+    autoreload), the operator is already there and is returned as it is.
+    """
+    short, parenthesis, arguments = schema.partition("(")
+    name = f"ppo_ext::{short}"
+    if not hasattr(torch.ops.ppo_ext, short):
+        torch.library.define(name, parenthesis + arguments, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.ppo_ext, short).default
+    if operator._schema != torch._C.parse_schema(f"ppo_ext::{schema}"):
+        raise RuntimeError(f"ppo_ext: {short} must keep its schema {operator._schema}, got another; restart Python")
+    return operator, name
 
 
-def register_fake(name):
-    """`torch.library.register_fake` for a function that may rely on its tensors being on one device.
+def register_fake(name: str) -> Callable[[Callable], None]:
+    """`torch.library.register_fake` for a function that may assume that all its tensors are on one device.
 
-    Where some are on `meta` and others are not, torch runs the fake; what that returns on the CPU nobody has written.
+    Torch also calls it when some tensors are on "meta" and others are not, so that is an error here. Like the operator,
+    the function that was registered first stays until the process ends.
     """
 
-    def register(fake):
-        def checked(*arguments):
+    def register(fake: Callable) -> None:
+        def checked(*arguments: Any) -> Any:
             devices = {str(x.device) for x in arguments if isinstance(x, torch.Tensor)}
             if len(devices) > 1:
                 raise ValueError(
@@ -83,6 +99,7 @@ def register_fake(name):
                 )
             return fake(*arguments)
 
-        torch.library.register_fake(name)(checked)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+            torch.library.register_fake(name)(checked)
 
     return register

@@ -1,35 +1,38 @@
-"""Labels outside the vocabulary on CUDA: kernels never read them, and note them where nobody has to wait for it."""
+"""Labels outside the vocabulary on CUDA: the kernels do not read them, and note them in a tensor that is read later."""
 
 import torch
 
-_NOTES = {}  # device -> int64 [4]: how many such labels, and the row, the id and the V of one of them
+_NOTES: dict[torch.device, torch.Tensor] = {}  # int64 [4]: how many such labels, and row, id and V of one of them
 
 
-def note(device):
+def note(device: torch.device) -> torch.Tensor | None:
     """The tensor in which kernels on this device note such labels; None where they are refused at once or not noted."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return None
     if device not in _NOTES:
-        if torch.cuda.is_current_stream_capturing():  # it would be part of the graph
+        if torch.cuda.is_current_stream_capturing():  # the tensor would belong to the CUDA graph
             return None
         _NOTES[device] = torch.zeros(4, dtype=torch.int64, device=device)
     return _NOTES[device]
 
 
-def check_labels(device=None):
-    """Raise if an op met a label outside the vocabulary on a CUDA device since the last call.
+def check_labels(device: torch.device | str | None = None) -> None:
+    """Raise an error if an op met a label outside the vocabulary on a CUDA device since the last call.
 
-    On CUDA such a row becomes NaN and its gradient 0, without a word, as a word would mean to wait for the device. Call
-    this where you wait anyway, such as after a training step's statistics were read.
+    On CUDA an op does not raise that error itself: the host would have to wait for the device. Instead the result of
+    the row is NaN, its gradient is 0, and the label is noted. Call this where the host waits for the device anyway, for
+    example after the statistics of a training step were read.
 
     Args:
         device: the device to ask; None asks all on which an op has run.
 
     Raises:
-        ValueError: there was one; the text names a row, its id and V, and how many there were. The count starts anew.
+        ValueError: there was such a label. The text names a row, its id and V, and how many there were. The count
+            starts again at 0.
 
     Notes:
-        Waits for the device. Calls under torch.compile are not noted; `validate=True` checks any call at once.
+        Waits for the device. Calls under torch.compile are not noted; with `validate=True` an op checks its labels at
+        once.
     """
     for noted in [_NOTES[key] for key in _NOTES if device is None or key == torch.device(device)]:
         count, row, label, vocabulary = noted.tolist()

@@ -1,4 +1,4 @@
-"""The exact KL divergence of the policy from the reference, token by token, over the whole vocabulary."""
+"""The KL divergence of the policy from the reference at each token, summed over the whole vocabulary."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -56,30 +56,41 @@ class _FullKL(torch.autograd.Function):
         return logits, None, None, None, None
 
 
-def full_kl(logits, ref_logits, *, temperature=1.0, mask=None, inplace_backward=False):
-    """KL(policy || reference) of each row.
+def full_kl(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
+) -> torch.Tensor:
+    """KL divergence of the policy from the reference at each token, over the whole vocabulary.
 
         full_kl[n] = sum_v p_nv (log p_nv - log q_nv),   p = softmax(logits / temperature), q of ref_logits
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
-        ref_logits: [..., V], dtype and device of logits; any strides. It receives no gradient.
-        temperature: number in [1e-30, 1e30] that divides both.
-        mask: [...] bool, int or float, nonzero where a token counts; other rows are not read, give 0 and gradient 0.
+        logits: [..., V] float32, bfloat16, float16 or float64, of any strides; they are not copied.
+        ref_logits: [..., V], of the dtype and on the device of logits, of any strides. They receive no gradient.
+        temperature: a number in [1e-30, 1e30] that divides both.
+        mask: [...] bool, int or float, nonzero where a token counts; None counts all. The other rows are not read;
+            their result and their gradient are 0.
         inplace_backward: let the backward pass write the gradient over `logits`, see `logprobs`.
 
     Returns:
-        [...] float32 (float64 for float64 logits), differentiable once in `logits`.
+        [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
 
     Raises:
-        TypeError: a type or dtype is not one of those above, a tensor is not dense, or ref_logits has another dtype
-        than logits. ValueError: shapes or devices do not match, temperature is out of its range, or more than 8
-        leading dimensions cannot be merged. NotImplementedError: the logits carry a forward-mode tangent.
+        TypeError: a type or dtype is not one of those above, a tensor is not dense, or the dtypes of logits and
+            ref_logits differ.
+        ValueError: shapes or devices do not match, temperature is out of its range, or more than 8 leading dimensions
+            cannot be merged.
+        NotImplementedError: the logits carry a forward-mode tangent.
 
     Notes:
-        0 log 0 = 0: an entry without probability under the policy adds nothing; one with probability under the policy
-        and none under the reference makes the row +inf. Both logits are read once forward and once backward, sums in
-        float32 in a fixed order: same bits on every run and for any number of threads.
+        0 log 0 = 0: an entry that has no probability under the policy adds nothing. An entry that has probability under
+        the policy and none under the reference makes the result of its row +inf. Empty input gives an empty result.
+        Both logits are read once in the forward and once in the backward pass. Sums run in float32 in a fixed order:
+        same bits on every run and for any number of threads.
 
     Source: TRL 0.11.4, `PPOTrainer._kl_penalty` with kl_penalty="full".
     """

@@ -1,5 +1,7 @@
 """Per-token rewards: minus the KL penalty at every token, plus the score at the last one."""
 
+import torch
+
 from . import _native, check, reference
 
 _PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3}  # KLPenalty in csrc/kl_rewards.h
@@ -15,36 +17,47 @@ def _(scores, logprobs, ref_logprobs, mask, kl_coef, kl_penalty):
     return tuple(logprobs.new_empty(logprobs.shape) for _ in range(3))
 
 
-def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl", kls=None):
-    """Rewards of a batch of responses from their scores and the KL penalty of each token.
+def kl_rewards(
+    scores: torch.Tensor,
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kl_coef: float,
+    kl_penalty: str = "kl",
+    kls: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-token rewards: minus the KL penalty at every token, plus the score at the last one.
 
         d = logprobs - ref_logprobs
         kls = d ("kl"), |d| ("abs"), d^2 / 2 ("mse"), or as given ("full")
         non_score_rewards = -kl_coef * kls
-        rewards = non_score_rewards, plus scores[b] at the last counted token of row b
+        rewards = non_score_rewards, plus scores[b] at the last token of row b that counts
 
     Args:
-        scores: [B], one number a sequence, from the reward model.
-        logprobs, ref_logprobs: [B, T] log-probabilities of the tokens under the policy and the reference; not looked at
-            for "full".
+        scores: [B] float32, bfloat16, float16 or float64, one number a sequence, from the reward model.
+        logprobs, ref_logprobs: [B, T], of the same dtypes, log-probabilities of the tokens under the policy and under
+            the reference. They are ignored for "full".
         mask: [B, T] bool, int or float, nonzero where a token counts.
-        kl_coef: the penalty's coefficient (beta), finite in float32.
+        kl_coef: the coefficient of the penalty (beta), finite in float32.
         kl_penalty: "kl", "abs", "mse" or "full".
-        kls: [B, T] for "full" only: the divergences from `full_kl`.
+        kls: [B, T], the divergences that `full_kl` returns; only for "full", where they are required.
 
     Returns:
         (rewards, non_score_rewards, kls), each [B, T] float32 (float64 if an input is float64), 0 where the mask is 0.
 
     Raises:
-        TypeError: an input is not of a floating dtype, a tensor is not dense, kl_coef is no number, or kl_penalty no
-        str. ValueError: shapes or devices do not match, kl_penalty is not one of the four, kl_coef is not finite, or
-        kls is missing for "full" or given for another penalty.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, kl_coef is not a number, or kl_penalty is
+            not a str.
+        ValueError: shapes or devices do not match, kl_penalty is not one of the four, kl_coef is not finite, or kls is
+            missing for "full" or given for another penalty.
 
     Notes:
-        Not differentiable: inputs are detached. A row in which no token counts is all 0 and its score goes nowhere.
-        Masked inputs are never read into a result. Same bits on every run.
+        Not differentiable: the inputs are detached. Masked inputs never influence a result. In a sequence without a
+        token that counts, all three results are 0 and the score is not used. Arithmetic is in float32 (float64 for
+        float64). Same bits on every run.
 
-    Source: TRL 0.11.4, `PPOTrainer.compute_rewards` (which also fills masked positions).
+    Source: TRL 0.11.4, `PPOTrainer.compute_rewards`, which also fills in masked positions.
     """
     if not isinstance(kl_penalty, str):
         check.fail("kl_rewards", "kl_penalty", "be a str", type(kl_penalty).__name__, TypeError)
@@ -57,8 +70,8 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
             "be given for kl_penalty 'full' and for no other",
             f"{'none' if kls is None else 'one'} with {kl_penalty!r}",
         )
-    like = "logprobs"  # whose shape and device the others have
-    if kl_penalty == "full":
+    like = "logprobs"  # the argument whose shape and device the others must have
+    if kls is not None:
         logprobs, ref_logprobs, like = kls, kls, "kls"
     check.floating("kl_rewards", like, logprobs)
     if logprobs.dim() != 2:

@@ -88,9 +88,8 @@ def _prepare(op, logits, labels, temperature, mask):
     temperature = check.temperature(op, temperature)
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
-    usual = (
-        labels.dtype == torch.int64 and labels.is_contiguous()
-    )  # a look takes less than a conversion that does nothing
+    # Looking takes less time than a conversion that changes nothing.
+    usual = labels.dtype == torch.int64 and labels.is_contiguous()
     return labels if usual else labels.to(torch.int64).contiguous(), temperature, mask
 
 
@@ -129,54 +128,73 @@ def _check_ids(op, logits, labels, mask):
         check.fail(op, f"labels{position}", f"be an id in [0, {logits.shape[-1]})", labels[tuple(position)].item())
 
 
-def logprobs(logits, labels, *, temperature=1.0, mask=None, inplace_backward=False, validate=False):
+def logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
+    validate: bool = False,
+) -> torch.Tensor:
     """Log-probability of each label under the softmax of its row of logits.
 
         logprobs[n] = logits[n, y_n] / temperature - log sum_v exp(logits[n, v] / temperature)
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64; any strides, never copied.
-        labels: [...] int64 or int32, the token ids y_n. Shifting is the caller's: to score the next token pass
-            labels one step ahead of the logits.
-        temperature: number in [1e-30, 1e30] that divides the logits.
-        mask: [...] bool, int or float, nonzero where a token counts. Rows that do not count are not read: their
-            result and their gradient are 0, whatever the logits and the label hold.
-        inplace_backward: let the backward pass write the gradient over `logits` (never the forward pass), which
-            saves one buffer of their size. A later use of the overwritten logits by autograd is an error. Has no
-            effect under torch.compile, nor if logits share memory with each other, as those of an expanded tensor do.
-        validate: on CUDA, look at the ids before anything else, which waits for the device. On the CPU they always are.
+        logits: [..., V] float32, bfloat16, float16 or float64, of any strides; they are not copied.
+        labels: [...] int64 or int32, the token ids y_n. They are not shifted: for the log-probability of the next
+            token, pass labels that are one step ahead of the logits.
+        temperature: a number in [1e-30, 1e30] that divides the logits.
+        mask: [...] bool, int or float, nonzero where a token counts; None counts all. The other rows are not read:
+            their result and their gradient are 0, whatever their logits and labels are.
+        inplace_backward: let the backward pass write the gradient over `logits`, which saves one buffer of their size.
+            The forward pass never changes them. If autograd uses the overwritten logits later, it raises an error.
+            Without effect under torch.compile, and for logits whose entries share memory, as those of an expanded
+            tensor do.
+        validate: on CUDA, check the ids before anything is computed, for which the host waits for the device. On the
+            CPU they are always checked.
 
     Returns:
-        [...] float32 (float64 for float64 logits).
+        [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
 
     Raises:
-        TypeError: a type or dtype is not one of those above, or a tensor is not dense. ValueError: shapes or devices do
-        not match, temperature is out of its range, more than 8 leading dimensions of the logits cannot be merged, or,
-        on the CPU, a label outside [0, V) counts. On CUDA such a row becomes NaN and its gradient 0, and the next
-        `check_labels` raises; with `validate` it is an error at once, as on the CPU. NotImplementedError: the logits
-        carry a forward-mode tangent.
+        TypeError: a type or dtype is not one of those above, or a tensor is not dense.
+        ValueError: shapes or devices do not match, temperature is out of its range, more than 8 leading dimensions of
+            the logits cannot be merged, or, on the CPU or with `validate`, a label that counts is outside [0, V).
+            Without `validate`, such a row is NaN on CUDA, its gradient is 0, and the next `check_labels` raises the
+            error.
+        NotImplementedError: the logits carry a forward-mode tangent.
 
     Notes:
-        Sums run in float32 in a fixed order: the same bits on every run, for any number of threads, however the rows
-        are batched. A row with a NaN or a +inf, or with nothing but -inf, is NaN, as in torch; a -inf elsewhere has
-        probability 0. Saved for backward: the logits themselves and two numbers a row. Differentiable once.
-        Empty input gives an empty result.
+        Sums run in float32 in a fixed order: same bits on every run, for any number of threads, and however the rows
+        are divided into batches. As in torch, a row with a NaN or +inf, or of nothing but -inf, gives NaN; any other
+        -inf is probability 0. Empty input gives an empty result. Saved for the backward pass: the logits themselves and
+        two numbers a row.
 
     Source: TRL 0.11.4, `logprobs_from_logits`.
     """
     return _run("logprobs", logits, labels, temperature, mask, False, inplace_backward, validate)[0]
 
 
-def logprobs_and_entropy(logits, labels, *, temperature=1.0, mask=None, inplace_backward=False, validate=False):
-    """`logprobs` and the entropy of each row, from the same single read of the logits.
+def logprobs_and_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
+    validate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each label and entropy of each row, from one read of the logits.
 
         entropy[n] = -sum_v p_nv log p_nv,   p_n = softmax(logits[n] / temperature),   0 log 0 = 0
 
     Arguments, errors, masked rows, precision and determinism are those of `logprobs`.
 
     Returns:
-        (logprobs, entropy), both [...] float32 (float64 for float64 logits), both differentiable; their two gradients
-        share one pass over the logits.
+        (logprobs, entropy), both [...] float32 (float64 for float64 logits), both differentiable once with respect to
+        `logits`. The backward pass computes both gradients in one pass over the logits.
 
     Source: TRL 0.11.4, `logprobs_from_logits` and `entropy_from_logits` (which gives NaN when a logit is -inf).
     """

@@ -1,6 +1,7 @@
 """Mean, variance and whitening over the tokens that count."""
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -32,7 +33,7 @@ def _(grad, values, weights, moments, shift_mean):
 
 
 class _Moments(torch.autograd.Function):
-    """(sum of weights, mean, biased variance) of each row of [R, C], a tensor [R, 3]."""
+    """(sum of weights, mean, biased variance) of each row of values and weights [R, C], as a tensor [R, 3]."""
 
     @staticmethod
     def forward(ctx, values, weights):
@@ -46,9 +47,10 @@ class _Moments(torch.autograd.Function):
         values, weights, moments = ctx.saved_tensors
         total, mean, _ = moments.unbind(1)
         grad_mean, grad_var = grad[:, 1:2], grad[:, 2:3]
-        # Where only the mean is used, its gradient does not depend on the values, which may be infinite.
+        # If only the mean is used, grad_var is 0 and the values, which may be infinite, must not enter.
         through_var = torch.where(grad_var == 0, 0.0, 2.0 * grad_var * (values - mean[:, None]))
-        # Selected last: neither a NaN in a masked value nor one in the incoming gradient reaches a masked entry.
+        # The selection comes last, so that no NaN, of a masked value or of the incoming gradient, reaches a masked
+        # entry.
         return torch.where(weights != 0, weights / total[:, None] * (grad_mean + through_var), 0.0), None
 
 
@@ -78,7 +80,7 @@ def _prepare(op, values, mask):
 
 
 def _dimensions(values, axis):
-    """`axis` as the numbers of the dimensions to reduce, in order."""
+    """The dimensions that `axis` names, counted from 0, in ascending order."""
     dims = values.dim()
     try:
         axes = [operator.index(a) for a in (axis if isinstance(axis, (tuple, list)) else [axis])]
@@ -90,7 +92,7 @@ def _dimensions(values, axis):
 
 
 def _rows(values, mask, axes):
-    """values and weights as [R, C] with the dimensions in `axes` last, and the shape of the result; None for all."""
+    """Values and weights as [R, C], where C holds the dimensions `axes` (all if None), and the shape of the result."""
     if axes is None:
         return values.reshape(1, -1).contiguous(), mask.reshape(1, -1).to(values.dtype).contiguous(), ()
     kept = [d for d in range(values.dim()) if d not in axes]
@@ -105,27 +107,29 @@ def _rows(values, mask, axes):
     )
 
 
-def masked_mean(values, mask, axis=None):
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
     """Mean over the tokens that count.
 
         masked_mean = sum(mask * values) / sum(mask)
 
     Args:
         values: any shape, float32, bfloat16, float16 or float64.
-        mask: broadcasts to values; bool, int or float, 0 where an entry does not count, else its weight, in the dtype of
-            the result and not negative.
-        axis: None for all, or a dimension or several to reduce, each once; negative ones count from the last.
+        mask: of a shape that broadcasts to that of values; bool, int or float. 0 where an entry does not count,
+            elsewhere its weight, which is not negative and is rounded to the dtype of the result.
+        axis: None for all dimensions, or one or several to reduce, each named once; negative ones count from the last.
 
     Returns:
-        0-d, or values.shape without the reduced dimensions; float32 (float64 for float64). 0 where nothing counts.
+        A tensor of the shape of values without the reduced dimensions; float32 (float64 for float64). 0 where nothing
+        counts. Differentiable once with respect to `values`.
 
     Raises:
-        TypeError: values is not of a floating dtype, mask is complex or quantized, or a tensor is not dense. ValueError:
-        mask does not broadcast to values, a device differs, or axis is not of values.
+        TypeError: values is not of a floating dtype, mask is complex or quantized, a tensor is not dense, or axis is
+            not of ints.
+        ValueError: mask does not broadcast to values, the devices differ, or axis does not name dimensions of values.
 
     Notes:
-        Entries with mask 0 are never read into the result. float64 sums in a fixed order: same bits on every run.
-        Differentiable once in `values`.
+        Entries with mask 0 never influence the result. Sums run in float64 in a fixed order: same bits on every run and
+        for any number of threads.
 
     Source: TRL 0.11.4, `masked_mean` (which divides by the sum of the mask before broadcasting, and gives NaN for an
     empty mask).
@@ -138,13 +142,16 @@ def masked_mean(values, mask, axis=None):
     return _Moments.apply(rows, weights)[:, 1].reshape(shape)
 
 
-def masked_var(values, mask, unbiased=True):
+def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
     """Variance over the tokens that count.
 
         masked_var = sum(mask * (values - masked_mean)^2) / n,   n = sum(mask),   times n / (n - 1) if unbiased
 
-    Arguments, errors and determinism are those of `masked_mean`. 0 where nothing counts, and, if unbiased, for one token
-    (for any n <= 1, which float masks may have).
+    Arguments, errors and determinism are those of `masked_mean`.
+
+    Returns:
+        A tensor of shape [], float32 (float64 for float64), differentiable once with respect to `values`. 0 where
+        nothing counts and, if unbiased, for n <= 1: for one token, or for weights that sum to less.
 
     Source: TRL 0.11.4, `masked_var` (which raises ValueError for an empty mask and gives NaN for one token).
     """
@@ -159,16 +166,16 @@ def masked_var(values, mask, unbiased=True):
     return torch.where(total <= 1, 0.0, var * (total / torch.where(total <= 1, 1.0, total - 1)))
 
 
-def masked_whiten(values, mask, shift_mean=True):
-    """Values brought to mean 0 (or their own mean) and variance 1 over the tokens that count.
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Values shifted and scaled to mean 0 and variance 1 over the tokens that count.
 
         masked_whiten = (values - mean) / sqrt(var + 1e-8), plus mean if not shift_mean
 
-    with the unbiased variance. Arguments and errors are those of `masked_mean`.
+    with the unbiased variance. Arguments, errors and determinism are those of `masked_mean`.
 
     Returns:
-        values.shape, float32 (float64 for float64); 0 where the mask is 0. One counted token gives 0 (its value if not
-        shift_mean).
+        A tensor of the shape of values, float32 (float64 for float64), differentiable once with respect to `values`. 0
+        where the mask is 0. If one token counts, its result is 0, or its value if not shift_mean.
 
     Source: TRL 0.11.4, `masked_whiten` (which also transforms masked entries and gives NaN for one token).
     """

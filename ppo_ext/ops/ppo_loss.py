@@ -1,4 +1,4 @@
-"""PPO's clipped policy loss and clipped value loss, with every statistic of theirs, in one pass."""
+"""PPO's clipped policy loss and clipped value loss with their statistics, in one pass."""
 
 import torch
 
@@ -24,7 +24,10 @@ STAT_NAMES = (
     "val/var",
 )
 _INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
-_STATS = len(STAT_NAMES) + 1  # the last one is the factor that the saved gradients still lack
+_ARGUMENTS = (*_INPUTS, "mask", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold")
+# One more than the names. The forward pass computes the gradients without the division by the number of tokens, which
+# it knows only at the end. That factor is the last entry, or 0 if the update is skipped; the backward pass applies it.
+_STATS = len(STAT_NAMES) + 1
 
 _forward, _forward_name = _native.define(
     "_ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor vpreds, Tensor values, Tensor returns,"
@@ -48,18 +51,18 @@ def _(grad_loss, stats, grad_logprobs, grad_vpreds):
 
 
 class _PPOLoss(torch.autograd.Function):
-    """The loss, whose gradients are known up to a factor by the time it is."""
+    """The loss. The forward pass has computed its gradients but for a factor, which the backward pass applies."""
 
     @staticmethod
     def forward(ctx, logprobs, vpreds, outputs):
-        loss, *ctx.saved = outputs  # not inputs: they need not go through save_for_backward, which takes longer
+        # Only inputs and outputs of this function need save_for_backward; an attribute is faster.
+        loss, *ctx.saved = outputs
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if (
-            grad_loss.requires_grad
-        ):  # cheaper than once_differentiable; nothing else here could need a second derivative
+        # This check is cheaper than once_differentiable, and nothing else here could need a second derivative.
+        if grad_loss.requires_grad:
             raise RuntimeError(
                 "ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
                 "ppo_loss is differentiable once"
@@ -68,7 +71,7 @@ class _PPOLoss(torch.autograd.Function):
 
 
 def _prepare(tensors, mask):
-    """The six inputs and the mask, checked, dense and of one dtype."""
+    """The six inputs and the mask, checked, contiguous, and the inputs of one dtype."""
     first = tensors[0]
     check.floating("ppo_loss", "logprobs", first)
     for name, x in zip(_INPUTS[1:], tensors[1:]):
@@ -84,9 +87,9 @@ def _run(tensors, mask, coefficients):
 
 
 def _run_unprepared(tensors, mask, coefficients):
-    """What the operator gives for inputs that need no conversion, None for others, which `_prepare` converts or refuses.
+    """The operator's outputs for inputs that need no conversion; None for others, which `_prepare` converts or refuses.
 
-    The operator checks shapes and devices itself. Checking them here as well takes a tenth of the time of a small minibatch.
+    The operator checks shapes and devices itself. Doing so here too takes a tenth of the time of a small minibatch.
     """
     if torch.compiler.is_compiling():
         return None
@@ -102,20 +105,20 @@ def _run_unprepared(tensors, mask, coefficients):
 
 
 def ppo_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    vpreds,
-    values,
-    returns,
-    mask,
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    vpreds: torch.Tensor,
+    values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
     *,
-    cliprange=0.2,
-    cliprange_value=0.2,
-    vf_coef=0.1,
-    ratio_threshold=float("inf"),
-):
-    """PPO's loss on a minibatch, and TRL's statistics of it.
+    cliprange: float = 0.2,
+    cliprange_value: float = 0.2,
+    vf_coef: float = 0.1,
+    ratio_threshold: float = float("inf"),
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped policy loss and clipped value loss of a minibatch, with TRL's statistics.
 
         ratio = exp(logprobs - old_logprobs)
         pg_loss = mean max(-advantages * ratio, -advantages * clip(ratio, 1 - cliprange, 1 + cliprange))
@@ -123,35 +126,39 @@ def ppo_loss(
         vf_loss = 0.5 * mean max((vpreds - returns)^2, (clipped - returns)^2)
         loss = pg_loss + vf_coef * vf_loss
 
-    with every mean over the tokens that count.
+    where every mean is over the tokens that count.
 
     Args:
-        logprobs: [B, T] (or any shape) log-probabilities under the current policy; differentiable.
-        old_logprobs: same shape, those of the rollout.
-        advantages, values, returns: same shape, from the rollout (`gae`).
+        logprobs: [B, T] (or any shape) float32, bfloat16, float16 or float64, log-probabilities of the tokens under the
+            current policy; differentiable.
+        old_logprobs: same shape, log-probabilities under the policy of the rollout.
+        advantages, values, returns: same shape, of the rollout, see `gae`.
         vpreds: same shape, the current values; differentiable.
         mask: same shape, bool, int or float, nonzero where a token counts.
-        cliprange, cliprange_value: half widths of the two clips, finite in float32 and not negative.
+        cliprange, cliprange_value: half the widths of the two clip intervals, finite in float32 and not negative.
         vf_coef: weight of the value loss, finite in float32.
-        ratio_threshold: if the mean ratio exceeds it, loss and gradients are exactly 0 and policy/skipped is 1; inf
-            for never.
+        ratio_threshold: if the mean ratio is larger, loss and gradients are exactly 0 and policy/skipped is 1. Infinity
+            means never.
 
     Returns:
-        (loss, stats): a 0-d tensor, and a dict of detached tensors under TRL's keys without their "ppo/" prefix:
-        loss/{policy, value, total}, policy/{approxkl, policykl, clipfrac, advantages_mean, ratio_mean, skipped},
-        returns/{mean, var}, val/{vpred, error, clipfrac, mean, var}, all 0-d, and policy/advantages and policy/ratio
-        in the shape of the input, 0 where the mask is 0. float32 throughout (float64 if an input is float64).
+        (loss, stats): a tensor of shape [] that is differentiable once, and a dict of detached tensors under TRL's keys
+        without their "ppo/" prefix. Of shape []: loss/{policy, value, total}, policy/{approxkl, policykl, clipfrac,
+        advantages_mean, ratio_mean, skipped}, returns/{mean, var}, val/{vpred, error, clipfrac, mean, var}. Of the
+        shape of the input, and 0 where the mask is 0: policy/{advantages, ratio}. All are float32 (float64 if an input
+        is float64).
 
     Raises:
-        TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is no number. ValueError:
-        shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or ratio_threshold
-        is NaN. NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
+        TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is not a number.
+        ValueError: shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or
+            ratio_threshold is NaN.
+        NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
 
     Notes:
-        Where two terms of a max or min tie, the gradient goes half to each, and the clip passes it at its bounds, as in
-        torch. If no token counts, loss, gradients and statistics are 0. Variances are unbiased, 0 for one token.
-        Loss, statistics and gradients come from one pass, with float64 sums in a fixed order: same bits on every run.
-        Differentiable once.
+        Masked inputs never influence a result, and their gradients are 0. If no token counts, loss, gradients and
+        statistics are 0. Variances are unbiased, and 0 for one token. If the two terms of a max or min are equal, each
+        receives half of the gradient; at the bounds of the clip the gradient passes, as in torch.
+        Loss, statistics and gradients come from one pass, with sums in float64 in a fixed order: same bits on every run
+        and for any number of threads.
 
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
@@ -169,14 +176,7 @@ def ppo_loss(
         tensors, mask = _prepare(tensors, mask)
         logprobs, _, _, vpreds, _, _ = tensors
         if not _native.available(logprobs.device.type):
-            return reference.ppo_loss(
-                *tensors,
-                mask,
-                cliprange=cliprange,
-                cliprange_value=cliprange_value,
-                vf_coef=vf_coef,
-                ratio_threshold=ratio_threshold,
-            )
+            return reference.ppo_loss(**dict(zip(_ARGUMENTS, (*tensors, mask, *coefficients))))
         outputs = _run(tensors, mask, coefficients)
     loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = outputs
     if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():

@@ -1,8 +1,9 @@
 """The specification: every op in plain torch, differentiable by autograd, equal to TRL 0.11.4 where TRL is defined.
 
-Inputs may be float32, bfloat16, float16 or float64; arithmetic and results are float32 (float64 for float64).
-`mask` is nonzero where a token counts. Masked inputs are selected away, never multiplied, so a NaN under the mask
-cannot spread. Each function has the name and the arguments of the compiled op that it specifies.
+Inputs may be float32, bfloat16, float16 or float64; arithmetic and results are in float32 (float64 for float64). `mask`
+is nonzero where a token counts. Masked inputs are replaced by a selection, not multiplied by 0, so that a NaN among
+them does not spread. Each function has the name and the arguments of the op that it specifies, without those that only
+concern execution.
 """
 
 import torch
@@ -19,10 +20,10 @@ def _as_bool(mask, like):
 
 
 def _log_softmax(logits, counts, temperature):
-    """Log-softmax of logits / temperature over the vocabulary; rows that do not count are computed from zeros."""
+    """Log-softmax of logits / temperature over the vocabulary, with zeros for the logits of rows that do not count."""
     rows = torch.where(counts[..., None], _accumulate(logits), 0.0)
     top = rows.amax(-1, keepdim=True)
-    # An infinite maximum stays: -inf - -inf is the NaN that a row without any probability deserves.
+    # An infinite maximum is subtracted too: -inf - -inf makes a row NaN in which no entry has probability.
     return torch.log_softmax((rows - top.detach()) / temperature, dim=-1)
 
 
@@ -32,7 +33,7 @@ def logprobs_and_entropy(logits, labels, *, temperature=1.0, mask=None):
     index = torch.where(counts, labels, 0).long()
     picked = log_p.gather(-1, index[..., None]).squeeze(-1)
     p = log_p.exp()
-    # 0 * log 0 = 0: a masked-out vocabulary entry adds nothing to the entropy.
+    # 0 log 0 = 0: an entry of the vocabulary without probability adds nothing to the entropy.
     entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
     return torch.where(counts, picked, 0.0), torch.where(counts, entropy, 0.0)
 
@@ -51,7 +52,7 @@ def full_kl(logits, ref_logits, *, temperature=1.0, mask=None):
 
 
 def token_kls(logprobs, ref_logprobs, kl_penalty):
-    """Per-token KL estimate from the two log-probabilities of the sampled token."""
+    """The estimate of the KL divergence at each token from the two log-probabilities of the sampled token."""
     d = logprobs - ref_logprobs
     if kl_penalty == "kl":
         return d
@@ -94,7 +95,7 @@ def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95):
 
 
 def _select(values, mask):
-    """Values and weights with masked entries replaced by zeros; a float mask weighs, a bool or int mask counts."""
+    """Values with zeros at masked entries, and the mask as weights of the shape and dtype of the values."""
     values = _accumulate(values)
     weights = mask.to(values.dtype).expand_as(values)
     return torch.where(weights != 0, values, 0.0), weights
@@ -156,7 +157,7 @@ def ppo_loss(
 
     ratio = torch.exp(logprobs - old_logprobs)
     pg_losses1 = -advantages * ratio
-    # torch.clamp up to torch 2.14; spelt out, as its gradient at the bounds (1 here) is 0 in later versions.
+    # This is torch.clamp as up to torch 2.14. Later versions have a gradient of 0 at the bounds, where it is 1 here.
     low, high = 1.0 - cliprange, 1.0 + cliprange
     pg_losses2 = -advantages * torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
     pg_loss = masked_mean(torch.max(pg_losses1, pg_losses2), counts)

@@ -152,13 +152,13 @@ class PPOTrainer(
                 )
                 return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
             new = self._forward_pass(
-                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._may_overwrite_logits()
+                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._inplace_backward_allowed()
             )
             return self.train_minibatch(
                 *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy
             )
 
-    def _may_overwrite_logits(self) -> bool:
+    def _inplace_backward_allowed(self) -> bool:
         pretrained_model = self.accelerator.unwrap_model(self.model).pretrained_model
         return self.config.inplace_logits_grad and not hooks_see_logits(
             self.model, pretrained_model.get_output_embeddings()

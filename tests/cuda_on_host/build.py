@@ -1,4 +1,5 @@
-"""Compiles CUDA sources for the host, with the layer that runs them, and keeps what it made until a source changes."""
+"""Compiles CUDA sources for the host together with the layer that runs them, and keeps the results until a source
+changes."""
 
 import concurrent.futures
 import hashlib
@@ -20,8 +21,8 @@ CACHE = ROOT / "build" / "cuda_on_host"
 CXX = "g++"
 TORCH = pathlib.Path(torch.__file__).parent
 
-# Calls at each load and store, whole vectors at a time, which memory.cpp answers, and checks of what C++ leaves
-# undefined, which undefined.cpp answers.
+# The compiler inserts a call at each load and store (a whole vector is one access), for which memory.cpp has the
+# functions, and checks for undefined behaviour, for which undefined.cpp has them.
 CHECKS = [
     "-fsanitize=thread",
     "-fno-tree-sra",
@@ -33,7 +34,8 @@ LAYER = ("fibers", "grids", "warps", "memory", "races", "undefined", "binding")
 
 
 def missing():
-    """Why the kernels cannot run on this machine's CPU, or None. Where native parts are required, g++ is too."""
+    """Why the kernels cannot run on the CPU of this machine, or None. Where native parts are required, g++ is required
+    too."""
     if platform.machine() != "x86_64":
         return "the fibers switch by x86-64 instructions"
     reason = None
@@ -47,7 +49,7 @@ def missing():
 
 
 def preloaded():
-    """AddressSanitizer, and the C++ library, whose exceptions it must find when it starts."""
+    """The libraries to preload: AddressSanitizer, and the C++ library, whose exceptions it must find when it starts."""
     return [
         subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -58,7 +60,8 @@ def preloaded():
 
 
 def made(command, inputs, suffix, folder=ROOT):
-    """What `command`, run in `folder`, writes when given -o; that of before if no content of `inputs` has changed."""
+    """Runs `command` with -o in `folder`; returns the file that it writes, or the kept one if no content of `inputs`
+    has changed."""
     digest = hashlib.sha256("\n".join(command).encode())
     for path in sorted(inputs):
         digest.update(path.name.encode() + path.read_bytes())
@@ -86,7 +89,8 @@ def headers(*folders):
 
 
 def kernel_object(source, csrc=CSRC):
-    """One .cu file, with the headers of `csrc`; from a copy of csrc it is the same, as its names are relative."""
+    """Compiles one .cu file with the headers of `csrc`. File names are relative, so that copies of csrc share what is
+    unchanged."""
     command = [CXX, "-x", "c++", *BASE, *CHECKS, "-w", f"-I{HERE}", "-isystem", str(TORCH / "include")]
     command += ["-include", str(HERE / "prelude.h"), f"-I{csrc.name}"] if source.parent == csrc else [f"-I{csrc}"]
     folder = source.parent.parent
@@ -107,7 +111,8 @@ def layer_object(name, *flags):
 
 
 def library(kernels):
-    """A library of the objects that `kernels` make and the layer. It is both torch's and the Python module `layer`."""
+    """A library of the objects that `kernels` make and of the layer. Torch loads it, and it is the Python module
+    `layer` too."""
     forget_unused()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         kernels = [pool.submit(make) for make in kernels]
@@ -123,7 +128,8 @@ def library(kernels):
 
 
 def load_layer(path):
-    """The module `layer` of the library at `path`; pybind11 takes two of the same full name for one."""
+    """The module `layer` of the library at `path`, under a name of its own: pybind11 would take two of one name for the
+    same."""
     spec = importlib.util.spec_from_file_location(f"{pathlib.Path(path).resolve().stem}.layer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -134,12 +140,13 @@ def load_layer(path):
 
 
 def test_kernels():
-    """The library of the layer's own test kernels."""
+    """The library of the kernels that test the layer itself."""
     return library([lambda source=source: kernel_object(source) for source in sorted((HERE / "kernels").glob("*.cu"))])
 
 
 def link_python(folder):
-    """Makes `folder` one to import ppo_ext's Python from: folders of its own, links to the files."""
+    """Fills `folder` with links to the Python files of ppo_ext, in folders of its own, so that libraries can be put
+    beside them."""
     for source in (ROOT / "ppo_ext").rglob("*.py"):
         link = folder / source.relative_to(ROOT)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +154,8 @@ def link_python(folder):
 
 
 def package(folder, replaced=None):
-    """Makes `folder` one to import ppo_ext from whose CPU library holds the CUDA kernels. `replaced` gives, for the
-    name of a .cu file, another folder to take that file and its headers from."""
+    """Makes `folder` a place to import ppo_ext from, with the CUDA kernels as its CPU library. `replaced` maps the name
+    of a .cu file to another folder to take that file and its headers from."""
 
     def compile_one(name):
         csrc = (replaced or {}).get(name, CSRC)
@@ -161,8 +168,8 @@ def package(folder, replaced=None):
 
 
 def environment(folder, seed):
-    """The variables for a process that runs the package in `folder`. Torch's memory is AddressSanitizer's there, and
-    holds 0xff, thus NaN, until it is written."""
+    """The environment variables for a process that runs the package in `folder`. There AddressSanitizer manages torch's
+    memory and fills it with 0xff, which is NaN, until it is written."""
     options = {
         "detect_leaks": 0,
         "detect_odr_violation": 0,

@@ -1,6 +1,6 @@
-"""What only the host shows about the kernels: bounds of memory, the width of accesses, grids of few blocks.
+"""What only the host layer can check of the kernels: bounds of memory, the width of accesses, grids of few blocks.
 
-test_cuda_on_host.py runs this file in a process whose ppo_ext is the CUDA sources', under AddressSanitizer.
+test_cuda_on_host.py runs this file in a process whose ppo_ext runs the CUDA sources, under AddressSanitizer.
 """
 
 import subprocess
@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from cases import logits_inputs, token_inputs
+from cases import logits_inputs, valid_arguments
 from conftest import assert_same_bits
 from cuda_on_host import build
+from ops import OPS
 
 import ppo_ext
 from ppo_ext.ops import _native
@@ -114,30 +115,16 @@ def test_bad_labels_of_many_rows_are_counted(monkeypatch):
 
 
 def results_of_all_ops():
-    """Each op where a grid of 40 blocks must go around more than once; the parts of a sum are fewer than 40."""
-    for rows, V in ((100, 1100), (400, 20)):  # a block and a warp per row
-        x = logits_inputs((rows, V), torch.float32)
-        for op, other in ((ppo_ext.logprobs_and_entropy, x["labels"]), (ppo_ext.full_kl, x["ref_logits"])):
-            logits = x["logits"].clone().requires_grad_()
-            results = op(logits, other, mask=x["mask"])
-            results = results if isinstance(results, tuple) else (results,)
-            yield from (result.detach() for result in results)
-            yield torch.autograd.grad(sum(result.sum() for result in results), logits)[0]
-    for shape in ((70, 1100), (400, 20)):
-        x = token_inputs(shape)
-        yield from ppo_ext.gae(x["values"], x["rewards"], x["mask"])
-        yield from ppo_ext.kl_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_coef=0.2)
-        yield ppo_ext.masked_mean(x["values"], x["mask"], axis=1)
-        values, logprobs = x["values"].requires_grad_(), x["logprobs"].requires_grad_()
-        whitened = ppo_ext.masked_whiten(values, x["mask"])
-        yield from (whitened.detach(), torch.autograd.grad(whitened.square().sum(), values)[0])
-        loss, _ = ppo_ext.ppo_loss(
-            logprobs,
-            *(x[k] for k in ("old_logprobs", "advantages", "vpreds")),
-            values.detach(),
-            *(x[k] for k in ("returns", "mask")),
-        )
-        yield from (loss.detach(), torch.autograd.grad(loss, logprobs)[0])
+    """The results of every op at sizes where a grid of 40 blocks has to loop. No sum is split into more than 40
+    parts."""
+    for op in OPS.values():
+        # a block for each row of 1100 logits or tokens, a warp for each row of 20
+        sizes = (((100, 1), 1100), ((400, 1), 20)) if op.on_logits else (((70, 1100), 1), ((400, 20), 1))
+        for shape, vocabulary in sizes:
+            arguments = valid_arguments(op, shape, vocabulary)
+            for options in ({}, *op.variants.values()):
+                inputs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+                yield from op.run(inputs | options).values()
 
 
 def test_kernels_loop_where_a_grid_has_too_few_blocks(ops):
@@ -152,5 +139,5 @@ def test_kernels_loop_where_a_grid_has_too_few_blocks(ops):
     finally:
         ops.set_max_blocks(2**31 - 1)
     assert few_blocks < many_blocks / 2
-    for i, (a, b) in enumerate(zip(few, many)):
+    for i, (a, b) in enumerate(zip(few, many, strict=True)):
         assert_same_bits(f"result {i}", a, b)

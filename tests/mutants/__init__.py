@@ -1,1 +1,1 @@
-"""Mutation check: each wrong change of `table.py` is made in a copy of the sources, and the tests must see it."""
+"""Mutation check: each wrong change in `table.py` is made in a copy of the sources, and a test must fail with it."""

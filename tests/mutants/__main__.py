@@ -1,4 +1,5 @@
-"""`python -m tests.mutants [--save] [NAME ...]`: makes every mutant, runs its tests, and prints which of them saw it."""
+"""`python -m tests.mutants [--save] [NAME ...]`: makes every mutant, runs its tests, and prints the first that
+fails."""
 
 import argparse
 import dataclasses
@@ -70,7 +71,7 @@ def main(argv=None):
             sys.exit(f"mutants: {mutant.tests} must pass without a mutant, got a failure of {failed}")
     outcomes = [run(mutant) for mutant in tqdm.tqdm(chosen, unit="mutant")]
     rows = {outcome.name: dataclasses.asdict(outcome) for outcome in outcomes}
-    if options.names and options.save:  # what is not made again is kept
+    if options.names and options.save:  # the outcomes of all others are kept
         kept = json.loads((EVIDENCE / "mutants.json").read_text())["mutants"]
         rows = {row["name"]: row for row in kept} | rows
     report = {

@@ -1,5 +1,5 @@
-"""Runs the tests of a mutant on a copy of what it changes: the Python package, the CPU's library, or the CUDA kernels on the
-host. Only what includes the changed file is compiled again."""
+"""Runs the tests of a mutant on a copy of the part that it changes: the Python package, the CPU library, or the CUDA
+kernels on the host layer. Only the sources that include the changed file are compiled again."""
 
 import dataclasses
 import os
@@ -18,13 +18,13 @@ from .table import CPU, CUDA, MUTANTS
 TESTS = pathlib.Path(__file__).parent.parent
 ROOT = TESTS.parent
 PLAIN = on_cpu.Sanitizer((), (), {})
-# TRL and torch.compile see little that the float64 references do not, and take most of the time.
+# Comparisons with TRL and torch.compile would find few more mutants than those with float64, and take most of the time.
 _LEFT_OUT = "not opcheck and not compile and not ids_outside_the_vocabulary"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`killed_by`: the first test that failed, None if none did. `seconds`: to compile and run."""
+    """`killed_by`: the first test that failed, or None. `seconds`: the time to compile and to run the tests."""
 
     name: str
     side: str
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def includes(name, csrc, found=None):
-    """The names below csrc of all files that a source includes, itself among them."""
+    """The names, relative to csrc, of the source itself and of all files that it includes, directly or not."""
     found = set() if found is None else found
     if name not in found and (csrc / name).exists():
         found.add(name)
@@ -52,7 +52,7 @@ def mutated_text(mutant):
 
 
 def _csrc(mutant, folder):
-    """(a copy of csrc with the mutant, the sources that see it)."""
+    """(a copy of csrc with the mutant, the sources that include the changed file)."""
     csrc = folder / "csrc"
     shutil.copytree(on_host.CSRC, csrc)
     changed = mutant.file.removeprefix("csrc/")
@@ -63,7 +63,7 @@ def _csrc(mutant, folder):
 
 
 def package(mutant, folder, mutate=True):
-    """A folder to import the mutant from, or with mutate=False the same without it."""
+    """Makes a folder to import the mutant from or, with mutate=False, the same without the change."""
     target = folder / "package"
     target.mkdir()
     if mutant.side == CUDA:
@@ -81,7 +81,7 @@ def package(mutant, folder, mutate=True):
 
 
 def run_tests(mutant, folder):
-    """The tests of a mutant on the package in `folder`."""
+    """Runs the tests of a mutant on the package in `folder`."""
     env = (
         on_host.environment(folder, seed=0)
         if mutant.side == CUDA
@@ -110,7 +110,7 @@ def run_tests(mutant, folder):
 
 
 def first_failure(result):
-    """The test that failed, or how the process ended."""
+    """The first test that failed, or how the process ended; None if all tests passed."""
     if result.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::.+?)(?: - .*)?$", result.stdout, re.M)
@@ -120,12 +120,13 @@ def first_failure(result):
 
 
 def check(mutant, folder, mutate=True):
-    """Makes the mutant in `folder`, an empty one, and runs its tests."""
+    """Makes the mutant in `folder`, which must be empty, and runs its tests."""
     start = time.perf_counter()
     killed_by = first_failure(run_tests(mutant, package(mutant, folder, mutate)))
     return Outcome(mutant.name, mutant.side, mutant.file, killed_by, round(time.perf_counter() - start, 1))
 
 
 def baselines(mutants=MUTANTS):
-    """One mutant for each kind of run that must pass without any: else a failure would say nothing."""
+    """One mutant for each kind of run. Without the change these runs must pass, else a failure with it would mean
+    nothing."""
     return list({(mutant.side, mutant.tests, mutant.selection): mutant for mutant in mutants}.values())

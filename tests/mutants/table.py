@@ -1,5 +1,7 @@
-"""The mutants: one wrong change of text each,
-and the tests that must see it. Several were real faults of other libraries."""
+"""The mutants: a wrong change of text each, and the tests that must fail with it.
+
+Several of them are faults that other libraries have had.
+"""
 
 import dataclasses
 
@@ -8,7 +10,8 @@ PYTHON, CPU, CUDA = "Python", "CPU", "CUDA on the host"
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """`right` stands once in `file`. `side`: what is run with `wrong` in its place. `tests`: files, and what of them."""
+    """In `file`, the text `right`, which must occur once, is replaced by `wrong`. `side`: whether the Python package,
+    the CPU library or the CUDA kernels are run with it. `tests`: the test files; `selection`: which of their tests."""
 
     name: str
     side: str
@@ -80,16 +83,16 @@ MUTANTS = (
     Mutant(
         "parts of a batch are averaged without their sizes",
         CPU,
-        "csrc/masked.h",
+        "csrc/common/moments.h",
         "a.mean + gap * part",
-        "a.mean + gap * A(0.5)",
+        "a.mean + gap * 0.5",
         "test_masked.py test_ppo_loss.py",
     ),
     Mutant(
         "the variance is the biased one",
         CPU,
-        "csrc/masked.h",
-        "biased * weight / (weight - A(1))",
+        "csrc/common/moments.h",
+        "biased * weight / (weight - 1)",
         "biased",
         "test_masked.py",
     ),
@@ -170,8 +173,16 @@ MUTANTS = (
         "masked tokens are read into the loss",
         CPU,
         "csrc/ppo_loss_simd.cpp",
-        "return counts ? x : Number<V>::of(0);",
-        "return x;",
+        "return counts ? entries : Number<V>::of(0);",
+        "return entries;",
+        "test_ppo_loss.py",
+    ),
+    Mutant(
+        "a masked token adds a ratio of 1 to the sums",
+        CPU,
+        "csrc/ppo_loss_simd.cpp",
+        "counts ? ratio_of(x.logprob, x.old_logprob) : Number<V>::of(0);",
+        "ratio_of(x.logprob, x.old_logprob);",
         "test_ppo_loss.py",
     ),
     Mutant(
@@ -266,9 +277,9 @@ MUTANTS = (
     Mutant(
         "the policy KL with its sign swapped",
         CUDA,
-        "csrc/ppo_loss_cuda.cu",
-        "0.5 * d * d,       -d,",
-        "0.5 * d * d,       d,",
+        "csrc/ppo_loss.h",
+        "out.policykl = d;",
+        "out.policykl = -d;",
         "test_ppo_loss.py",
     ),
     Mutant(
@@ -356,11 +367,11 @@ MUTANTS = (
     ),
 )
 
-# Faults of other libraries that are no mutant here, and why.
+# Faults of other libraries that have no mutant here, and why.
 NOT_APPLICABLE = {
     "whitening by the numbers of one process": "each process whitens its own batch, as TRL 0.11.4 does; the scores' "
     "moments, which are of all processes, have a mutant",
-    "a mean of the means of accumulated mini batches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
+    "a mean of the means of accumulated minibatches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
     "the op's own merge of parts has a mutant",
     "k3 with its sign swapped": "no op has that estimator; those there are have mutants of their signs",
 }

@@ -1,4 +1,4 @@
-"""Compiles the CPU sources with sanitizers, into a package to import, and says how to run Python with it."""
+"""Compiles the CPU sources with sanitizers into a package that can be imported, and runs Python with it."""
 
 import concurrent.futures
 import dataclasses
@@ -30,7 +30,8 @@ _FLAGS = [
 
 @dataclasses.dataclass(frozen=True)
 class Sanitizer:
-    """`flags`: what it is compiled with. `preload`: libraries that must be there first. `options`: its environment."""
+    """`flags` for the compiler, `preload`: the libraries that must be loaded first, `options`: environment
+    variables."""
 
     flags: tuple
     preload: tuple
@@ -38,7 +39,7 @@ class Sanitizer:
 
 
 def _widest():
-    """The flag for the widest vectors of this machine, so that the two sanitizers see two of the three levels."""
+    """The flag for the widest vectors of this machine, so that the two sanitizers run two of the three levels."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}.get(capability, ())
 
@@ -59,7 +60,7 @@ THREAD = Sanitizer(
 
 
 def _object(source, sanitizer, csrc):
-    """One source; from a copy of csrc it is the same, as its names are relative."""
+    """Compiles one source. File names are relative, so that copies of csrc share what is unchanged."""
     command = [
         CXX,
         *_FLAGS,
@@ -74,7 +75,8 @@ def _object(source, sanitizer, csrc):
 
 
 def package(folder, sanitizer, replaced=None):
-    """Makes `folder` one to import ppo_ext from. `replaced` gives, for the name of a source, another csrc for it."""
+    """Makes `folder` a place to import ppo_ext from. `replaced` maps the name of a source to another csrc to take it
+    from."""
     sources = sorted(
         str(path.relative_to(CSRC)) for pattern in ("*_cpu.cpp", "*_simd.cpp") for path in CSRC.rglob(pattern)
     )
@@ -99,7 +101,8 @@ def package(folder, sanitizer, replaced=None):
 
 
 def run(folder, sanitizer, *arguments):
-    """Python under the sanitizer, with the package in `folder`. Addresses are not randomised, as ThreadSanitizer demands."""
+    """Runs Python under the sanitizer with the package in `folder`, without randomised addresses, as ThreadSanitizer
+    requires."""
     libraries = [
         subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in sanitizer.preload
@@ -119,7 +122,8 @@ def run(folder, sanitizer, *arguments):
 
 
 def run_tests(folder, sanitizer, selection, *files):
-    """Some of the project's tests. Python captures what it prints itself only: a report must not vanish with the process."""
+    """Runs some of the project's tests. pytest must not capture the output of C++, or a report would be lost when the
+    process ends."""
     return run(
         folder,
         sanitizer,

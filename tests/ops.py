@@ -1,0 +1,285 @@
+"""The list of ops: what each takes and returns.
+
+All code that runs over every op, or over the tests of every op, reads this list: the tests themselves, the choice of
+tests for the CUDA host layer, the sanitizers, the CPU levels and the GPU script, the benchmarks, the accuracy table,
+and README's table of ops. A new op is one more `Op` in `_LIST`. CONTRIBUTING.md lists the other files that it needs,
+and test_ops_complete.py names those that are missing.
+
+The tests import this module as `ops`, the benchmarks as `tests.ops`, so it must not import other modules of the tests.
+"""
+
+import collections.abc
+import dataclasses
+
+import torch
+
+import ppo_ext
+
+# ---- what an argument is --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What an argument means, which decides which values are valid. `make(shape, vocabulary, dtype)` returns a valid
+    tensor for tokens of `shape`; it is None if the argument is not a tensor."""
+
+    name: str
+    make: collections.abc.Callable | None = None
+
+
+def _floats(shape, vocabulary, dtype):
+    return torch.randn(shape).to(dtype)
+
+
+def _logits(shape, vocabulary, dtype):
+    return torch.randn(*shape, vocabulary).to(dtype)
+
+
+def _labels(shape, vocabulary, dtype):
+    return torch.randint(vocabulary, shape)
+
+
+def _mask(shape, vocabulary, dtype):
+    return torch.rand(shape) > 0.3
+
+
+def _scores(shape, vocabulary, dtype):
+    return torch.randn(shape[:1]).to(dtype)
+
+
+LOGITS = Role("logits", _logits)
+REF_LOGITS = Role("reference logits", _logits)  # in the dtype of the logits
+LABELS = Role("labels", _labels)
+MASK = Role("mask", _mask)  # nonzero where a token counts
+WEIGHTS = Role("weights", _mask)  # a mask that is broadcast and whose values are weights
+TOKENS = Role("one number a token", _floats)
+SCORES = Role("one number a sequence", _scores)
+TEMPERATURE = Role("temperature")
+FINITE = Role("finite number")
+NOT_NEGATIVE = Role("finite number, not negative")
+THRESHOLD = Role("number or infinity")
+FLAG = Role("flag")
+AXIS = Role("axis")
+PENALTY = Role("KL penalty")
+
+# ---- what a result is -----------------------------------------------------------------------------------------------
+
+PER_TOKEN, NUMBER, STATS = "a tensor of the tokens' shape", "a tensor of shape []", "a dict of tensors"
+# What one entry of a result depends on: its own token, the tokens of its sequence, or all tokens of the batch.
+TOKEN, SEQUENCE, BATCH = "token", "sequence", "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A public function of ppo_ext.
+
+    stem: the name of its files: csrc/<stem>.h, ppo_ext/ops/<stem>.py, tests/test_<stem>.py, bench/bench_<stem>.py, ...
+    arguments: {name: Role}, in the order of the signature.
+    results: {name: PER_TOKEN, NUMBER or STATS}, in the order in which they are returned.
+    scope: TOKEN, SEQUENCE or BATCH.
+    differentiable: the arguments that receive a gradient.
+    rank: how many dimensions per-token tensors must have; None for any number.
+    required: values for the keyword arguments without a default.
+    choices: {option: values that the property tests draw from}.
+    variants: {name: options} that take other ways through the kernels than the defaults do.
+    only_with: {argument: (option, value)}: the argument is given if the option has this value, and only then.
+    coarse: the arguments that the property tests draw in multiples of 1/8, so that no ratio of probabilities is so near
+        to a clip bound that rounding decides on which side it lies.
+    """
+
+    name: str
+    stem: str
+    arguments: dict
+    results: dict
+    scope: str
+    differentiable: tuple = ()
+    rank: int | None = None
+    required: dict = dataclasses.field(default_factory=dict)
+    choices: dict = dataclasses.field(default_factory=dict)
+    variants: dict = dataclasses.field(default_factory=dict)
+    only_with: dict = dataclasses.field(default_factory=dict)
+    coarse: tuple = ()
+
+    @property
+    def tensors(self):
+        """The names of the arguments that are tensors."""
+        return [name for name, role in self.arguments.items() if role.make]
+
+    @property
+    def first(self):
+        """The argument whose shape and device the other arguments must have."""
+        return next(name for name, role in self.arguments.items() if role in (LOGITS, TOKENS))
+
+    @property
+    def on_logits(self):
+        return LOGITS in self.arguments.values()
+
+    @property
+    def per_token(self):
+        """The names of the results of the tokens' shape."""
+        return [name for name, shape in self.results.items() if shape is PER_TOKEN]
+
+    def pick(self, inputs, shape=(2, 3), vocabulary=7, dtype=torch.float32, device="cpu"):
+        """Valid arguments by name: tensors of these names out of `inputs`, and random ones for the names it lacks."""
+        found = {
+            name: inputs[name] if name in inputs else self.arguments[name].make(shape, vocabulary, dtype).to(device)
+            for name in self.tensors
+            if name not in self.only_with
+        }
+        return found | self.required
+
+    def outputs(self, arguments, module=ppo_ext):
+        """The results by name, the statistics among them. `module` has the function: ppo_ext, or the reference."""
+        found = getattr(module, self.name)(**arguments)
+        found = dict(zip(self.results, found if isinstance(found, tuple) else (found,), strict=True))
+        stats = [name for name, shape in self.results.items() if shape is STATS]
+        for name in stats:
+            found |= found.pop(name)
+        return found
+
+    def run(self, arguments, grads=None, module=ppo_ext):
+        """The results by name, and the gradient of each differentiable argument as grad_<name>.
+
+        `grads` holds incoming gradients by the names of the results. A result without one gets numbers that are all
+        different; statistics have no gradient.
+        """
+        arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        leaves = {name: arguments[name].requires_grad_() for name in self.differentiable}
+        # The op gets a view: with inplace_backward the gradient is written over its input, which must be no leaf.
+        outputs = self.outputs(arguments | {name: leaf.view_as(leaf) for name, leaf in leaves.items()}, module)
+        results = {name: x.detach() for name, x in outputs.items()}
+        if leaves:
+            wanted = [name for name, shape in self.results.items() if shape is not STATS]
+            incoming = [_incoming(outputs[name], (grads or {}).get(name)) for name in wanted]
+            found = torch.autograd.grad([outputs[name] for name in wanted], list(leaves.values()), incoming)
+            results |= {f"grad_{name}": grad for name, grad in zip(leaves, found)}
+        return results
+
+
+def _incoming(output, grad):
+    if grad is None:
+        grad = torch.linspace(0.5, 2.0, output.numel(), device=output.device).view(output.shape)
+    return grad.to(output.dtype)
+
+
+# ---- the list -------------------------------------------------------------------------------------------------------
+
+_ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
+_LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG}
+_FROM_LOGITS = {
+    "scope": TOKEN,
+    "differentiable": ("logits",),
+    "choices": {"temperature": (0.25, 1.0, 1.7)},
+    "variants": {"in place": {"inplace_backward": True, "temperature": 0.7}},
+}
+_VALUES = {"values": TOKENS, "mask": WEIGHTS}
+
+_LIST = (
+    Op("logprobs", "logprobs", _LOGITS_AND_LABELS, {"logprobs": PER_TOKEN}, **_FROM_LOGITS),
+    Op(
+        "logprobs_and_entropy",
+        "logprobs",
+        _LOGITS_AND_LABELS,
+        {"logprobs": PER_TOKEN, "entropy": PER_TOKEN},
+        **_FROM_LOGITS,
+    ),
+    Op(
+        "full_kl",
+        "full_kl",
+        {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
+        {"kl": PER_TOKEN},
+        **_FROM_LOGITS,
+    ),
+    Op(
+        "kl_rewards",
+        "kl_rewards",
+        {
+            "scores": SCORES,
+            "logprobs": TOKENS,
+            "ref_logprobs": TOKENS,
+            "mask": MASK,
+            "kl_coef": FINITE,
+            "kl_penalty": PENALTY,
+            "kls": TOKENS,
+        },
+        {"rewards": PER_TOKEN, "non_score_rewards": PER_TOKEN, "kls": PER_TOKEN},
+        scope=SEQUENCE,
+        rank=2,
+        required={"kl_coef": 0.2},
+        choices={"kl_coef": (0.2, -1.0), "kl_penalty": ("kl", "abs", "mse", "full")},
+        only_with={"kls": ("kl_penalty", "full")},
+    ),
+    Op(
+        "gae",
+        "gae",
+        {"values": TOKENS, "rewards": TOKENS, "mask": MASK, "gamma": FINITE, "lam": FINITE},
+        {"advantages": PER_TOKEN, "returns": PER_TOKEN},
+        scope=SEQUENCE,
+        rank=2,
+        choices={"gamma": (0.0, 0.97, 1.0), "lam": (0.0, 0.9, 1.0)},
+    ),
+    Op(
+        "masked_mean",
+        "masked",
+        {**_VALUES, "axis": AXIS},
+        {"mean": NUMBER},
+        scope=BATCH,
+        differentiable=("values",),
+        choices={"axis": (None, 0, 1, (1, 0))},
+        variants={"by row": {"axis": 1}},
+    ),
+    Op(
+        "masked_var",
+        "masked",
+        {**_VALUES, "unbiased": FLAG},
+        {"var": NUMBER},
+        scope=BATCH,
+        differentiable=("values",),
+        choices={"unbiased": (True, False)},
+    ),
+    Op(
+        "masked_whiten",
+        "masked",
+        {**_VALUES, "shift_mean": FLAG},
+        {"whitened": PER_TOKEN},
+        scope=BATCH,
+        differentiable=("values",),
+        choices={"shift_mean": (True, False)},
+    ),
+    Op(
+        "ppo_loss",
+        "ppo_loss",
+        {
+            "logprobs": TOKENS,
+            "old_logprobs": TOKENS,
+            "advantages": TOKENS,
+            "vpreds": TOKENS,
+            "values": TOKENS,
+            "returns": TOKENS,
+            "mask": MASK,
+            "cliprange": NOT_NEGATIVE,
+            "cliprange_value": NOT_NEGATIVE,
+            "vf_coef": FINITE,
+            "ratio_threshold": THRESHOLD,
+        },
+        {"loss": NUMBER, "stats": STATS},
+        scope=BATCH,
+        differentiable=("logprobs", "vpreds"),
+        choices={
+            "cliprange": (0.1, 0.2, 0.5),
+            "cliprange_value": (0.0, 0.2),
+            "vf_coef": (0.1, -1.0),
+            "ratio_threshold": (10.0, float("inf")),
+        },
+        coarse=("logprobs", "old_logprobs"),
+    ),
+)
+
+OPS = {op.name: op for op in _LIST}
+STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
+OP_TESTS = tuple(f"test_{stem}.py" for stem in STEMS)
+
+
+def of_stem(stem):
+    """The ops of one stem."""
+    return [op for op in _LIST if op.stem == stem]

@@ -1,0 +1,60 @@
+"""The operators of the compiled libraries: modules may be imported again, as importlib.reload and autoreload do."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ppo_ext.ops import _native
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+RELOAD = """
+import importlib, sys
+import torch, ppo_ext
+from ppo_ext import PPOTrainer, SFTTrainer
+
+def results(package):
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    kl = package.full_kl(x, x.detach().flip(1))
+    kl.sum().backward()
+    mask = torch.ones(3, 4)
+    return [kl.detach(), x.grad, *package.gae(x, x, mask), package.masked_whiten(x, mask).detach()]
+
+def check(package):
+    assert all(torch.equal(a, b) for a, b in zip(results(package), expected, strict=True))
+
+expected = results(ppo_ext)
+names = [name for name in sys.modules if name.startswith("ppo_ext")]
+for name in names:
+    importlib.reload(sys.modules[name])
+check(ppo_ext)
+before = ppo_ext
+for name in names:
+    del sys.modules[name]
+import ppo_ext
+assert ppo_ext.gae is not before.gae
+check(ppo_ext)
+check(before)
+x = torch.empty(3, 4, device="meta")
+assert ppo_ext.gae(x, x)[0].shape == (3, 4)
+print(len(names))
+"""
+
+
+def test_modules_can_be_imported_again():
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    result = subprocess.run([sys.executable, "-c", RELOAD], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout) > 20
+
+
+def test_an_operator_is_defined_once():
+    schema = "_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam)"
+    operator, name = _native.define(f"{schema} -> (Tensor advantages, Tensor returns)")
+    assert operator is torch.ops.ppo_ext._gae.default and name == "ppo_ext::_gae"
+    with pytest.raises(RuntimeError, match=r"^ppo_ext: _gae must keep its schema .*, got another; restart Python$"):
+        _native.define(f"{schema} -> Tensor")

@@ -1,0 +1,176 @@
+"""Every op has all its parts, and every part belongs to an op of ops.py. A sentence names each part that is missing."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pathlib
+import re
+
+import pytest
+from mutants.table import MUTANTS
+from ops import OPS, STEMS, of_stem
+
+import ppo_ext
+from ppo_ext.ops import reference
+from tests import ops_table
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = (
+    "csrc/{}.h",
+    "csrc/{}_cpu.cpp",
+    "csrc/{}_cuda.cu",
+    "ppo_ext/ops/{}.py",
+    "tests/test_{}.py",
+    "bench/bench_{}.py",
+)
+NO_OPS = {"check_labels"}  # public functions of ppo_ext.ops that compute nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What exists: paths, stems of ops.py, files that a mutant changes, and the names of ops in each place that must
+    list them."""
+
+    files: frozenset
+    stems: frozenset
+    mutated: frozenset
+    listed: frozenset
+    public: frozenset
+    specified: frozenset
+    benchmarked: frozenset
+    measured: frozenset
+    documented: frozenset
+
+
+def parts():
+    """The Parts of this checkout."""
+    paths = [path for folder in ("csrc", "ppo_ext/ops", "tests", "bench") for path in (ROOT / folder).glob("*.*")]
+    modules = [
+        importlib.import_module(f"bench.bench_{stem}") for stem in STEMS if (ROOT / f"bench/bench_{stem}.py").exists()
+    ]
+    public = {name for name in ppo_ext.__all__ if name not in ppo_ext._LAZY}
+    return Parts(
+        files=frozenset(str(path.relative_to(ROOT)) for path in paths),
+        stems=frozenset(STEMS),
+        mutated=frozenset(mutant.file for mutant in MUTANTS),
+        listed=frozenset(OPS),
+        public=frozenset(x for x in public if getattr(ppo_ext, x).__module__.startswith("ppo_ext.ops.")) - NO_OPS,
+        specified=frozenset(name for name in OPS if hasattr(reference, name)),
+        benchmarked=frozenset(name for module in modules for name in getattr(module, "OPS", ())),
+        measured=frozenset(
+            row["op"] for row in json.loads((ROOT / "bench/evidence/accuracy.json").read_text())["rows"]
+        ),
+        documented=frozenset(re.findall(r"^\| `(\w+)\(", ops_table.page().read_text(), re.MULTILINE)),
+    )
+
+
+def missing(has):
+    """A sentence for each part that an op or a stem lacks."""
+    stems = has.stems | {
+        re.sub("_(cpu|cuda|simd|entry)$", "", pathlib.Path(x).stem) for x in has.files if x.startswith("csrc/")
+    }
+    for stem in sorted(stems):
+        yield from (f"{stem}: {path} is missing" for path in map_stem(stem) if path not in has.files)
+        if stem not in has.stems:
+            yield f"{stem}: tests/ops.py has no op of this stem"
+        if not any(re.fullmatch(rf"csrc/{stem}(_\w+)?\.\w+|ppo_ext/ops/{stem}\.py", path) for path in has.mutated):
+            yield f"{stem}: tests/mutants/table.py has no mutant of one of its files"
+    for name in sorted(has.public - has.listed):
+        yield f"{name}: tests/ops.py does not list this public function"
+    for name in sorted(has.listed):
+        where = {
+            "ppo_ext.__all__ does not name it": has.public,
+            "ppo_ext/ops/reference.py does not specify it": has.specified,
+            f"bench/bench_{stem_of(name)}.py does not have it in OPS": has.benchmarked,
+            "bench/evidence/accuracy.json has no row of it; "
+            f"run `python -m bench.accuracy --save {name}`": has.measured,
+            "the table of ops in README.md has no row of it; run `python -m tests.ops_table`": has.documented,
+        }
+        yield from (f"{name}: {sentence}" for sentence, names in where.items() if name not in names)
+
+
+def map_stem(stem):
+    """The files that a stem must have."""
+    return [path.format(stem) for path in FILES]
+
+
+def stem_of(name):
+    return OPS[name].stem if name in OPS else name
+
+
+def test_nothing_is_missing():
+    found = list(missing(parts()))
+    assert not found, "\n" + "\n".join(found)
+
+
+# ---- what is missing is seen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", map_stem("gae"))
+def test_a_missing_file_is_named(path):
+    has = parts()
+    assert list(missing(dataclasses.replace(has, files=has.files - {path}))) == [f"gae: {path} is missing"]
+
+
+@pytest.mark.parametrize(
+    "part, removed, sentence",
+    [
+        ("stems", "gae", "gae: tests/ops.py has no op of this stem"),
+        ("listed", "gae", "gae: tests/ops.py does not list this public function"),
+        ("public", "gae", "gae: ppo_ext.__all__ does not name it"),
+        ("specified", "gae", "gae: ppo_ext/ops/reference.py does not specify it"),
+        ("benchmarked", "masked_var", "masked_var: bench/bench_masked.py does not have it in OPS"),
+        (
+            "measured",
+            "gae",
+            "gae: bench/evidence/accuracy.json has no row of it; run `python -m bench.accuracy --save gae`",
+        ),
+        (
+            "documented",
+            "gae",
+            "gae: the table of ops in README.md has no row of it; run `python -m tests.ops_table`",
+        ),
+    ],
+)
+def test_a_missing_entry_is_named(part, removed, sentence):
+    has = parts()
+    assert list(missing(dataclasses.replace(has, **{part: getattr(has, part) - {removed}}))) == [sentence]
+
+
+def test_a_stem_without_a_mutant_is_named():
+    has = parts()
+    others = frozenset(path for path in has.mutated if "gae" not in path)
+    sentence = "gae: tests/mutants/table.py has no mutant of one of its files"
+    assert list(missing(dataclasses.replace(has, mutated=others))) == [sentence]
+
+
+def test_a_new_kernel_needs_everything():
+    has = parts()
+    found = list(missing(dataclasses.replace(has, files=has.files | {"csrc/new_cuda.cu"})))
+    assert len(found) == len(FILES) - 1 + 2 and all(sentence.startswith("new: ") for sentence in found)
+
+
+# ---- what stands in two places is the same --------------------------------------------------------------------------
+
+
+def test_the_table_of_ops_is_of_the_docstrings():
+    text = ops_table.page().read_text()
+    assert text == ops_table.with_table(text), "run `python -m tests.ops_table`"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_signatures_agree(name):
+    """ops.py has the arguments in their order. The reference has the same defaults, without the arguments of
+    execution."""
+    parameters = inspect.signature(getattr(ppo_ext, name)).parameters
+    assert list(parameters) == list(OPS[name].arguments)
+    specified = inspect.signature(getattr(reference, name)).parameters
+    of_execution = {"inplace_backward", "validate"}
+    assert [p for p in parameters if p not in of_execution] == list(specified)
+    assert all(parameters[p].default == specified[p].default for p in specified)
+
+
+def test_an_op_is_defined_in_the_module_of_its_stem():
+    for stem in STEMS:
+        assert {getattr(ppo_ext, op.name).__module__ for op in of_stem(stem)} == {f"ppo_ext.ops.{stem}"}
