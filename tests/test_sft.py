@@ -1,106 +1,242 @@
-"""Supervised fine-tuning: the loss is the model's own, training lowers it, bad input is named."""
+"""SFTTrainer: the loss is the model's own, texts are read as TRL reads them, bad input is named."""
 
 import pytest
+import tiny_models
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling, GPT2LMHeadModel, TrainingArguments
 
-from ppo_ext.supervised.sft import SFTConfig, SFTTrainer
+from ppo_ext import SFTConfig, SFTTrainer
+from ppo_ext.supervised.sft import pad_samples
 
-
-def tiny_model(context=16):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=12, n_positions=context, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+EOS = tiny_models.EOS
+COUNTING = [{"input_ids": [(i + j) % 10 + 3 for j in range(8)]} for i in range(10)]
+RAGGED = [{"input_ids": ids} for ids in ([3, 4, 5, 6, 7], [8, 9], [10, 11, 12])]
 
 
-class WordTokenizer:
-    """A text's tokens are its digits."""
-
-    eos_token_id = 0
-
-    def __call__(self, text):
-        return {"input_ids": [int(c) for c in text]}
+def tiny_model(context=48):
+    return tiny_models.build("gpt2", scale=1.0, n_positions=context, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
 
 
-COUNTING = [[(i + j) % 10 + 1 for j in range(8)] for i in range(10)]
+@pytest.fixture
+def config(tmp_path):
+    def make(**fields):
+        defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        return SFTConfig(**{"output_dir": str(tmp_path / "out"), **defaults, **fields})
+
+    return make
 
 
-def test_loss_is_the_models_own_mean_over_tokens():
+def trained_on(trainer):
+    return [list(example["input_ids"]) for example in trainer.train_dataset]
+
+
+def test_evaluation_is_the_models_own_mean_over_tokens(config):
+    """Over all tokens, whatever the batches: transformers takes the mean of the means of batches."""
     model = tiny_model()
-    samples = [torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6, 7]), torch.tensor([8, 9, 10])]
-    trainer = SFTTrainer(model, SFTConfig(eval_batch_size=2), samples, samples)
-    # transformers takes the mean per call; weighted by the predicted tokens these are one mean over all of them.
-    nats = [model(input_ids=s[None], labels=s[None]).loss.item() * (len(s) - 1) for s in samples]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(nats) / 7, rel=1e-5)
+    rows = [torch.tensor([example["input_ids"]]) for example in RAGGED]
+    nats = [model(input_ids=row, labels=row).loss.item() * (row.shape[1] - 1) for row in rows]
+    for size in (1, 2, 3):
+        trainer = SFTTrainer(model, config(per_device_eval_batch_size=size), eval_dataset=RAGGED)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(nats) / 7, rel=1e-5)
 
 
-def test_training_lowers_the_held_out_loss_and_repeats_exactly():
+def test_the_loss_of_a_batch_is_that_of_transformers_collator_and_model(config):
+    """TRL leaves the loss to the model and the batch to this collator."""
+    tokenizer = tiny_models.tokenizer()
+    model = tiny_model()
+    theirs = DataCollatorForLanguageModeling(tokenizer, mlm=False)([dict(example) for example in RAGGED])
+    ours = pad_samples(RAGGED)
+    assert {name: tensor.tolist() for name, tensor in ours.items()} == {
+        name: tensor.tolist() for name, tensor in theirs.items()
+    }
+    expected = model(**theirs).loss.item()
+    assert SFTTrainer(model, config()).compute_loss(model, dict(theirs)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_padding_id_inside_a_sample_is_a_token():
+    pad = tiny_models.PAD
+    batch = pad_samples([{"input_ids": [3, pad, pad]}, {"input_ids": [4, 5, 6, 7]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[3, pad, pad, -100], [4, 5, 6, 7]]
+
+
+def test_labels_and_masks_say_what_counts(config):
+    model = tiny_model()
+    row = torch.tensor([[3, 4, 5, 6, 7]])
+    logprobs = model(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])[:, 0]
+    prompt_left_out = {"input_ids": [3, 4, 5, 6, 7], "labels": [-100, -100, -100, 6, 7]}
+    padded = {"input_ids": [3, 4, 5, 6, 7], "attention_mask": [1, 1, 1, 0, 0]}
+    for example, counted in ((prompt_left_out, logprobs[2:]), (padded, logprobs[:2])):
+        loss = SFTTrainer(model, config(), eval_dataset=[example]).evaluate()["eval_loss"]
+        assert loss == pytest.approx(-counted.mean().item(), rel=1e-5)
+
+
+def test_training_lowers_the_held_out_loss_and_repeats_exactly(config):
     losses = []
     for _ in range(2):
-        model = tiny_model()
-        config = SFTConfig(max_steps=60, batch_size=5, learning_rate=2e-2, seed=3)
-        trainer = SFTTrainer(model, config, COUNTING[:8], COUNTING[8:])
+        arguments = config(max_steps=60, per_device_train_batch_size=5, learning_rate=2e-2, seed=3)
+        trainer = SFTTrainer(tiny_model(), arguments, train_dataset=COUNTING[:8], eval_dataset=COUNTING[8:])
         before = trainer.evaluate()["eval_loss"]
-        losses.append(trainer.train(on_step=lambda record: None)["eval_loss"])
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
         assert losses[-1] < 0.5 * before
-        assert not model.training
     assert losses[0] == losses[1]
 
 
-def test_reports_every_step():
-    records = []
-    SFTTrainer(tiny_model(), SFTConfig(max_steps=3, batch_size=4), COUNTING).train(records.append)
-    assert [r["step"] for r in records] == [1, 2, 3]
-    assert all(r["steps"] == 3 and r["loss"] > 0 and r["learning_rate"] > 0 for r in records)
+TEXTS = [{"text": "w3 w4 w5", "by": "w9"}, {"text": "w6 w7 w8 w9 w10 w11 w12", "by": "w8"}]
 
 
-def test_texts_end_with_eos_and_are_cut_to_the_context():
-    trainer = SFTTrainer(tiny_model(context=6), SFTConfig(), ["123", "123456789"], tokenizer=WordTokenizer())
-    assert [s.tolist() for s in trainer.train_dataset] == [[1, 2, 3, 0], [1, 2, 3, 4, 5, 6]]
+def test_texts_are_tokenized_and_cut(config):
+    tokenizer = tiny_models.tokenizer()
+
+    def formatted(examples):
+        return [f"{by} {text}" for by, text in zip(examples["by"], examples["text"], strict=True)]
+
+    def tokens(**arguments):
+        return trained_on(SFTTrainer(tiny_model(context=6), config(), train_dataset=TEXTS, **arguments))
+
+    by_field = [[3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert tokens(tokenizer=tokenizer, dataset_text_field="text") == by_field
+    assert tokens(processing_class=tokenizer, dataset_text_field="text") == by_field
+    assert tokens(tokenizer=tokenizer, dataset_text_field="text", max_seq_length=4) == [[3, 4, 5], [6, 7, 8, 9]]
+    assert tokens(tokenizer=tokenizer, formatting_func=formatted) == [[9, 3, 4, 5], [8, 6, 7, 8, 9, 10]]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
-    model = tiny_model()
-    with torch.no_grad():
-        model.transformer.wte.weight[7] = float("nan")
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(FloatingPointError, match="SFTTrainer: loss must be finite, got nan at step 1"):
-        SFTTrainer(model, SFTConfig(max_steps=2), [[7, 7, 7]]).train(lambda record: None)
-    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in model.named_parameters())
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_are_the_tokenizers(config, special):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    arguments = config(dataset_text_field="text", max_seq_length=5, dataset_kwargs={"add_special_tokens": special})
+    trainer = SFTTrainer(tiny_model(), arguments, train_dataset=TEXTS, tokenizer=tokenizer)
+    expected = [[3, 4, 5, EOS], [6, 7, 8, 9, EOS]] if special else [[3, 4, 5], [6, 7, 8, 9, 10]]
+    assert trained_on(trainer) == expected
+
+
+def test_token_ids_are_cut_to_the_context(config):
+    trainer = SFTTrainer(tiny_model(context=6), config(), train_dataset=[*COUNTING[:1], {"input_ids": [3, 4]}])
+    assert trained_on(trainer) == [COUNTING[0]["input_ids"][:6], [3, 4]]
+
+
+class Texts(Dataset):
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, index):
+        return TEXTS[index]
+
+
+def test_every_kind_of_dataset_gives_the_same_batches(config):
+    datasets = pytest.importorskip("datasets")
+    batches = []
+    table = datasets.Dataset.from_list(TEXTS)
+    for dataset in (TEXTS, Texts(), table, table.with_format("torch"), table.to_iterable_dataset()):
+        arguments = config(dataset_text_field="text", max_steps=1, per_device_eval_batch_size=2)
+        trainer = SFTTrainer(tiny_model(), arguments, eval_dataset=dataset, tokenizer=tiny_models.tokenizer())
+        (batch,) = trainer.get_eval_dataloader()
+        batches.append({name: tensor.tolist() for name, tensor in batch.items()})
+    assert batches[0]["input_ids"] == [[3, 4, 5, 0, 0, 0, 0], [6, 7, 8, 9, 10, 11, 12]]
+    assert all(batch == batches[0] for batch in batches)
+
+
+def test_a_dict_of_evaluation_sets(config):
+    parts = {"short": RAGGED[1:], "long": RAGGED[:1]}
+    metrics = SFTTrainer(tiny_model(), config(), eval_dataset=parts).evaluate()
+    assert {"eval_short_loss", "eval_long_loss"} <= set(metrics)
+
+
+def test_prepared_datasets_can_be_left_as_they_are(config):
+    arguments = config(dataset_kwargs={"skip_prepare_dataset": True})
+    raw = [{"anything": 1}]
+    assert SFTTrainer(tiny_model(), arguments, data_collator=list, train_dataset=raw).train_dataset is raw
+
+
+def test_a_model_by_its_path(config, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    arguments = config(dataset_text_field="text", model_init_kwargs={"attn_implementation": "eager"})
+    trainer = SFTTrainer(str(tmp_path / "model"), arguments, train_dataset=TEXTS)
+    assert isinstance(trainer.model, GPT2LMHeadModel) and trainer.model.config._attn_implementation == "eager"
+    assert trained_on(trainer)[0] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, SFTConfig])
+def test_arguments_are_overridden_and_not_changed(tmp_path, kind):
+    args = kind(output_dir=str(tmp_path), learning_rate=0.5, report_to="none", use_cpu=True)
+    trainer = SFTTrainer(tiny_model(), args, train_dataset=COUNTING, max_seq_length=3)
+    assert isinstance(trainer.args, SFTConfig) and trainer.args.learning_rate == 0.5
+    assert trained_on(trainer)[0] == COUNTING[0]["input_ids"][:3]
+    assert getattr(args, "max_seq_length", None) is None
+
+
+def test_predictions_are_the_logits(config):
+    seen = []
+
+    def metrics(result):
+        seen.append((result.predictions.shape, result.label_ids.tolist()))
+        return {"seen": 1.0}
+
+    trainer = SFTTrainer(tiny_model(), config(), eval_dataset=RAGGED, compute_metrics=metrics)
+    assert trainer.evaluate()["eval_seen"] == 1.0
+    assert seen == [((3, 5, tiny_models.VOCAB), pad_samples(RAGGED)["labels"].tolist())]
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    ("dataset", "arguments", "message"),
     [
-        ([], r"SFTTrainer: train_dataset must hold at least one sequence, got none"),
-        ([[1, 2], [3]], r"SFTTrainer: train_dataset\[1\] must be one row of at least 2 tokens, got shape \[1\]"),
-        ([torch.ones(2, 2)], r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
-        (["12"], r"train_dataset must be token ids where no tokenizer is given, got the text '12'"),
+        ([], {}, "SFTTrainer: train_dataset must hold at least one example, got none"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [3]}], {},
+         r"SFTTrainer: train_dataset\[1\] must be one row of at least 2 tokens, got shape \[1\]"),
+        ([{"input_ids": torch.ones(2, 2)}], {}, r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
+        ([{"input_ids": [1, 2], "labels": [1]}], {},
+         r"train_dataset\[0\]: labels must have 2 entries as input_ids, got 1"),
+        (TEXTS, {}, r"train_dataset\[0\] must hold input_ids, got the columns \['by', 'text'\]; give dataset_text_field"),
+        (TEXTS, {"dataset_text_field": "t"}, r"\[0\] must hold input_ids or 't', got the columns \['by', 'text'\]"),
+        (TEXTS, {"dataset_text_field": "text"}, "must be token ids where no tokenizer is given, got the text 'w3 w4 w5'"),
+        (TEXTS, {"formatting_func": lambda examples: "w3"},
+         "formatting_func must return a list with one text per example, got 'w3'"),
+        (COUNTING, {"packing": True}, "SFTConfig: packing must be False, got True; cut the texts into rows"),
+        (COUNTING, {"use_liger": True}, "SFTConfig: use_liger must be False, got True; the loss is computed by"),
+        (COUNTING, {"tokenizer": 1, "processing_class": 1}, "SFTTrainer: tokenizer must be None where processing_class"),
+        (COUNTING, {"model_init_kwargs": {"dtype": "auto"}}, "SFTTrainer: model must be a name or path where"),
+    ],
+)  # fmt: skip
+def test_rejects_bad_datasets_and_arguments(config, dataset, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SFTTrainer(tiny_model(), config(), train_dataset=dataset, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"train_dataset": 3},
+            "train_dataset must be a datasets.Dataset, a list of dicts or a torch dataset .* got int",
+        ),
+        (
+            {"infinite": True},
+            r"SFTTrainer: arguments must be those of TRL 0.11 or SFTConfig fields, got \['infinite'\]",
+        ),
+        ({"peft_config": {}}, "SFTTrainer: peft_config must be a peft.PeftConfig, got dict"),
     ],
 )
-def test_rejects_bad_datasets(dataset, message):
-    with pytest.raises(ValueError, match=message):
-        SFTTrainer(tiny_model(), SFTConfig(), dataset)
+def test_rejects_wrong_types(config, arguments, message):
+    pytest.importorskip("peft")
+    with pytest.raises(TypeError, match=message):
+        SFTTrainer(tiny_model(), config(), **arguments)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("max_steps", 0, "SFTConfig: max_steps must be > 0, got 0"),
-        ("batch_size", -1, "SFTConfig: batch_size must be > 0, got -1"),
-        ("learning_rate", float("nan"), "SFTConfig: learning_rate must be > 0, got nan"),
-        ("warmup_ratio", 1.0, r"SFTConfig: warmup_ratio must be in \[0, 1\), got 1.0"),
-        ("max_length", 1, "SFTConfig: max_length must be >= 2 or None, got 1"),
+        ("max_seq_length", 1, "SFTConfig: max_seq_length must be >= 2 or None, got 1"),
+        ("packing", True, "SFTConfig: packing must be False, got True"),
+        ("label_smoothing_factor", 0.1, "SFTConfig: label_smoothing_factor must be 0.0, got 0.1"),
+        ("dataset_kwargs", {"infinite": 1}, r"SFTConfig: dataset_kwargs must be of .* got \['infinite'\]"),
     ],
 )
-def test_rejects_bad_settings(field, value, message):
+def test_rejects_bad_settings(config, field, value, message):
     with pytest.raises(ValueError, match=message):
-        SFTConfig(**{field: value})
-
-
-def test_evaluate_needs_held_out_data():
-    with pytest.raises(ValueError, match="eval_dataset must be given at construction, got None"):
-        SFTTrainer(tiny_model(), SFTConfig(), COUNTING).evaluate()
+        config(**{field: value})

@@ -1,7 +1,10 @@
 """The names, signatures and attributes of TRL 0.11.4 that a script or a subclass may use exist in ppo_ext.trl."""
 
+import ast
+import dataclasses
 import importlib
 import inspect
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -20,13 +23,29 @@ IMPORTS = {
         "PPOConfig",
         "PPOTrainer",
         "PreTrainedModelWrapper",
+        "RewardConfig",
+        "RewardTrainer",
+        "SFTConfig",
+        "SFTTrainer",
         "SUPPORTED_ARCHITECTURES",
         "create_reference_model",
         "set_seed",
     ],
     ".core": ["LengthSampler", "respond_to_batch", "logprobs_from_logits", "set_seed"],
     ".models": ["AutoModelForCausalLMWithValueHead", "create_reference_model", "PreTrainedModelWrapper"],
-    ".trainer": ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer", "RunningMoments"],
+    ".trainer": [
+        "AdaptiveKLController",
+        "FixedKLController",
+        "PPOConfig",
+        "PPOTrainer",
+        "RewardConfig",
+        "RewardTrainer",
+        "RunningMoments",
+        "SFTConfig",
+        "SFTTrainer",
+        "compute_accuracy",
+    ],
+    ".trainer.utils": ["AdaptiveKLController", "RewardDataCollatorWithPadding", "compute_accuracy"],
     ".extras": ["BestOfNSampler"],
 }
 
@@ -36,7 +55,9 @@ def test_names(module):
     require_trl()
     theirs, ours = (importlib.import_module(root + module) for root in ("trl", "ppo_ext.trl"))
     for name in IMPORTS[module]:
-        assert hasattr(theirs, name) and hasattr(ours, name), name
+        # dir, as today's transformers without liger-kernel makes TRL's SFTTrainer fail to import
+        assert name in dir(theirs) and hasattr(ours, name), name
+    assert [name for name in getattr(ours, "__all__", []) if not hasattr(ours, name)] == []
 
 
 def test_import_utils():
@@ -44,6 +65,48 @@ def test_import_utils():
 
     assert import_utils.is_peft_available() is (importlib.util.find_spec("peft") is not None)
     assert not import_utils.is_npu_available() and not import_utils.is_xpu_available()
+
+
+def definition(module, name):
+    """A class of TRL's, read and not imported."""
+    source = pathlib.Path(require_trl().__file__).parent / "trainer" / f"{module}.py"
+    classes = ast.parse(source.read_text(encoding="utf-8")).body
+    return next(node for node in classes if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "missing"),
+    [
+        ("reward_trainer", "RewardTrainer", set()),
+        # infinite is deprecated there and says to use max_steps or num_train_epochs
+        ("sft_trainer", "SFTTrainer", {"infinite"}),
+    ],
+)
+def test_supervised_trainers_take_what_trl_takes(module, name, missing):
+    init = next(node for node in definition(module, name).body if getattr(node, "name", "") == "__init__")
+    expected = [argument.arg for argument in init.args.args]
+    parameters = inspect.signature(getattr(ppo_ext.trl, name).__init__).parameters
+    by_position = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == expected[: len(by_position)]
+    fields = {field.name for field in dataclasses.fields(ppo_ext.trl.SFTConfig)} if name == "SFTTrainer" else set()
+    assert set(expected) - set(by_position) - fields == missing
+
+
+@pytest.mark.parametrize(("module", "name"), [("reward_config", "RewardConfig"), ("sft_config", "SFTConfig")])
+def test_supervised_configs_have_trls_fields_and_defaults(module, name):
+    expected = {
+        node.target.id: ast.literal_eval(node.value)
+        for node in definition(module, name).body
+        if isinstance(node, ast.AnnAssign)
+    }
+    ours = {field.name: field.default for field in dataclasses.fields(getattr(ppo_ext.trl, name))}
+    assert len(expected) >= 3
+    assert {field: ours.get(field, "missing") for field in expected} == expected
+
+
+def test_a_ppo_script_does_not_import_transformers_trainer():
+    code = "import sys, ppo_ext.trl as t; t.PPOTrainer; assert 'transformers.trainer' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_trl_is_not_imported():

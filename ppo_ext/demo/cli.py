@@ -11,8 +11,8 @@ SENTIMENT = """\
 PPO teaches SmolLM2-135M-Instruct, with a LoRA adapter, to continue neutral openings of reviews in a friendly way. The
 reward is VADER's sentiment score. What the result is judged by, PPO never sees: a model of how people rated sentences."""
 RLHF = """\
-SFT of a small model from scratch on real text, preference pairs, a reward model, PPO against it. The labeller is a
-stand-in for people: it votes by Flesch reading ease with noise, so the result can be judged by the same formula. PPO only
+SFT of a small model from scratch on real text, preference pairs, a reward model, PPO against it. The labeller takes
+the place of people: it votes by Flesch reading ease with noise, so the result can be judged by the same formula. PPO only
 sees the reward model."""
 AGAIN = """\
 A second run into the same folder is refused unless --overwrite (start over) or --resume (go on) is given."""

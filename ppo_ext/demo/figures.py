@@ -13,7 +13,7 @@ def interval(values: torch.Tensor) -> float:
 
 def distinct_2(texts: list[str]) -> float:
     """Different word pairs divided by all word pairs, over all texts (Li et al. 2016); 0.0 where there are none."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         pairs += zip(words, words[1:], strict=False)

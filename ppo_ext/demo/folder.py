@@ -1,4 +1,4 @@
-"""The output folder of a run: what is in it, what is done, and the metrics as they come."""
+"""The output folder of a run: its files, which stages are finished, and the log of metrics."""
 
 import json
 import math
@@ -12,10 +12,10 @@ RECORD = "run.json"
 class RunFolder:
     """Everything a run writes, under one path.
 
-    run.json holds the arguments and, per finished stage, its results; a stage is in it only once its files are written.
+    run.json holds the arguments and the results of each finished stage; a stage is added after its files are written.
 
     Args:
-        arguments: what decides the results; `resume` refuses a folder made with others.
+        arguments: what decides the results; `resume` refuses a folder that was made with other arguments.
         written: names of all that a run writes and that an overwriting run deletes first.
         overwrite: delete an earlier run's files first. Files that the demo does not write are never touched.
         resume: keep the finished stages of an earlier run.
@@ -76,7 +76,7 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a kill can leave the last line without its end
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a killed process can leave half a line at the end
         records = [json.loads(line) for line in lines]
         return [record for record in records if stage is None or record["stage"] == stage]
 
@@ -116,7 +116,7 @@ class RunFolder:
         self.write_json(RECORD, {"arguments": self.arguments, "stages": self.stages})
 
     def _replace(self, name: str, text: str) -> None:
-        # Written beside and renamed: an interruption leaves the old file or the new one, never half of one.
+        # Written to another file that is then renamed: an interruption leaves the old file or the new one, not a part.
         partial = self.path / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)

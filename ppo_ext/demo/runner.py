@@ -17,9 +17,15 @@ from .folder import RunFolder
 class Runner:
     """Runs the stages of a demo one after another, each once, and turns a failure into one sentence."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.display = Display()
-        self.folder: RunFolder | None = None
+        self._folder: RunFolder | None = None
+
+    @property
+    def folder(self) -> RunFolder:
+        """The output folder, once `open_folder` has taken it into use."""
+        assert self._folder is not None
+        return self._folder
 
     def run(self, work: Callable[[], int]) -> int:
         """Returns the exit status of `work`, or 2 for an error that was said, or 130 after Ctrl-C."""
@@ -38,15 +44,20 @@ class Runner:
 
     def open_folder(self, options: argparse.Namespace, written: tuple[str, ...], arguments: dict) -> RunFolder:
         """Takes the output folder into use; see `RunFolder`."""
-        self.folder = RunFolder(options.out, arguments, options.overwrite, options.resume, written)
-        return self.folder
+        self._folder = RunFolder(options.out, arguments, options.overwrite, options.resume, written)
+        return self._folder
 
-    def stage(self, number: str, name: str, title: str, work: Callable[[], dict]) -> None:
-        """Runs one stage and records its results and times, unless an earlier run finished it."""
+    def stage(self, number: str, name: str, title: str, work: Callable[[], dict], goes_on: bool = False) -> None:
+        """Runs one stage and records its results and times, unless an earlier run finished it.
+
+        goes_on: the stage itself continues an interrupted attempt; else what that attempt logged is removed first.
+        """
         self.display.heading(f"{number}  {title}")
         if name in self.folder.stages:
             self.display.note("kept from the earlier run (--resume)")
             return
+        if not goes_on:
+            self.folder.drop_log(name)
         wall, cpu = time.perf_counter(), time.process_time()
         results = work()
         # On a busy machine the two differ; the processor time is the one that compares between runs.
@@ -54,7 +65,7 @@ class Runner:
         self.folder.finish(name, results | seconds)
 
     def _say_what_is_left(self) -> None:
-        if self.folder is None:
+        if self._folder is None:
             self.display.note("nothing was written")
             return
         finished = ", ".join(self.folder.stages) or "none"

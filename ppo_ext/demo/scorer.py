@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def load_function(path: str) -> Callable[[list[str]], list[float]]:
 
 
 def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]]:
-    """The function as one of lists; which kind it is, two probe texts tell."""
+    """The function as one that takes lists; a call with two texts finds out which kind it is."""
     failures = []
     try:
         scores = function(list(_PROBE))
@@ -80,7 +81,7 @@ def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]
     )
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     try:
         float(value)
     except (TypeError, ValueError):

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning and reward models."""
+"""Supervised fine-tuning and reward models, as thin subclasses of `transformers.Trainer` with the interface of TRL 0.11."""

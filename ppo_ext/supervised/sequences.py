@@ -1,49 +1,97 @@
-"""Texts and token sequences as padded batches; shared by supervised fine-tuning and reward models."""
+"""Texts and token ids: checked rows, padded batches, and datasets of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
 Sample = str | Sequence[int] | torch.Tensor
+Example = dict[str, Any]
 
 
-def encode(
-    name: str,
-    samples: Sequence[Sample],
-    tokenizer=None,
-    *,
-    max_length: int | None = None,
-    min_length: int = 1,
-    append_eos: bool = False,
-) -> list[torch.Tensor]:
-    """Samples as 1-d int64 tensors, cut to `max_length` tokens.
+def check_row(name: str, ids: Sequence[int] | torch.Tensor, min_length: int = 1) -> torch.Tensor:
+    """`ids` as an int64 tensor [T]; ValueError unless it is one row of at least `min_length` tokens."""
+    row = torch.as_tensor(ids, dtype=torch.long)
+    if row.ndim != 1 or len(row) < min_length:
+        raise ValueError(f"{name} must be one row of at least {min_length} tokens, got shape {list(row.shape)}")
+    return row
+
+
+def encode(name: str, samples: Sequence[Sample], tokenizer: Any = None) -> list[torch.Tensor]:
+    """Samples as int64 tensors [T].
 
     Args:
-        name: how errors call the argument, e.g. "score: sequences".
-        append_eos: texts end with the tokenizer's EOS, if it has one; token ids are taken as they are.
+        name: what error messages call the argument, such as "reward_scores: sequences".
     Raises:
-        ValueError: no sample, a text without a tokenizer, or a sample that is not one row of `min_length` tokens.
+        ValueError: there is no sample, a text without a tokenizer, or a sample that is not one row of tokens.
     """
     if len(samples) == 0:
         raise ValueError(f"{name} must hold at least one sequence, got none")
-    encoded = []
-    for i, sample in enumerate(samples):
-        if isinstance(sample, str):
-            if tokenizer is None:
-                raise ValueError(f"{name} must be token ids where no tokenizer is given, got the text {sample[:40]!r}")
-            eos = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
-            sample = tokenizer(sample)["input_ids"] + eos
-        ids = torch.as_tensor(sample, dtype=torch.long)
-        if ids.ndim != 1 or len(ids) < min_length:
-            shape = list(ids.shape)
-            raise ValueError(f"{name}[{i}] must be one row of at least {min_length} tokens, got shape {shape}")
-        encoded.append(ids[:max_length])
-    return encoded
+    return [
+        check_row(f"{name}[{i}]", tokenize(f"{name}[{i}]", sample, tokenizer) if isinstance(sample, str) else sample)
+        for i, sample in enumerate(samples)
+    ]
 
 
-def right_pad(sequences: list[torch.Tensor], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, mask), both [N, T] int64. The mask comes from lengths: a pad id inside a sequence does no harm."""
-    input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+def tokenize(name: str, text: str, tokenizer: Any, **options: Any) -> list[int]:
+    """The token ids of one text; ValueError if there is no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(f"{name} must be token ids where no tokenizer is given, got the text {text[:40]!r}")
+    return tokenizer(text, **options)["input_ids"]
+
+
+def right_pad(rows: Sequence[Any], value: int = 0, width: int = 0) -> torch.Tensor:
+    """Rows of different lengths as one int64 tensor [N, T], filled up with `value`; T is at least `width`."""
+    width = max(width, *map(len, rows))
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.as_tensor(row)
+    return padded
+
+
+class ConvertedDataset(Dataset):
+    """A torch dataset whose examples are converted when they are read."""
+
+    def __init__(self, name: str, dataset: Any, convert: Callable[[Example, str], Example]):
+        self.name, self.dataset, self.convert = name, dataset, convert
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.convert(self.dataset[index], f"{self.name}[{index}]")
+
+
+def convert_dataset(
+    name: str, dataset: Any, convert: Callable[[Example, str], Example], num_proc: int | None = None
+) -> Any:
+    """The dataset with every example replaced by `convert(example, "<name>[<index>]")`.
+
+    Args:
+        dataset: a list of dicts and a `datasets.Dataset` are converted here, so that a bad example is reported before
+            training starts; a torch dataset with a length, and a `datasets.IterableDataset`, while they are read.
+            A dict of datasets is converted one by one; None stays None.
+        num_proc: number of processes that convert a `datasets.Dataset`.
+    Raises:
+        ValueError: the dataset is empty.
+        TypeError: it is none of these.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: convert_dataset(f"{name}[{key!r}]", part, convert, num_proc) for key, part in dataset.items()}
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if sized and len(dataset) == 0:
+        raise ValueError(f"{name} must hold at least one example, got none")
+    if hasattr(dataset, "map") and hasattr(dataset, "column_names"):  # of the package datasets, which is not imported
+        options = {"remove_columns": dataset.column_names} | ({"num_proc": num_proc} if sized else {})
+        return dataset.map(lambda example, i: convert(example, f"{name}[{i}]"), with_indices=True, **options)
+    if isinstance(dataset, Dataset) and sized:
+        return ConvertedDataset(name, dataset, convert)
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        return [convert(example, f"{name}[{i}]") for i, example in enumerate(dataset)]
+    raise TypeError(
+        f"{name} must be a datasets.Dataset, a list of dicts or a torch dataset with a length, "
+        f"got {type(dataset).__name__}"
+    )

@@ -1,138 +1,231 @@
-"""Supervised fine-tuning of a causal language model: next-token prediction on texts or token sequences."""
+"""Supervised fine-tuning of a causal language model: next-token prediction on texts or token ids."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from ..models import loading
 from ..ops.logprobs import logprobs
-from ..trainer import optimizers
-from .fitting import check_schedule, fit
-from .sequences import Sample, encode, right_pad
+from .base import SupervisedTrainer, choose_tokenizer, copy_arguments, refuse
+from .sequences import Example, check_row, convert_dataset, right_pad, tokenize
+
+IGNORED = -100  # label of a token that the loss leaves out, as everywhere in transformers
+DEFAULT_MAX_LENGTH = 1024  # of texts, as in TRL
+UNSUPPORTED = {
+    "packing": (False, "cut the texts into rows of max_seq_length token ids beforehand"),
+    "use_liger": (False, "the loss is computed by ppo_ext.logprobs"),
+    "use_liger_kernel": (False, "the loss is computed by ppo_ext.logprobs"),
+    "label_smoothing_factor": (0.0, "the loss has no label smoothing"),
+}
+DATASET_KWARGS = ("add_special_tokens", "skip_prepare_dataset")
 
 
 @dataclass
-class SFTConfig:
-    """Settings of `SFTTrainer`.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    max_steps: int = 1000  # optimizer updates
-    batch_size: int = 32  # sequences per update and process
-    eval_batch_size: int = 128
-    learning_rate: float = 2e-5  # the peak of the one-cycle schedule
-    warmup_ratio: float = 0.1  # share of the steps spent rising to the peak
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_length: int | None = None  # longer samples are cut; None: the model's context
-    seed: int = 0
-
-    def __post_init__(self):
-        check_schedule(self)
-        if not self.max_steps > 0:
-            raise ValueError(f"SFTConfig: max_steps must be > 0, got {self.max_steps}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"SFTConfig: max_length must be >= 2 or None, got {self.max_length}")
-
-
-class SFTTrainer:
-    """AdamW on the mean negative log-probability per token, with a one-cycle learning rate.
+class SFTConfig(TrainingArguments):
+    """Settings of `SFTTrainer`: transformers' TrainingArguments and these fields of TRL 0.11.
 
     Args:
-        model: any transformers causal LM.
-        config: see `SFTConfig`.
-        train_dataset, eval_dataset: texts (needs `tokenizer`; its EOS is appended) or token ids, each of length >= 2.
-        tokenizer: a transformers tokenizer; not needed for token ids.
+        dataset_text_field: the column that holds the text.
+        max_seq_length: longer samples are cut. None: the model's context for token ids; for texts the smallest of that,
+            1024 and the tokenizer's model_max_length.
+        dataset_num_proc: processes that tokenize a `datasets.Dataset`.
+        model_init_kwargs: passed to from_pretrained where the model is given by its name or path.
+        dataset_kwargs: add_special_tokens (True) for the tokenizer; skip_prepare_dataset (False) leaves the datasets as
+            they are, for a data_collator that does everything.
+        dataset_batch_size, num_of_sequences, chars_per_token, eval_packing: accepted, without effect.
+        packing, use_liger: must stay False.
     Raises:
-        ValueError: an empty dataset, a sample under 2 tokens, or a text without a tokenizer.
+        ValueError: a field is out of its range or not supported.
+    """
+
+    optim: str = "adamw_torch_fused"
+    dataset_text_field: str | None = None
+    packing: bool = False
+    max_seq_length: int | None = None
+    dataset_num_proc: int | None = None
+    dataset_batch_size: int | None = 1000
+    model_init_kwargs: dict[str, Any] | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    eval_packing: bool | None = None
+    num_of_sequences: int = 1024
+    chars_per_token: float = 3.6
+    use_liger: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """ValueError for a field that is out of its range or not supported."""
+        refuse("SFTConfig", self, UNSUPPORTED)
+        if self.max_seq_length is not None and self.max_seq_length < 2:
+            raise ValueError(f"SFTConfig: max_seq_length must be >= 2 or None, got {self.max_seq_length}")
+        unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
+        if unknown:
+            raise ValueError(f"SFTConfig: dataset_kwargs must be of {DATASET_KWARGS}, got {sorted(unknown)}")
+
+
+class SFTTrainer(SupervisedTrainer):
+    """`transformers.Trainer` on the mean negative log-probability per token, by `ppo_ext.logprobs`.
+
+    Args:
+        model: a transformers causal LM, or the name or path of one.
+        args: a `SFTConfig`, or plain TrainingArguments; it is copied.
+        data_collator: makes a batch of examples: input_ids, attention_mask and labels [B, T], where a label of -100 is
+            left out of the loss. None: right padding, by lengths.
+        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts or a torch dataset of dicts (eval_dataset:
+            or a dict of those), with either the text column or input_ids and, optionally, attention_mask and labels.
+        tokenizer: for texts; not needed for token ids.
+        peft_config: a peft.PeftConfig; only the adapter is then trained.
+        formatting_func: makes texts of other columns: {column: [value]} -> [text]. As in TRL it is written for lists of
+            values; here they have one entry. Goes unused where dataset_text_field is given.
+        processing_class: the tokenizer under the name it has in later versions of TRL.
+        Others: see `transformers.Trainer`; fields of `SFTConfig` as keyword arguments override those in args.
+    Raises:
+        ValueError: an empty dataset, an example under 2 tokens or without text and token ids, a text without tokenizer.
+        TypeError: an argument that `SFTConfig` does not know, or a dataset or peft_config of another type.
+    Source: TRL 0.11.4, `SFTTrainer`.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        config: SFTConfig,
-        train_dataset: Sequence[Sample],
-        eval_dataset: Sequence[Sample] | None = None,
-        tokenizer=None,
+        model: torch.nn.Module | str | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        tokenizer: Any = None,
+        model_init: Callable[[], torch.nn.Module] | None = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: Any = None,
+        dataset_text_field: str | None = None,
+        packing: bool | None = None,
+        formatting_func: Callable[[dict[str, list]], list[str]] | None = None,
+        max_seq_length: int | None = None,
+        *,
+        processing_class: Any = None,
+        **overrides: Any,
     ):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_length = config.max_length or getattr(model.config, "max_position_embeddings", None)
-        self.train_dataset = self._encode(train_dataset, "train_dataset")
-        self.eval_dataset = self._encode(eval_dataset, "eval_dataset") if eval_dataset is not None else None
-        self.accelerator = Accelerator()
-        optimizer = optimizers.make(
-            torch.optim.AdamW,
-            model.parameters(),
-            self.accelerator.device,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.95),
+        overrides |= {"dataset_text_field": dataset_text_field, "packing": packing, "max_seq_length": max_seq_length}
+        unknown = set(overrides) - {field.name for field in fields(SFTConfig)}
+        if unknown:
+            raise TypeError(
+                f"SFTTrainer: arguments must be those of TRL 0.11 or SFTConfig fields, got {sorted(unknown)}"
+            )
+        config = copy_arguments(SFTConfig, args, **overrides)
+        config.check()
+        tokenizer = choose_tokenizer("SFTTrainer", tokenizer, processing_class)
+        if isinstance(model, str):
+            options = config.model_init_kwargs or {}
+            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+            model, _ = loading.load_pretrained(AutoModelForCausalLM, model, True, (), options)
+        elif config.model_init_kwargs:
+            raise ValueError("SFTTrainer: model must be a name or path where model_init_kwargs is given, got a model")
+        encoder = _Encoder(config, tokenizer, formatting_func, getattr(model, "config", None))
+
+        def prepared(name: str, dataset: Any) -> Any:
+            if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
+                return dataset
+            return convert_dataset(f"SFTTrainer: {name}", dataset, encoder, config.dataset_num_proc)
+
+        super().__init__(
+            model,
+            config,
+            peft_config,
+            data_collator=data_collator or pad_samples,
+            train_dataset=prepared("train_dataset", train_dataset),
+            eval_dataset=prepared("eval_dataset", eval_dataset),
+            processing_class=tokenizer,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
-    def train(self, on_step: Callable[[dict], None] | None = None) -> dict[str, float]:
-        """Runs `max_steps` updates, in place on the model; leaves it in eval mode.
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share in the mean negative log-probability per token, 0-d float32; with the outputs if asked."""
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        targets = inputs["labels"][:, 1:]
+        counted = targets != IGNORED
+        target_logprobs = logprobs(outputs.logits[:, :-1], targets.masked_fill(~counted, 0), mask=counted)
+        loss = self.mean_loss(-target_logprobs.sum(), inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
-        Args:
-            on_step: called with {"step", "steps", "loss", "learning_rate"} after each update; without it, a tqdm bar.
-        Returns:
-            {"loss": of the last update, "eval_loss": held-out nats per token, if there is an eval_dataset}
-        Raises:
-            FloatingPointError: the loss is not finite; the weights are then those of the last finite update.
-        """
-        steps = self.config.max_steps
-        batches = islice(self._batches(), steps)
-        record = fit(
-            "SFTTrainer", self.accelerator, self.model, self.optimizer, batches, steps,
-            lambda batch: (self.loss(*batch), {}), self.config, on_step,
-        )  # fmt: skip
-        return {"loss": record["loss"]} | (self.evaluate() if self.eval_dataset is not None else {})
+    def count_items(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The number of tokens that the loss counts; the first of a row is not predicted."""
+        return (inputs["labels"][:, 1:] != IGNORED).sum()
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """{"eval_loss": mean nats per token over the whole eval_dataset}."""
-        if self.eval_dataset is None:
-            raise ValueError("SFTTrainer.evaluate: eval_dataset must be given at construction, got None")
-        was_training = self.model.training
-        self.model.eval()
-        nats, tokens = 0.0, 0
-        for i in range(0, len(self.eval_dataset), self.config.eval_batch_size):
-            input_ids, mask = right_pad(self.eval_dataset[i : i + self.config.eval_batch_size])
-            count = int(mask[:, 1:].sum())
-            nats += self.loss(input_ids, mask).item() * count
-            tokens += count
-        self.model.train(was_training)
-        return {"eval_loss": nats / tokens}
+    def predictions(self, inputs: dict[str, Any], outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits [B, T, V], labels [B, T])"""
+        return outputs.logits, inputs["labels"]
 
-    def loss(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-probability per token, 0-d float32. input_ids, mask: [B, T] int64, mask 1 on tokens."""
-        device = self.accelerator.device
-        input_ids, mask = input_ids.to(device), mask.to(device)
-        logits = self.model(input_ids=input_ids, attention_mask=mask).logits
-        target_logprobs = logprobs(logits[:, :-1], input_ids[:, 1:], mask=mask[:, 1:])
-        return -target_logprobs.sum() / mask[:, 1:].sum()
 
-    def _batches(self):
-        # Each process draws its own order: with a few tokens per update, an exact partition of an epoch buys nothing.
-        generator = torch.Generator().manual_seed(self.config.seed + self.accelerator.process_index)
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=min(self.config.batch_size, len(self.train_dataset)),
-            shuffle=True,
-            drop_last=True,
-            generator=generator,
-            collate_fn=right_pad,
-        )
-        while True:
-            yield from loader
+def pad_samples(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """Examples with input_ids and, optionally, attention_mask and labels as one batch, padded on the right.
 
-    def _encode(self, dataset: Sequence[Sample], name: str) -> list[torch.Tensor]:
-        # A sample of one token has nothing to predict.
-        return encode(
-            f"SFTTrainer: {name}", dataset, self.tokenizer, max_length=self.max_length, min_length=2, append_eos=True
-        )
+    Without labels all tokens count. What is padding follows from the lengths and the masks that are given: the padding
+    token's id inside a sample is a token like others.
+    """
+    rows = [example["input_ids"] for example in examples]
+    mask = right_pad([e.get("attention_mask", [1] * len(row)) for e, row in zip(examples, rows, strict=True)])
+    labels = right_pad([e.get("labels", row) for e, row in zip(examples, rows, strict=True)], IGNORED)
+    return {"input_ids": right_pad(rows), "attention_mask": mask, "labels": labels.masked_fill(mask == 0, IGNORED)}
+
+
+class _Encoder:
+    """Turns one example of a dataset into token ids."""
+
+    def __init__(self, config: SFTConfig, tokenizer: Any, formatting_func: Callable | None, model_config: Any):
+        # Only what decides the result: the package datasets caches by a hash of all that is stored here.
+        self.tokenizer, self.formatting_func = tokenizer, formatting_func
+        self.text_field = config.dataset_text_field
+        self.add_special_tokens = (config.dataset_kwargs or {}).get("add_special_tokens", True)
+        context = getattr(model_config, "max_position_embeddings", None)
+        known = [context, getattr(tokenizer, "model_max_length", None), DEFAULT_MAX_LENGTH]
+        self.id_limit = config.max_seq_length or context
+        self.text_limit = config.max_seq_length or min(limit for limit in known if limit is not None)
+
+    def __call__(self, example: Example, name: str) -> Example:
+        """{"input_ids", and attention_mask and labels if the example has them}, cut; at least 2 tokens."""
+        if "input_ids" not in example:
+            ids = tokenize(
+                name,
+                self._text(example, name),
+                self.tokenizer,
+                add_special_tokens=self.add_special_tokens,
+                truncation=True,
+                max_length=self.text_limit,
+            )
+            return {"input_ids": check_row(name, ids, min_length=2).tolist()}
+        length = len(check_row(name, example["input_ids"], min_length=2))
+        given = [key for key in ("input_ids", "attention_mask", "labels") if example.get(key) is not None]
+        for key in given:
+            if len(example[key]) != length:
+                raise ValueError(f"{name}: {key} must have {length} entries as input_ids, got {len(example[key])}")
+        return {key: torch.as_tensor(example[key])[: self.id_limit].tolist() for key in given}
+
+    def _text(self, example: Example, name: str) -> str:
+        field = self.text_field
+        if field is not None and field in example:
+            return example[field]
+        if field is not None or self.formatting_func is None:
+            wanted = "input_ids" if field is None else f"input_ids or {field!r}"
+            remedy = "" if field else "; give dataset_text_field or formatting_func for texts"
+            raise ValueError(f"{name} must hold {wanted}, got the columns {sorted(example)}{remedy}")
+        texts = self.formatting_func({key: [value] for key, value in example.items()})
+        if not isinstance(texts, list) or len(texts) != 1:
+            raise ValueError(f"SFTTrainer: formatting_func must return a list with one text per example, got {texts!r}")
+        return texts[0]

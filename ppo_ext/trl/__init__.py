@@ -1,9 +1,11 @@
-"""TRL's names for PPO: `from ppo_ext.trl import PPOTrainer, PPOConfig, ...` where a script says `from trl import ...`.
+"""TRL's names: write `from ppo_ext.trl import PPOTrainer, PPOConfig, ...` where a script has `from trl import ...`.
 
-`ppo_ext.trl.core`, `.models`, `.trainer`, `.extras` and `.import_utils` stand for the modules of TRL with these names.
-TRL itself is not needed. Names and signatures follow TRL 0.11.4; the README's table "Differences from TRL" lists where
-the numbers differ.
+`ppo_ext.trl.core`, `.models`, `.trainer`, `.extras` and `.import_utils` take the place of TRL's modules with these names.
+TRL itself is not needed. Names and signatures are those of TRL 0.11.4 for PPO, supervised fine-tuning and reward models;
+the table "Differences from TRL" in the documentation lists where the numbers differ.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from . import core, extras, import_utils, models, trainer
 from .core import set_seed
@@ -17,6 +19,9 @@ from .models import (
 )
 from .trainer import AdaptiveKLController, FixedKLController, PPOConfig, PPOTrainer, RunningMoments
 
+if TYPE_CHECKING:
+    from .trainer import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
 __all__ = [
     "AdaptiveKLController",
     "AutoModelForCausalLMWithValueHead",
@@ -26,7 +31,11 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "RewardConfig",
+    "RewardTrainer",
     "RunningMoments",
+    "SFTConfig",
+    "SFTTrainer",
     "SUPPORTED_ARCHITECTURES",
     "core",
     "create_reference_model",
@@ -36,3 +45,13 @@ __all__ = [
     "set_seed",
     "trainer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"):  # imported on first use
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The names of `trl.core`, on top of ppo_ext's ops. Signatures and meanings are those of TRL 0.11.4."""
+"""The functions of `trl.core`, computed by ppo_ext's ops. Signatures and meanings are those of TRL 0.11.4."""
 
 import gc
 from contextlib import contextmanager
@@ -49,9 +49,9 @@ def entropy_from_logits(logits):
 
 
 def masked_whiten(values, mask, shift_mean=True):
-    """(values - mean) / sqrt(var + 1e-8) with the moments of the tokens that count.
+    """(values - mean) / sqrt(var + 1e-8), with mean and variance over the tokens whose mask is 1.
 
-    As in TRL masked entries are transformed as well; `ppo_ext.masked_whiten` sets them to 0.
+    As in TRL, masked entries are transformed as well; `ppo_ext.masked_whiten` sets them to 0.
     """
     mean, var = masked_mean(values, mask), masked_var(values, mask)
     whitened = (values - mean) * torch.rsqrt(var + 1e-8)
@@ -59,7 +59,7 @@ def masked_whiten(values, mask, shift_mean=True):
 
 
 def whiten(values, shift_mean=True):
-    """Values brought to mean 0 (or their own mean) and variance 1."""
+    """Values shifted and scaled to variance 1 and mean 0; without shift_mean they keep their mean."""
     return _masked_whiten(values, torch.ones_like(values), shift_mean)
 
 
@@ -109,7 +109,7 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
 
 
 class LengthSampler:
-    """Draws a length in [min_value, max_value) from numpy's global stream at each call."""
+    """Each call draws a length in [min_value, max_value) with numpy's global random generator."""
 
     def __init__(self, min_value, max_value):
         self.values = list(range(min_value, max_value))

@@ -1,4 +1,4 @@
-"""What TRL's PPO scripts ask `trl.import_utils`."""
+"""The checks that TRL's PPO scripts import from `trl.import_utils`."""
 
 from importlib.util import find_spec
 

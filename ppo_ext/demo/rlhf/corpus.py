@@ -13,7 +13,7 @@ from ..display import Display
 from ..text import read_text
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-MIN_CHARACTERS = 4000  # below this neither a tokenizer nor held-out prompts can be had
+MIN_CHARACTERS = 4000  # less text is too little for a tokenizer and for held-out prompts
 MIN_TOKENS = 64
 BATCH = 500  # paragraphs encoded between two moves of the progress bar
 PROMPT_TOKENS = 500_000  # prompts come from the first so many tokens; the paragraphs are in random order
@@ -21,7 +21,7 @@ _RULE = re.compile(r"\s*[*=~^+|-]{3,}[-+=|* ]*")
 
 
 class Corpus(NamedTuple):
-    """Token ids of one text, split by paragraph so that nothing held out was ever trained on."""
+    """Token ids of one text, split by paragraph, so that no held-out paragraph is trained on."""
 
     tokenizer: PreTrainedTokenizerFast
     train: torch.Tensor  # [N] int64
@@ -134,10 +134,11 @@ def windows(stream: torch.Tensor, length: int, stride: int) -> list[torch.Tensor
 def prompts(corpus: Corpus, stream: torch.Tensor, length: int, count: int, seed: int) -> list[torch.Tensor]:
     """`count` prompts of `length` tokens, from the start of a clause to the end of a word.
 
-    A text with few such places gives prompts between any two words, then anywhere. None repeats before all were used.
+    In a text with few such places a prompt may start at any word and, if there are few of those too, at any token. A
+    prompt is repeated only when all others have been used as often.
     """
     stream = stream[:PROMPT_TOKENS]
-    pieces = corpus.tokenizer.convert_ids_to_tokens(stream.tolist())
+    pieces = list(corpus.tokenizer.convert_ids_to_tokens(stream.tolist()))
     anywhere = range(max(len(stream) - length, 1))
     words = [i for i in anywhere if _starts_word(pieces, i) and _starts_word(pieces, i + length)]
     clauses = [i for i in words if i == 0 or pieces[i - 1].endswith(tuple(".?!,;:Ċ"))]

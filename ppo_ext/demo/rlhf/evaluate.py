@@ -1,11 +1,12 @@
-"""Samples of a policy and what they are worth: gold metric, reward model, distance from the start, variety."""
+"""Sampling from a policy, and the figures of its samples: gold metric, reward model score, KL, NLL and diversity."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.logprobs import logprobs
-from ...supervised.reward_model import score
+from ...supervised.reward_scores import reward_scores
 from ..figures import distinct_2, interval
 from .gold import GoldMetric
 
@@ -24,7 +25,7 @@ class Samples(NamedTuple):
         return torch.cat([self.prompts, self.responses], dim=1)
 
 
-def generation_kwargs(tokenizer, response_tokens: int) -> dict:
+def generation_kwargs(tokenizer: Any, response_tokens: int) -> dict:
     """Plain sampling at temperature 1, so that the sampled distribution is the one whose KL is measured."""
     return {
         "do_sample": True,
@@ -37,8 +38,17 @@ def generation_kwargs(tokenizer, response_tokens: int) -> dict:
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[torch.Tensor], response_tokens: int, on_batch=None) -> Samples:
-    """One response per prompt from a causal LM (or one with a value head); draws from torch's global generator."""
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[torch.Tensor],
+    response_tokens: int,
+    on_batch: Callable[..., None] | None = None,
+) -> Samples:
+    """One response per prompt from a causal LM (or one with a value head), drawn with torch's global generator.
+
+    on_batch: called with by=number of prompts after each batch.
+    """
     stacked = torch.stack(prompts)
     device = next(model.parameters()).device
     generated = []
@@ -55,7 +65,7 @@ def sample(model, tokenizer, prompts: list[torch.Tensor], response_tokens: int, 
 
 
 @torch.no_grad()
-def response_logprobs(model, samples: Samples) -> torch.Tensor:
+def response_logprobs(model: Any, samples: Samples) -> torch.Tensor:
     """Log-probabilities [N, R] of the responses under a causal LM."""
     device = next(model.parameters()).device
     start = samples.prompts.shape[1]
@@ -66,7 +76,7 @@ def response_logprobs(model, samples: Samples) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def evaluate(policy, reference, reward_model, gold: GoldMetric, samples: Samples) -> dict[str, float]:
+def evaluate(policy: Any, reference: Any, reward_model: Any, gold: GoldMetric, samples: Samples) -> dict[str, float]:
     """Means over samples that `policy` drew: gold with its 95 % interval, RM score, KL, reference NLL, distinct-2."""
     gold_scores = gold(samples.texts)
     ref_logprobs = response_logprobs(reference, samples)
@@ -74,7 +84,7 @@ def evaluate(policy, reference, reward_model, gold: GoldMetric, samples: Samples
     return {
         "gold": gold_scores.mean().item(),
         "gold_ci": interval(gold_scores),
-        "rm_score": score(reward_model, list(samples.sequences)).mean().item(),
+        "rm_score": reward_scores(reward_model, list(samples.sequences)).mean().item(),
         "kl": kl.mean().item(),
         "ref_nll": -ref_logprobs.mean().item(),
         "distinct_2": distinct_2(samples.texts),

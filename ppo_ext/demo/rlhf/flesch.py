@@ -4,7 +4,7 @@
 
 Higher is easier: about 30 is academic prose, 60 to 70 is plain English, 121 is the top (one-syllable words).
 The coefficients were fitted to human comprehension tests (R. Flesch, "A new readability yardstick", 1948).
-Syllables are counted by rule, since no dictionary is at hand: right for about nine words of ten.
+Syllables are counted by rules instead of a dictionary, which is right for about nine words of ten.
 """
 
 import re
@@ -14,7 +14,7 @@ _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 _VOWELS = re.compile(r"[aeiouy]+")
 # Endings whose e is silent: "used", "makes", "prove"; not "added", "classes", "table".
 _SILENT_E = re.compile(r"(?:[^aeiouydt]ed|[^aeiouyscgxzlh]es|[aeiouy][lh]es|[^aeiouyl]e|[aeiouy]le)$")
-# Two vowels that are spoken apart although they stand together: "being", "create", "reliable", "idea".
+# Two neighbouring vowels in separate syllables: "being", "create", "reliable", "idea".
 _HIATUS = re.compile(r"[aeiouy]ing|(?<![tscg])i[ao]|(?<![qg])ua|creat|idea|uou|[aeiou]ity|fier|iu")
 
 
@@ -28,7 +28,7 @@ def syllables(word: str) -> int:
 
 
 def flesch(text: str) -> float:
-    """Flesch reading ease of a text; 0.0 where it has no word at all."""
+    """Flesch reading ease of a text; 0.0 if it has no word."""
     words = _WORD.findall(text)
     if not words:
         return 0.0

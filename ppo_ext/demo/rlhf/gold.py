@@ -1,6 +1,6 @@
-"""The gold metric: what the stand-in for human labellers goes by, and what the result is judged by.
+"""The gold metric: by it the simulated labeller votes, and by it the result is judged.
 
-PPO never sees it. Its only way into the pipeline is through noisy preferences, from which the reward model learns.
+PPO never sees it. It enters training only through noisy preferences, from which the reward model learns.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """curves.png: reward model score, gold metric and KL over the PPO steps, with the control as second curve."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,7 +13,7 @@ PPO_COLOR, CONTROL_COLOR, SFT_COLOR = "#1f6fb4", "#d1602c", "#555555"
 
 
 def plot_curves(path: Path, ppo: list[dict], control: list[dict], stages: dict[str, dict], gold_name: str) -> None:
-    """Three panels over the step. Lines: means over the step's training samples. Points at the end: held-out prompts.
+    """Three panels over the PPO steps. Lines: means over a step's samples. Points at the end: means over held-out prompts.
 
     Args:
         ppo, control: the records of metrics.jsonl; control may be empty.
@@ -47,7 +48,7 @@ def plot_curves(path: Path, ppo: list[dict], control: list[dict], stages: dict[s
     plt.close(figure)
 
 
-def _held_out_point(axis, step: int, figures: dict | None, key: str, color: str) -> None:
+def _held_out_point(axis: Any, step: int, figures: dict | None, key: str, color: str) -> None:
     if figures is not None:
         interval = figures["gold_ci"] if key == "gold" else None
         axis.errorbar(step + 1, figures[key], yerr=interval, color=color, marker="o", ms=5, capsize=3, lw=1.5)

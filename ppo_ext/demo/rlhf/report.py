@@ -1,4 +1,4 @@
-"""The end of a run: the gate, the table, the samples, summary.json."""
+"""The report at the end of a run: the gate, the tables and the samples."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""A whole demo run: the stages in order, what is said around them, and what happens when one fails."""
+"""A whole demo run: the stages in order, the printed report, and what happens when a stage fails."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import transformers
 from ..runner import Runner, prepare_torch
 from . import ppo, report, settings, stages
 from .corpus import build_corpus, python_reference, read_paragraphs
-from .gold import flesch_metric, load_scorer
+from .gold import GoldMetric, flesch_metric, load_scorer
 from .plot import plot_curves
 
 WRITTEN = (
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     return runner.run(lambda: _run(options, runner))
 
 
-def _run(options, runner: Runner) -> int:
+def _run(options: argparse.Namespace, runner: Runner) -> int:
     prepare_torch(cpu_threads=1)
     display = runner.display
     sizes = settings.quick(options.seed) if options.quick else settings.full(options.seed)
@@ -36,7 +36,7 @@ def _run(options, runner: Runner) -> int:
     folder = runner.open_folder(options, WRITTEN, _arguments(options))
     corpus = build_corpus(paragraphs, sizes.vocab_size, sizes.held_out_fraction, sizes.seed, display)
     display.note(f"{len(corpus.train) + len(corpus.held_out)} tokens")
-    display.note(f"labeller: a stand-in for people that votes by {gold.name}, with noise")
+    display.note(f"labeller: a program that votes by {gold.name}, with noise")
     arguments = (corpus, sizes, gold, folder, display)
     steps: list[tuple[str, str, Callable[[], dict]]] = [
         ("sft", "SFT: a language model from scratch", lambda: stages.train_sft(corpus, sizes, folder, display)),
@@ -53,7 +53,7 @@ def _run(options, runner: Runner) -> int:
     return _finish(options, gold, runner)
 
 
-def _finish(options, gold, runner: Runner) -> int:
+def _finish(options: argparse.Namespace, gold: GoldMetric, runner: Runner) -> int:
     """Plot, samples, tables, summary and the gate."""
     folder, display = runner.folder, runner.display
     done = {name: results for name, results in folder.stages.items() if name != "control" or options.control}
@@ -77,7 +77,9 @@ def _finish(options, gold, runner: Runner) -> int:
     return 0 if passed else 1
 
 
-def _summary(options, gold_name: str, done: dict, checks: list[report.Check], passed: bool | None) -> dict:
+def _summary(
+    options: argparse.Namespace, gold_name: str, done: dict, checks: list[report.Check], passed: bool | None
+) -> dict:
     return {
         "arguments": _arguments(options),
         "gold": gold_name,
@@ -89,7 +91,7 @@ def _summary(options, gold_name: str, done: dict, checks: list[report.Check], pa
     }
 
 
-def _arguments(options) -> dict:
+def _arguments(options: argparse.Namespace) -> dict:
     """What a resumed run has to share with the one it goes on from."""
     return {
         "demo": "rlhf",

@@ -1,4 +1,4 @@
-"""The sizes of a demo run: the full recipe, and the quick one of the tests."""
+"""The sizes of a demo run: full, and quick for the tests."""
 
 from dataclasses import dataclass, replace
 

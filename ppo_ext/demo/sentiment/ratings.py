@@ -39,12 +39,19 @@ def read_ratings(path: Path, sha256: str = SHA256) -> list[Rated]:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"demo: {path} must have the SHA-256 {sha256}, got {found}; delete it and run make demo")
-    with tarfile.open(fileobj=io.BytesIO(content)) as outer:
-        with tarfile.open(fileobj=io.BytesIO(outer.extractfile(INNER).read())) as inner:
-            tables = [inner.extractfile(f"hutto_ICWSM_2014/{name}").read() for name in TABLES]
+    inner = _member(content, INNER)
+    tables = [_member(inner, f"hutto_ICWSM_2014/{name}") for name in TABLES]
     lines = [line for table in tables for line in table.decode("utf-8", errors="replace").splitlines()]
     columns = [line.split("\t") for line in lines]
     return [Rated(text, float(rating)) for _, rating, text in (row for row in columns if len(row) == 3)]
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """The content of one file of a tar archive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(name)
+        assert file is not None  # it is for a folder only
+        return file.read()
 
 
 class RatingModel:

@@ -43,7 +43,7 @@ def _run(options, runner: Runner) -> int:
     }
     for i, name in enumerate(stages, 1):
         work = _Stage(name, model, prompts, measures, sizes, folder, display)
-        runner.stage(f"{i}/{len(stages)}", name, titles[name], work.run)
+        runner.stage(f"{i}/{len(stages)}", name, titles[name], work.run, goes_on=True)
     return _finish(options, sizes, measures, runner)
 
 

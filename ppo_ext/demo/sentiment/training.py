@@ -36,14 +36,16 @@ def build_trainer(model_folder: Path, settings: Settings, with_kl: bool = True) 
     adapter = LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    penalty = {"init_kl_coef": settings.kl_coef, "target": settings.kl_target, "horizon": settings.kl_horizon}
     config = ppo_ext.PPOConfig(
         seed=settings.seed,
         batch_size=settings.batch,
         mini_batch_size=settings.minibatch,
         ppo_epochs=settings.epochs,
         vf_coef=settings.vf_coef,
-        **(penalty if with_kl else {"init_kl_coef": 0.0, "adap_kl_ctrl": False}),
+        adap_kl_ctrl=with_kl,
+        init_kl_coef=settings.kl_coef if with_kl else 0.0,
+        target=settings.kl_target,
+        horizon=settings.kl_horizon,
     )
     policy = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(
         model,
