@@ -21,13 +21,13 @@ class Settings:
     epochs: int = 2  # passes over each batch
     learning_rate: float = 1e-3  # of the adapter
     value_learning_rate: float = 2e-5  # of the value head
-    kl_coef: float = 0.08  # start value; adapted towards `kl_target`
+    kl_coef: float = 0.05  # start value; adapted towards `kl_target`
     kl_target: float = 6.0  # nats per response
     kl_horizon: float = 200.0  # responses
     vf_coef: float = 0.1
 
     control_steps: int = 16  # the run without a KL penalty
-    save_every: int = 4  # steps between two saved states, from which --resume goes on
+    save_every: int = 2  # steps between two saved states, from which --resume goes on
 
 
 def full(seed: int) -> Settings:
