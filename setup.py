@@ -10,8 +10,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_build"))
 
-from compile_library import BuildError  # noqa: E402
-from native_build import NativeBuild, Options  # noqa: E402
+from build_options import BuildError, Options  # noqa: E402
+from native_build import NativeBuild  # noqa: E402
 
 
 class BuildNative(build_ext):
@@ -38,13 +38,24 @@ class BuildNative(build_ext):
 
 
 class NativeDistribution(Distribution):
+    has_libraries = True  # until the build has found nothing to compile them with
+
     def has_ext_modules(self):
-        return True  # runs build_ext and makes the wheel a platform wheel
+        return self.has_libraries  # runs build_ext and makes the wheel a platform wheel
 
 
 class AnyPythonWheel(bdist_wheel):
+    def run(self):
+        self.run_command("build")
+        self.skip_build = True
+        built = Path(self.get_finalized_command("build").build_lib, "ppo_ext").glob("_C_*.so")
+        self.distribution.has_libraries = any(built)
+        self.root_is_pure = not self.distribution.has_libraries
+        super().run()
+
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]  # no Python symbol is used: one wheel for every Python
+        # no Python symbol is used: one wheel for every Python, and without libraries for every machine
+        return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]
 
 
 setup(distclass=NativeDistribution, cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

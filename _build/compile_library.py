@@ -7,11 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_options import BuildError
 from find_tools import find_ninja
-
-
-class BuildError(Exception):
-    """A native part cannot be built; the text says what to do."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +75,16 @@ def compile_library(library: Library, folder: Path, max_jobs: int | None = None)
     if ninja:
         file = folder / f"{library.name}.ninja"
         file.write_text(ninja_text(steps, folder), encoding="utf-8")
-        _run([ninja, "-f", str(file), *(["-j", str(max_jobs)] if max_jobs else [])], library.name)
+        run_step([ninja, "-f", str(file), *(["-j", str(max_jobs)] if max_jobs else [])], library.name)
     else:
         print("ppo_ext build: no ninja, so every file is compiled again; pip install ninja", flush=True)
         with ThreadPoolExecutor(max_jobs or os.cpu_count()) as pool:
-            list(pool.map(lambda step: _run(step.command, library.name), steps[:-1]))
-        _run(steps[-1].command, library.name)
+            list(pool.map(lambda step: run_step(step.command, library.name), steps[:-1]))
+        run_step(steps[-1].command, library.name)
     return steps[-1].output
 
 
-def _run(command: list[str], name: str) -> None:
+def run_step(command: list[str], name: str) -> None:
     if subprocess.run(command).returncode != 0:
         raise BuildError(f"compiling {name} failed; the compiler's messages stand above (pip shows them with -v)")
 

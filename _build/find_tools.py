@@ -43,9 +43,7 @@ def run_text(command: list[str], **kwargs) -> str:
 def find_torch(path: Iterable[str] | None = None, env: Mapping[str, str] = os.environ) -> Torch | None:
     """The first usable torch on `path` (default sys.path), then in the caller's environment, else None.
 
-    pip's build isolation only edits sys.path: the interpreter is still that of the environment the package goes into,
-    so asking it again, without isolation, finds the torch the user runs. The stable ABI makes the built library
-    independent of which torch it is.
+    The stable ABI makes the built library independent of which torch this is, so any that the caller has will do.
     """
     for folder in _torch_folders(sys.path if path is None else path, env):
         torch = read_torch(folder)
@@ -71,32 +69,47 @@ def read_torch(folder: Path) -> Torch | None:
 def _torch_folders(path: Iterable[str], env: Mapping[str, str]) -> Iterator[Path]:
     for entry in path:
         yield Path(entry or ".") / "torch"
-    interpreters = [sys.executable]
-    if env.get("VIRTUAL_ENV"):
-        interpreters.append(str(Path(env["VIRTUAL_ENV"], "bin", "python")))
-    for python in interpreters:
-        folder = _torch_seen_by(python)
-        if folder is not None:
-            yield folder
+    folder = _torch_seen_by(sys.executable)
+    if folder is not None:
+        yield folder
+    for environment in dict.fromkeys(_callers_environments(env)):
+        yield from sorted(environment.glob("lib*/python3*/*-packages/torch"), reverse=True)
 
 
 def _torch_seen_by(python: str) -> Path | None:
+    """pip's build isolation only edits sys.path: its interpreter, asked again without, sees its own packages."""
     # -E ignores the PYTHONPATH and PYTHONNOUSERSITE of pip's isolation; "/" keeps the source tree off the path
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     origin = run_text([python, "-E", "-c", code], cwd=os.sep).strip()
     return Path(origin).parent if origin else None
 
 
+def _callers_environments(env: Mapping[str, str]) -> Iterator[Path]:
+    """Environments that the caller may install into.
+
+    uv builds in an environment of its own and points VIRTUAL_ENV at that. What it leaves of the caller's is an activated
+    environment's entry in PATH, and in PWD the folder where uv was started and looked for `.venv`, there and above.
+    """
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if env.get(name):
+            yield Path(env[name])
+    for entry in filter(None, env.get("PATH", "").split(os.pathsep)):
+        yield Path(entry).parent
+    if env.get("PWD"):
+        here = Path(env["PWD"])
+        yield from (folder / ".venv" for folder in (here, *here.parents))
+    yield Path(sys.base_prefix)
+
+
 # ---- compiler and ninja ---------------------------------------------------------------------------------------------
 
 
 def find_cxx(env: Mapping[str, str] = os.environ) -> list[str] | None:
-    """The C++ compiler command: $CXX, else g++, else c++; None if there is none."""
-    for command in (shlex.split(env.get("CXX", "")), ["g++"], ["c++"]):
-        found = shutil.which(command[0], path=env.get("PATH")) if command else None
-        if found:
-            return [found, *command[1:]]
-    return None
+    """The C++ compiler command: $CXX as it stands, else g++, else c++; None if there is none."""
+    if env.get("CXX", "").strip():
+        return shlex.split(env["CXX"])
+    found = shutil.which("g++", path=env.get("PATH")) or shutil.which("c++", path=env.get("PATH"))
+    return [found] if found else None
 
 
 def find_ninja(env: Mapping[str, str] = os.environ) -> str | None:

@@ -2,126 +2,69 @@
 
 import json
 import os
-import platform
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from compile_library import BuildError, Library, Source, compile_library
+import manylinux
+from build_options import BuildError, NoCompiler, NotWanted, Options
+from compile_library import Library, Source, compile_library
+from cuda_archs import gencode_flags, known_archs, resolve_archs
 from find_tools import Cuda, Torch, find_cuda, find_cxx, find_torch, run_text
 
 TORCH_TARGET = "2.10"  # LibTorch stable ABI: the built libraries run on every torch from here on
-SASS = ("8.0", "9.0", "10.0", "12.0")
-PTX = ("9.0", "12.0")  # 9.0 for the families between those of SASS, 12.0 for the ones to come
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: notes on 64-byte vectors, which never cross a library
 # The instruction sets that csrc/*_simd.cpp is compiled for; each is a namespace in csrc/common/levels.h. The lowest comes
 # first, because the linker keeps the first of several definitions of a function.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 HIDE = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-
-
-class NotWanted(Exception):
-    """This build leaves a native part out, and nothing is wrong with that; the text says why."""
+WAY_OUT = {
+    "cpu": "PPO_EXT_REQUIRE_NATIVE=0 installs the slow reference implementation in its place",
+    "cuda": "PPO_EXT_CUDA=0 builds without the CUDA kernels",
+}
 
 
 @dataclass(frozen=True)
-class Options:
-    """The build's environment variables, checked."""
+class Tools:
+    """What to build with, where that is not what this machine has: another torch or compiler, another machine's."""
 
-    cuda: str = "auto"
-    require_native: bool = False
-    debug: bool = False
-    arch_list: str = ""
-    max_jobs: int | None = None
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Options":
-        def choice(name, default, allowed):
-            value = env.get(name) or default
-            if value not in allowed:
-                raise BuildError(f"{name} must be one of {' '.join(allowed)}, got {value}")
-            return value
-
-        jobs = env.get("MAX_JOBS") or None
-        if jobs is not None and (not jobs.isdigit() or int(jobs) < 1):
-            raise BuildError(f"MAX_JOBS must be a positive integer, got {jobs}")
-        return cls(
-            cuda=choice("PPO_EXT_CUDA", "auto", ("auto", "0", "1")),
-            require_native=choice("PPO_EXT_REQUIRE_NATIVE", "0", ("0", "1")) == "1",
-            debug=choice("PPO_EXT_DEBUG", "0", ("0", "1")) == "1",
-            arch_list=env.get("TORCH_CUDA_ARCH_LIST", ""),
-            max_jobs=int(jobs) if jobs else None,
-        )
-
-
-# ---- GPU architectures ----------------------------------------------------------------------------------------------
-
-
-def resolve_archs(arch_list: str, known: set[str]) -> tuple[list[str], list[str]]:
-    """(SASS, PTX) compute capabilities: TORCH_CUDA_ARCH_LIST if set, else those defaults that this nvcc knows."""
-    if not arch_list.strip():
-        sass = [arch for arch in SASS if arch in known]
-        return sass, [arch for arch in PTX if arch in known] or sass[-1:]
-    sass, ptx = [], []
-    for entry in re.split(r"[;,\s]+", arch_list.strip(" ;,")):
-        match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", entry)
-        if match is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: each entry must be like 9.0 or 9.0+PTX, got {entry}")
-        if match[1] not in known:
-            names = " ".join(sorted(known, key=float))
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: each entry must be one this nvcc knows ({names}), got {entry}")
-        sass.append(match[1] + match[2])
-        if match[3]:
-            ptx.append(match[1] + match[2])
-    return sass, ptx
-
-
-def known_archs(cuda: Cuda) -> set[str]:
-    """The compute capabilities that this nvcc compiles for."""
-    names = re.findall(r"compute_(\d+)(\d)\b", run_text([str(cuda.nvcc), "--list-gpu-arch"]))
-    return {f"{major}.{minor}" for major, minor in names}
-
-
-def gencode_flags(sass: list[str], ptx: list[str]) -> list[str]:
-    def flag(arch, kind):
-        number = arch.replace(".", "")
-        return f"-gencode=arch=compute_{number},code={kind}_{number}"
-
-    return [flag(arch, "sm") for arch in sass] + [flag(arch, "compute") for arch in ptx]
-
-
-# ---- the two libraries ----------------------------------------------------------------------------------------------
+    torch: Torch | None = None
+    cxx: list[str] | None = None
+    cuda: Cuda | None = None
 
 
 class NativeBuild:
     """Builds the libraries of the source tree `root`; `facts` collects what _build_info.json will say."""
 
-    def __init__(self, root: Path, options: Options):
+    def __init__(self, root: Path, options: Options, tools: Tools = Tools()):
         self.root = root
         self.options = options
-        kind = "debug" if options.debug else "release"
-        self.folder = root / "build" / (f"{kind}-strict" if options.require_native else kind)
+        self.tools = tools
+        self._strict = options.require_native == "1"
+        kind = ["debug" if options.debug else "release"]
+        kind += ["strict"] * self._strict + ["manylinux"] * options.manylinux
+        self.folder = root / "build" / "-".join(kind)
         self.facts: dict = {"torch_target": TORCH_TARGET, "debug": options.debug}
 
     def run(self, target: Path, version: str) -> None:
-        """Put the libraries and _build_info.json into `target`; raises BuildError if a required part fails."""
+        """Put the libraries and _build_info.json into `target`; raises BuildError if one that must be there fails."""
         say(str(self.options))
         for backend, describe in (("cpu", self.cpu_library), ("cuda", self.cuda_library)):
             library = target / f"_C_{backend}.so"
             try:
-                install(compile_library(describe(), self.folder, self.options.max_jobs), library)
+                install(self.compile(describe(), self.folder), library)
                 self.facts[backend] = "built"
                 continue
             except NotWanted as reason:
                 self.facts[backend] = f"not built: {reason}"
                 say(f"{library.name} {self.facts[backend]}")
             except BuildError as error:
-                if self.options.require_native or (backend == "cuda" and self.options.cuda == "1"):
-                    raise
+                if self._must_succeed(backend, error):
+                    raise BuildError(f"{error}. {WAY_OUT[backend]}") from None
                 self.facts[backend] = f"not built: {error}"
                 say(f"WARNING: {library.name} {self.facts[backend]}")
                 say(f"WARNING: without it ppo_ext runs its slow reference implementation on {backend} tensors")
@@ -129,12 +72,28 @@ class NativeBuild:
         info = {"version": version, "git": git_sha(self.root), "date": build_date(), **self.facts}
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
+    def compile(self, library: Library, folder: Path) -> Path:
+        """Build `library` in `folder` and return its path."""
+        if not self.options.manylinux:
+            return compile_library(library, folder, self.options.max_jobs)
+        library.sources.append(Source(manylinux.SOURCE))
+        built = compile_library(library, folder, self.options.max_jobs)
+        return manylinux.relink(library, built, self._cxx())
+
+    def _must_succeed(self, backend: str, error: BuildError) -> bool:
+        if backend == "cuda" and self.options.cuda == "1":
+            return True
+        # without a compiler there is nothing to mend in the sources: the reference implementation is a whole install
+        allowed = ("0", "auto") if isinstance(error, NoCompiler) else ("0",)
+        return self.options.require_native not in allowed
+
     def cpu_library(self) -> Library:
-        torch, cxx = self._torch(), self._cxx()
+        cxx, torch = self._cxx(), self._torch()
         flags = [*self._optimize(["-fno-math-errno", "-fno-trapping-math"]), *WARNINGS, *HIDE]
-        levels = LEVELS if platform.machine() == "x86_64" and not self.options.debug else {"base": ()}
+        target = run_text([*cxx, "-dumpmachine"])  # not this machine's when cross-compiling
+        levels = LEVELS if target.startswith("x86_64") and not self.options.debug else {"base": ()}
         flags += ["-DPPO_EXT_ONE_LEVEL"] * (len(levels) == 1)
-        flags += ["-Werror"] * self.options.require_native
+        flags += ["-Werror"] * self._strict
         self.facts["cxx_flags"] = " ".join(flags)
         compile = [*cxx, *flags, *self._includes(torch), *self._hide_paths(torch)]
         libraries = [*self._link_torch(torch, "-ltorch_cpu", "-lc10"), "-Wl,--no-undefined"]
@@ -148,12 +107,12 @@ class NativeBuild:
     def cuda_library(self) -> Library:
         if self.options.cuda == "0":
             raise NotWanted("PPO_EXT_CUDA=0")
-        cuda, rejected = find_cuda()
+        cuda, rejected = (self.tools.cuda, []) if self.tools.cuda else find_cuda()
         if cuda is None:
             reason = f"no complete CUDA toolkit found ({'; '.join(rejected)}); set CUDA_HOME to one"
             raise BuildError(reason) if self.options.cuda == "1" else NotWanted(reason)
         sources = self._sources("*_cuda.cu")
-        torch, cxx = self._torch(), self._cxx()
+        cxx, torch = self._cxx(), self._torch()
         sass, ptx = resolve_archs(self.options.arch_list, known_archs(cuda))
         self.facts.update(nvcc=cuda.version, sass=sass, ptx=ptx)
         say(f"nvcc {cuda.version} ({cuda.nvcc}), SASS {' '.join(sass)}, PTX {' '.join(ptx)}")
@@ -161,7 +120,7 @@ class NativeBuild:
         flags += [f"-Xcompiler={','.join([*WARNINGS, *HIDE])}"]
         if float(cuda.version) >= 13:
             flags += ["-compress-mode=size"]  # a quarter of the default's size
-        flags += ["-Werror=all-warnings"] * self.options.require_native
+        flags += ["-Werror=all-warnings"] * self._strict
         self.facts["nvcc_flags"] = " ".join(flags)
         host = [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []
         compile = [str(cuda.nvcc), *host, *flags, *gencode_flags(sass, ptx), *self._includes(torch)]
@@ -182,7 +141,7 @@ class NativeBuild:
         return sources
 
     def _torch(self) -> Torch:
-        torch = find_torch()
+        torch = self.tools.torch or find_torch()
         if torch is None:
             raise BuildError(f"no torch {TORCH_TARGET} or newer is installed; pip install torch")
         self.facts["torch"] = torch.version
@@ -190,11 +149,14 @@ class NativeBuild:
 
     def _cxx(self) -> list[str]:
         if sys.platform != "linux":
-            raise BuildError(f"the kernels are built on Linux only, not on {sys.platform}")
-        cxx = find_cxx()
+            raise NoCompiler(f"the kernels are built on Linux only, not on {sys.platform}")
+        cxx = self.tools.cxx or find_cxx()
         if cxx is None:
-            raise BuildError("no C++ compiler found; install g++ (apt-get install g++) or set CXX")
-        self.facts["cxx"] = run_text([*cxx, "--version"]).partition("\n")[0]
+            raise NoCompiler("no C++ compiler found; install g++ (apt-get install g++) or set CXX")
+        version = run_text([*cxx, "--version"])
+        if not version:
+            raise BuildError(f"CXX must be a C++ compiler that runs, got {shlex.join(cxx)}")
+        self.facts["cxx"] = version.partition("\n")[0]
         return cxx
 
     def _optimize(self, flags: list[str]) -> list[str]:

@@ -7,10 +7,11 @@ download the newest torch, whatever is installed. This backend asks for torch on
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import setuptools
-from find_tools import find_torch
+from find_tools import find_cxx, find_torch
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
 
@@ -28,7 +29,15 @@ def torch_requirement() -> list[str]:
     wanted = os.environ.get("PPO_EXT_BUILD_TORCH", "")
     if wanted:
         return [wanted]
-    return [] if find_torch() else ["torch>=2.10"]
+    if find_torch() or find_cxx() is None:
+        return []
+    print(
+        "ppo_ext build: no torch 2.10 or newer is installed, so the build now fetches one for its headers (gigabytes). "
+        "If you have one, build against it with --no-build-isolation: needs `pip install setuptools ninja`",
+        file=sys.stderr,
+        flush=True,
+    )
+    return ["torch>=2.10"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

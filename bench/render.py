@@ -14,19 +14,19 @@ from .table import number, percent, speedup, time
 
 ROOT = RESULTS.parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs/performance.md"
-# README is also shown on package indexes, where a relative link leads nowhere; this is the only place that has the address
+# README is also shown on package indexes, where a relative link leads nowhere. pyproject.toml has the address.
 REPOSITORY = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _HEAD = ("op", "pass", "shape", "dtype", "ours")
-_TAIL = ("of the floor", "TRL", "ours vs TRL", "ours vs the fastest other", "max error, ours / TRL")
+_TAIL = ("memory floor / ours", "TRL", "ours vs TRL", "ours vs the fastest other", "max error, ours / TRL")
 _NOTHING = {
     "cpu": "No CPU has been measured yet; run `python -m bench --save`.",
-    "cuda": "No GPU has been measured yet; `bench/on_gpu.sh` does it.",
+    "cuda": "No GPU has been measured yet; `bench/on_gpu.sh` measures one.",
 }
 _STATES = {
     "cpu": "A time is the median of repeated calls, so caches are warm wherever the input fits into them.",
-    "cuda": 'A time is the median of calls after a flush of L2. "Device" is the replay of a CUDA graph, and "of '
-    'the floor" compares graphs; everything else is what a user pays, host included.',
+    "cuda": 'A time is the median of calls after a flush of L2. "Device" is the replay of a CUDA graph, and the '
+    "memory floor is compared with graphs; everything else is what a user pays, host included.",
 }
 _CAPTIONS = {
     "speedup.png": "How many times longer each alternative takes. Left of the line it is faster than ppo_ext.",

@@ -4,7 +4,7 @@ from . import rows as rows_of
 from .bench_overhead import OPERATOR, TARGET_US
 from .rows import is_floor, is_ours, timed, wrong
 
-HEADER = ("implementation", "time", "p20-p80", "ours is", "of the floor", "other state", "peak", "max error", "note")
+HEADER = ("implementation", "time", "p20-p80", "ours is", "floor / time", "other state", "peak", "max error", "note")
 
 
 def number(value):

@@ -250,7 +250,7 @@ def test_a_gpu_stands_apart_with_its_device_time(tmp_path):
     )
     _, performance = _pages_after(tmp_path / "results")
     cpu, _, gpu = performance.partition("### GPU")
-    assert "| ours | device | of the floor |" in gpu and "| 0.5 ms | 0.2 ms | 500 % |" in gpu
+    assert "| ours | device | memory floor / ours |" in gpu and "| 0.5 ms | 0.2 ms | 500 % |" in gpu
     assert "### CPU\n\nNo CPU has been measured yet" in cpu
 
 

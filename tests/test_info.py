@@ -90,8 +90,30 @@ def test_a_missing_library_fails_and_names_the_fix(bare):
     result = run("-m", "ppo_ext", "info", folder=bare)
     assert result.returncode == 1
     problem, command = result.stdout.rstrip().splitlines()[-2:]
-    assert problem == "problem: _C_cpu.so was not built (not built: no C++ compiler found; install g++)"
-    assert command.startswith("run: apt-get install -y g++ && ") and "-m pip install --no-deps" in command
+    assert problem == (
+        "problem: _C_cpu.so was not built (not built: no C++ compiler found; install g++); "
+        "the slow reference implementation was installed"
+    )
+    assert command.startswith("run: apt-get install -y g++ && ")
+    assert "-m pip install --no-deps --force-reinstall --no-cache-dir" in command
+
+
+@needs_native
+def test_a_checkout_that_hides_the_installed_package(bare, tmp_path):
+    """`python -m` puts the folder it is started in before site-packages; in a checkout nothing may be compiled."""
+    shutil.copytree(PACKAGE, tmp_path / "ppo_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "ppo_ext-0.1.0.dist-info").mkdir()
+    (tmp_path / "ppo_ext-0.1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: ppo_ext\nVersion: 0.1.0\n")
+    path = os.pathsep.join(map(str, (bare, tmp_path)))
+    result = run("-m", "ppo_ext", "info", PYTHONPATH=path)
+    assert result.returncode == 1
+    problem, command = result.stdout.rstrip().splitlines()[-2:]
+    assert problem == (
+        f"problem: {bare}/ppo_ext has no _C_cpu.so, and Python finds it before the installed {tmp_path}/ppo_ext"
+    )
+    assert command == f"run: cd / && {sys.executable} -m ppo_ext info"
+    code = "import torch, ppo_ext; ppo_ext.masked_mean(torch.ones(2), torch.ones(2))"
+    assert "To change that: start Python in another folder" in run("-c", code, PYTHONPATH=path).stderr
 
 
 def test_a_missing_library_warns_once_and_still_works(bare):

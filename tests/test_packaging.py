@@ -1,5 +1,4 @@
-"""What is installed: the wheel, the libraries' symbols and architectures, how the build finds its tools, what an import
-does."""
+"""What is installed: the wheel, the libraries' symbols and architectures, what an import does."""
 
 import ast
 import json
@@ -18,10 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ppo_ext"
 sys.path.insert(0, str(ROOT / "_build"))
 
-import compile_library  # noqa: E402
 import find_tools  # noqa: E402
-import native_build  # noqa: E402
-from native_build import BuildError, Options  # noqa: E402
 
 # Only libtorch_cuda exports these. They stay undefined, so that the library can be linked against a torch without CUDA.
 CUDA_SHIMS = {"aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg"}
@@ -36,7 +32,7 @@ def python(*arguments, cwd="/", **variables):
     )
 
 
-def backend(hook, target):
+def backend(hook, target, **variables):
     """Runs one hook of the build backend on this checkout; returns the file that it made.
 
     The options are those with which the checkout itself was built, so that no object has to be compiled again.
@@ -44,13 +40,13 @@ def backend(hook, target):
     facts = PACKAGE / "_build_info.json"
     info = json.loads(facts.read_text()) if facts.exists() else {}
     options = {
-        "PPO_EXT_REQUIRE_NATIVE": str(int("-Werror" in info.get("cxx_flags", ""))),
+        "PPO_EXT_REQUIRE_NATIVE": "1" if "-Werror" in info.get("cxx_flags", "") else "auto",
         "PPO_EXT_CUDA": "auto" if info.get("cuda", "built") == "built" else "0",
     }
     code = (
         f"import sys; sys.path.insert(0, '_build'); import ppo_build; print('made', ppo_build.{hook}({str(target)!r}))"
     )
-    result = python("-c", code, cwd=ROOT, **options)
+    result = python("-c", code, cwd=ROOT, **{**options, **variables})
     assert result.returncode == 0, result.stdout + result.stderr
     return Path(target, re.findall(r"^made (.*)$", result.stdout, re.MULTILINE)[0])
 
@@ -183,6 +179,30 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
 
 
 @pytest.mark.slow
+def test_wheel_without_a_compiler_fits_every_machine(tmp_path):
+    """So that pip does not keep a wheel without libraries as the one for this kind of machine."""
+    wheel = backend("build_wheel", tmp_path, PATH="/nowhere", CXX="", PPO_EXT_REQUIRE_NATIVE="auto")
+    assert re.fullmatch(r"ppo_ext-[\d.]+-py3-none-any.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        (facts,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        assert "Root-Is-Purelib: true\nTag: py3-none-any\n" in archive.read(facts).decode()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "no C++ compiler found" in archive.read("ppo_ext/_build_info.json").decode()
+
+
+def test_nothing_beside_the_package_is_packed(tmp_path):
+    """`ppo_ext_demo` is the folder that the demo writes to."""
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed here")
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    for name in ("ppo_ext/ops/gae.py", "ppo_ext_demo/plot.py", "bench/timing.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    find = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["packages"]["find"]
+    assert set(setuptools.find_namespace_packages(str(tmp_path), **find)) == {"ppo_ext", "ppo_ext.ops"}
+
+
+@pytest.mark.slow
 def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(backend("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -203,209 +223,6 @@ def test_versions_agree():
     assert f'version = "{ppo_ext.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {ppo_ext.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {ppo_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-# ---- finding torch and CUDA -----------------------------------------------------------------------------------------
-
-
-def make_torch(site, version, headers=True):
-    folder = site / "torch"
-    (folder / "include/torch/csrc/stable").mkdir(parents=True)
-    (folder / "version.py").write_text(f"__version__ = '{version}'\n")
-    if headers:
-        (folder / "include/torch/csrc/stable/library.h").touch()
-    return folder
-
-
-def test_find_torch_takes_the_first_usable_one(tmp_path):
-    make_torch(tmp_path / "old", "2.9.1")
-    make_torch(tmp_path / "bare", "2.13.0", headers=False)
-    good = make_torch(tmp_path / "good", "2.10.0+cpu")
-    make_torch(tmp_path / "later", "2.15.0")
-    path = [str(tmp_path / name) for name in ("empty", "old", "bare", "good", "later")]
-    assert find_tools.find_torch(path, env={}) == find_tools.Torch(good, "2.10.0+cpu")
-
-
-def test_find_torch_looks_out_of_build_isolation():
-    """Without site-packages on its path, as in pip's build isolation, the build finds the torch of this interpreter."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / '_build')!r}); import find_tools; print(find_tools.find_torch())"
-    )
-    result = python("-S", "-c", code)
-    assert repr(find_tools.find_torch().folder) in result.stdout, result.stdout + result.stderr
-
-
-def test_backend_asks_for_torch_only_if_there_is_none(monkeypatch):
-    backend = pytest.importorskip("ppo_build", reason="setuptools is not installed here")
-    monkeypatch.delenv("PPO_EXT_BUILD_TORCH", raising=False)
-    assert backend.torch_requirement() == []
-    monkeypatch.setattr(backend, "find_torch", lambda: None)
-    assert backend.torch_requirement() == ["torch>=2.10"]
-    monkeypatch.setenv("PPO_EXT_BUILD_TORCH", "torch==2.11.0")
-    assert backend.torch_requirement() == ["torch==2.11.0"]
-
-
-def make_toolkit(root, release="13.0", lack=()):
-    files = {
-        "nvcc": "bin/nvcc",
-        "header": "include/cuda_runtime.h",
-        "cccl": "include/nv/target",
-        "runtime": "lib64/libcudart_static.a",
-    }
-    for name, file in files.items():
-        if name not in lack:
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            (root / file).write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
-            (root / file).chmod(0o755)
-    return root
-
-
-def test_find_cuda_is_not_fooled_by_a_wrapper(tmp_path):
-    """nvcc on $PATH may be a script in a folder without a toolkit."""
-    wrapper = make_toolkit(tmp_path / "local", lack=("header", "cccl", "runtime"))
-    half = make_toolkit(tmp_path / "half", lack=("runtime",))
-    good = make_toolkit(tmp_path / "cuda", "12.8")
-    cuda, rejected = find_tools.find_cuda({}, [wrapper, half, good])
-    assert (cuda.nvcc, cuda.library, cuda.version) == (good / "bin/nvcc", good / "lib64", "12.8")
-    assert rejected == [
-        f"{wrapper} lacks include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a",
-        f"{half} lacks lib64/libcudart_static.a",
-    ]
-
-
-def test_find_cuda_says_what_each_place_lacks(tmp_path):
-    cuda, rejected = find_tools.find_cuda({}, [tmp_path / "none"])
-    assert cuda is None
-    assert rejected == [
-        f"{tmp_path / 'none'} lacks bin/nvcc, include/cuda_runtime.h, include/nv/target, lib64/libcudart_static.a"
-    ]
-
-
-@pytest.mark.parametrize("beside", ["torch", "interpreter"])
-def test_find_cuda_in_the_packages_of_pip(tmp_path, monkeypatch, beside):
-    """pip installs nvcc into nvidia/cu13 with the runtime in lib, beside torch or in this interpreter's folder."""
-    folders = {name: tmp_path / name for name in ("torch", "interpreter")}
-    torch = find_tools.Torch(make_torch(folders["torch"], "2.13.0"), "2.13.0")
-    monkeypatch.setattr(find_tools, "find_torch", lambda env: torch)
-    monkeypatch.setattr(find_tools.sysconfig, "get_path", lambda name: str(folders["interpreter"]))
-    root = make_toolkit(folders[beside] / "nvidia/cu13")
-    (root / "lib64").rename(root / "lib")
-    of_pip = [root for root in find_tools.cuda_roots({"PATH": ""}) if tmp_path in root.parents]
-    cuda, _ = find_tools.find_cuda({}, of_pip)
-    assert cuda == find_tools.Cuda(root / "bin/nvcc", root / "include", root / "lib", "13.0")
-
-
-def test_find_cuda_misses_the_headers_that_nvcc_does_not_bring(tmp_path):
-    """The package nvidia-cuda-nvcc does not depend on nvidia-cuda-cccl, without which no kernel compiles."""
-    cuda, rejected = find_tools.find_cuda({}, [make_toolkit(tmp_path / "nvidia/cu13", lack=("cccl",))])
-    assert cuda is None and rejected == [f"{tmp_path / 'nvidia/cu13'} lacks include/nv/target"]
-
-
-def test_cuda_home_comes_first(tmp_path):
-    nvcc = make_toolkit(tmp_path / "onpath") / "bin"
-    env = {"CUDA_HOME": str(tmp_path / "home"), "CUDA_PATH": str(tmp_path / "path"), "PATH": str(nvcc)}
-    roots = list(find_tools.cuda_roots(env))
-    assert roots[:2] == [tmp_path / "home", tmp_path / "path"]
-    assert roots.index(Path("/usr/local/cuda")) < roots.index(tmp_path / "onpath")
-
-
-# ---- the build's options --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, value, text",
-    [
-        ("PPO_EXT_CUDA", "yes", "PPO_EXT_CUDA must be one of auto 0 1, got yes"),
-        ("PPO_EXT_REQUIRE_NATIVE", "true", "PPO_EXT_REQUIRE_NATIVE must be one of 0 1, got true"),
-        ("PPO_EXT_DEBUG", "2", "PPO_EXT_DEBUG must be one of 0 1, got 2"),
-        ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got 0"),
-    ],
-)
-def test_rejects_options(name, value, text):
-    with pytest.raises(BuildError, match=re.escape(text)):
-        Options.from_env({name: value})
-
-
-def test_empty_options_are_the_defaults():
-    assert Options.from_env({"PPO_EXT_CUDA": "", "MAX_JOBS": ""}) == Options()
-
-
-def test_default_archs_are_those_that_nvcc_knows():
-    assert native_build.resolve_archs("", {"7.5", "8.0", "9.0", "10.0", "12.0", "12.1"}) == (
-        ["8.0", "9.0", "10.0", "12.0"],
-        ["9.0", "12.0"],
-    )
-    assert native_build.resolve_archs("", {"7.5", "8.0", "8.6"}) == (["8.0"], ["8.0"])
-
-
-def test_arch_list_is_honoured():
-    known = {"7.5", "8.0", "9.0"}
-    assert native_build.resolve_archs("7.5 8.0;9.0a+PTX", known) == (["7.5", "8.0", "9.0a"], ["9.0a"])
-    assert native_build.gencode_flags(["8.0"], ["9.0a"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=compute_90a",
-    ]
-
-
-@pytest.mark.parametrize(
-    "archs, text",
-    [
-        ("Hopper", "each entry must be like 9.0 or 9.0+PTX, got Hopper"),
-        ("12.0", "each entry must be one this nvcc knows (8.0 9.0), got 12.0"),
-    ],
-)
-def test_rejects_arch_list(archs, text):
-    with pytest.raises(BuildError, match=re.escape(text)):
-        native_build.resolve_archs(archs, {"9.0", "8.0"})
-
-
-def sample_library(folder, text="int answer() { return 42; }\n"):
-    (folder / "answer_cpu.cpp").write_text(text)
-    cxx = find_tools.find_cxx() or pytest.skip("no C++ compiler here")
-    compile = [*cxx, "-fPIC"]
-    source = compile_library.Source(folder / "answer_cpu.cpp")
-    return compile_library.Library("answer.so", [source], compile, [*cxx, "-shared"], [])
-
-
-def test_compile_again_only_after_a_change(tmp_path):
-    folder = tmp_path / "with a blank"
-    folder.mkdir()
-    (folder / "value.h").write_text("#define VALUE 42\n")
-    sample = sample_library(folder, '#include "value.h"\nint answer() { return VALUE; }\n')
-    if find_tools.find_ninja() is None:
-        pytest.skip("no ninja here")
-    built = compile_library.compile_library(sample, folder / "build")
-    first = built.stat().st_mtime_ns
-    assert compile_library.compile_library(sample, folder / "build").stat().st_mtime_ns == first
-    (folder / "value.h").write_text("#define VALUE 43\n")
-    assert compile_library.compile_library(sample, folder / "build").stat().st_mtime_ns > first
-
-
-def test_builds_without_ninja(tmp_path, monkeypatch):
-    monkeypatch.setattr(compile_library, "find_ninja", lambda: None)
-    assert compile_library.compile_library(sample_library(tmp_path), tmp_path / "build").exists()
-
-
-def test_missing_compiler_is_recorded_or_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(native_build, "find_cxx", lambda: None)
-    native_build.NativeBuild(ROOT, Options(cuda="0")).run(tmp_path, "0.1.0")
-    info = json.loads((tmp_path / "_build_info.json").read_text())
-    assert info["cpu"].startswith("not built: no C++ compiler found; install g++")
-    assert info["cuda"] == "not built: PPO_EXT_CUDA=0"
-    with pytest.raises(BuildError, match="no C.. compiler found"):
-        native_build.NativeBuild(ROOT, Options(cuda="0", require_native=True)).run(tmp_path, "0.1.0")
-
-
-def test_missing_cuda_is_an_error_only_if_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(native_build, "find_cuda", lambda: (None, ["/usr/local/cuda lacks bin/nvcc"]))
-    with pytest.raises(native_build.NotWanted, match="/usr/local/cuda lacks bin/nvcc"):
-        native_build.NativeBuild(ROOT, Options(require_native=True)).cuda_library()
-    with pytest.raises(BuildError, match="set CUDA_HOME to one"):
-        native_build.NativeBuild(ROOT, Options(cuda="1")).cuda_library()
-
-
-def test_target_macro():
-    assert native_build.target_macro("2.10") == "0x020a000000000000"
 
 
 # ---- the package's habits -------------------------------------------------------------------------------------------

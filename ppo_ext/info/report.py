@@ -151,10 +151,13 @@ def diagnose(report: dict[str, Any]) -> tuple[str | None, str | None]:
     failed = [device for device, result in report["selftest"].items() if not result["passed"]]
     if missing and os.environ.get("PPO_EXT_DISABLE_NATIVE") == "1":
         return state[missing], "unset PPO_EXT_DISABLE_NATIVE"
+    if missing and _native._INSTALLED:
+        return state[missing], f"cd / && {sys.executable} -m ppo_ext info"
     if missing:
         reason = build.get(missing, "built")
         problem = state[missing] if reason == "built" else f"{state[missing]} ({reason})"
         if "no C++ compiler" in reason:
+            problem += "; the slow reference implementation was installed"
             return problem, f"apt-get install -y g++ && {_reinstall()}"
         return problem, _reinstall("CUDA_HOME=/usr/local/cuda PPO_EXT_CUDA=1 " if missing == "cuda" else "")
     driver, nvcc = report["cuda"]["driver"], build.get("nvcc")
@@ -174,7 +177,8 @@ def _reinstall(variables: str = "") -> str:
     """The command that builds the package again from its source, and ends with an error if that is not possible."""
     editable = (_FOLDER.parent / "setup.py").exists()
     source = str(_FOLDER.parent) if editable else _install_source()
-    how = "--editable" if editable else "--force-reinstall"
+    # without --no-cache-dir pip may take the very wheel from its cache that is to be replaced
+    how = "--editable" if editable else "--force-reinstall --no-cache-dir"
     return f"{variables}PPO_EXT_REQUIRE_NATIVE=1 {sys.executable} -m pip install --no-deps {how} {source}"
 
 

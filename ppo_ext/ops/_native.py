@@ -5,6 +5,7 @@ library is missing, the op modules call `ppo_ext.ops.reference` instead, and a w
 device.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import warnings
@@ -14,7 +15,25 @@ from typing import Any
 import torch
 
 _FOLDER = pathlib.Path(__file__).parent.parent
-_REBUILD = "reinstall with `pip install --force-reinstall --no-deps .` and read the build's output"
+
+
+def _find_installed():
+    """The folder of an installed ppo_ext that has the CPU library, if this one lacks it: a checkout that hides it."""
+    if (_FOLDER / "_C_cpu.so").exists():
+        return None
+    for distribution in importlib.metadata.distributions(name="ppo_ext"):
+        folder = pathlib.Path(distribution.locate_file("ppo_ext")).resolve()
+        if folder != _FOLDER.resolve() and (folder / "_C_cpu.so").exists():
+            return folder
+    return None
+
+
+_INSTALLED = _find_installed()
+_REBUILD = (
+    "start Python in another folder"
+    if _INSTALLED
+    else "reinstall with `pip install --force-reinstall --no-deps --no-cache-dir .` and read the build's output"
+)
 
 
 def _load(name: str, wanted: bool) -> str | None:
@@ -24,6 +43,8 @@ def _load(name: str, wanted: bool) -> str | None:
     if not wanted:
         return "this torch has no CUDA"
     path = _FOLDER / name
+    if not path.exists() and _INSTALLED:
+        return f"{_FOLDER} has no {name}, and Python finds it before the installed {_INSTALLED}"
     if not path.exists():
         return f"{name} was not built"
     try:

@@ -57,7 +57,8 @@ class _PPOLoss(torch.autograd.Function):
     def forward(ctx, logprobs, vpreds, outputs):
         # Only inputs and outputs of this function need save_for_backward; an attribute is faster.
         loss, *ctx.saved = outputs
-        return loss
+        # torch 2.10 cannot trace a function that returns a tensor of its caller's as it is
+        return loss.view_as(loss) if torch.compiler.is_compiling() else loss
 
     @staticmethod
     def backward(ctx, grad_loss):

@@ -1,6 +1,6 @@
 // right.cu: small kernels that use each primitive of the host layer as CUDA allows.
-#include "layer.h"
 #include "common/load.cuh"
+#include "layer.h"
 
 namespace cuda_on_host {
 namespace {

@@ -1,0 +1,85 @@
+"""PPO_EXT_MANYLINUX=1: the libraries ask for no newer glibc than 2.28, whatever this machine has."""
+
+import ctypes
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "_build"))
+
+import manylinux  # noqa: E402
+from build_options import BuildError  # noqa: E402
+from compile_library import Library, Source, compile_library  # noqa: E402
+from find_tools import find_cxx  # noqa: E402
+
+LIBC = tuple(int(part) for part in platform.libc_ver()[1].split(".") if part)
+
+# What the kernels and the CUDA runtime use that glibc 2.29, 2.32 and 2.34 or GCC 9 brought in a new version.
+EVERYTHING_NEW = """
+#include <cmath>
+#include <dlfcn.h>
+#include <memory>
+#include <pthread.h>
+#include <semaphore.h>
+#include <sstream>
+#include <string>
+#include <sys/mman.h>
+
+extern "C" __attribute__((visibility("default"))) double answer(double x) {
+  std::ostringstream text;
+  text << std::exp(x) + std::log(x) + std::exp2(x) + std::expm1(x);
+  std::stringstream again;
+  again << text.str();
+  std::shared_ptr<std::string> kept = std::make_shared<std::string>(again.str()), copy = kept;
+  pthread_key_t key;
+  if (pthread_key_create(&key, nullptr) != 0 || pthread_setspecific(key, &key) != 0) return -1;
+  sem_t semaphore;
+  if (sem_init(&semaphore, 0, 1) != 0 || sem_wait(&semaphore) != 0) return -2;
+  if (dlsym(RTLD_DEFAULT, "printf") == nullptr || shm_open("/no/such", 0, 0) != -1) return -3;
+  return std::stod(*copy);
+}
+"""
+
+
+def linked_twice(folder, text):
+    """The library as it is linked at first, and for manylinux."""
+    cxx = find_cxx() or pytest.skip("no C++ compiler here")
+    (folder / "sample.cpp").write_text(text)
+    sources = [Source(folder / "sample.cpp"), Source(manylinux.SOURCE)]
+    compile = [*cxx, "-O2", "-fPIC", "-fvisibility=hidden"]
+    library = Library("sample.so", sources, compile, [*cxx, "-shared"], ["-Wl,--as-needed", "-lstdc++", "-ldl", "-lrt"])
+    built = compile_library(library, folder / "build")
+    return built, manylinux.relink(library, built, cxx)
+
+
+def newest(library, name):
+    table = subprocess.run(["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True).stdout
+    return max(tuple(map(int, version.split("."))) for version in re.findall(rf"@{name}_([\d.]+)", table))
+
+
+def test_takes_the_old_versions_of_what_is_new_here(tmp_path):
+    first, second = linked_twice(tmp_path, EVERYTHING_NEW)
+    assert LIBC < (2, 34) or newest(first, "GLIBC") == (2, 34)
+    assert newest(second, "GLIBC") <= manylinux.GLIBC and newest(second, "GLIBCXX") <= (3, 4, 24)
+    for library in (first, second):
+        answer = ctypes.CDLL(str(library)).answer
+        answer.argtypes, answer.restype = [ctypes.c_double], ctypes.c_double
+        assert answer(1.0) == pytest.approx(2.71828 + 0 + 2 + 1.71828, abs=1e-4)
+
+
+def test_its_own_definitions_are_hidden(tmp_path):
+    _, library = linked_twice(tmp_path, EVERYTHING_NEW)
+    exported = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True).stdout
+    assert not re.search("__libc_single_threaded|stringstream", exported)
+
+
+@pytest.mark.skipif(LIBC < (2, 36), reason="arc4random came with glibc 2.36")
+def test_names_what_glibc_2_28_does_not_have(tmp_path):
+    text = '#include <stdlib.h>\nextern "C" __attribute__((visibility("default"))) int f() { return arc4random(); }\n'
+    with pytest.raises(BuildError, match="glibc 2.28 has no arc4random; define it in newer_symbols.cpp or do without"):
+        linked_twice(tmp_path, text)
