@@ -64,12 +64,12 @@ class SavingMixin(TrainerBase):
         encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
         kind = AutoModelForSeq2SeqLMWithValueHead if encoder_decoder else AutoModelForCausalLMWithValueHead
         model = kind.from_pretrained(source, **options)
-        return cls(
-            config=PPOConfig() if config is None else config,
-            model=model,
-            tokenizer=AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer,
-            **kwargs,
-        )
+        arguments: dict[str, Any] = {
+            "config": PPOConfig() if config is None else config,
+            "model": model,
+            "tokenizer": AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer,
+        }
+        return cls(**arguments, **kwargs)
 
     def save_pretrained(
         self,
