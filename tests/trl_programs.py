@@ -97,7 +97,8 @@ ppo_trainer._save_pretrained(SAVED)
 """
 )
 
-# examples/research_projects/tools, ppo_multi_adapter.py: policy, reference and reward model in one backbone
+# examples/scripts/ppo_multi_adapter.py: policy, reference and reward model in one backbone. It accumulates gradients, this
+# does not: TRL ends an accumulation early in the last batch of a dataloader
 MULTI_ADAPTER = (
     _DATASET
     + """
@@ -113,7 +114,7 @@ model = AutoModelForCausalLMWithValueHead.from_pretrained(
     MODEL, device_map={"": "cpu"}, peft_config=lora_config, reward_adapter=REWARD_ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 config = PPOConfig(model_name=MODEL, log_with=None, learning_rate=1e-3, batch_size=4, mini_batch_size=2,
-    gradient_accumulation_steps=2, optimize_cuda_cache=True, seed=1)
+    gradient_accumulation_steps=1, optimize_cuda_cache=True, seed=1)
 ppo_trainer = PPOTrainer(config, model, ref_model=None, tokenizer=tokenizer, dataset=build_dataset(tokenizer, 4),
     data_collator=collator)
 sampler = LengthSampler(5, 6)
