@@ -57,7 +57,9 @@ def main(argv=None):
         prog="python -m tests.platforms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checks", nargs="+", choices=tuple(CHECKS))
-    parser.add_argument("--wheel", type=pathlib.Path, help="the wheel whose op tests run on every torch")
+    parser.add_argument(
+        "--wheel", type=lambda name: pathlib.Path(name).resolve(), help="the wheel whose op tests run on every torch"
+    )
     parser.add_argument("--compiler", action="append", help="for the headers, instead of g++; may be repeated")
     parser.add_argument("--keep", action="store_true", help="keep each torch's environment, 5 to 7 GB")
     parser.add_argument("--save", action="store_true", help="keep the tables in bench/evidence/platforms.*")
