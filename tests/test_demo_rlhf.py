@@ -158,12 +158,15 @@ def test_ctrl_c_says_what_is_kept(own_text, capsys, monkeypatch):
     assert "finished stages: sft" in said
 
 
-@pytest.mark.parametrize("below", ["", "deeper"])
-def test_an_output_path_that_cannot_be_a_folder_is_named(own_text, capsys, below):
+@pytest.mark.parametrize(
+    ("below", "message"),
+    [("", "--out must be a folder, got the file"), ("deeper", "--out must be a writable folder, got")],
+)
+def test_an_output_path_that_cannot_be_a_folder_is_named(own_text, capsys, below, message):
     (own_text / "file").write_text("")
     assert demo.main([*quick_arguments(own_text), "--out", str(own_text / "file" / below)]) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert "demo: --out must be a writable folder, got" in said
+    assert f"demo: {message}" in said
     assert "nothing was written" in said
 
 

