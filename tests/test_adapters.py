@@ -123,6 +123,19 @@ def test_reward_scores_match_trl_and_the_classifier(base_path, reward_path):
     torch.testing.assert_close(scores[:1, -1], expected, rtol=0, atol=1e-6)
 
 
+def test_reward_adapter_added_by_hand_as_in_trl(base_path, reward_path):
+    peft, scores = pytest.importorskip("peft"), []
+    for module in (models, require_trl()):
+        kind = module.AutoModelForCausalLMWithValueHead
+        policy = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base_path), lora())
+        score = kind.add_and_load_reward_modeling_adapter(policy, str(reward_path), "second")
+        assert "second" in policy.peft_config and not any(p.requires_grad for p in score.parameters())
+        scores.append((score.state_dict(), policy.state_dict()))
+    for ours, theirs in zip(*scores, strict=True):
+        added = [name for name in theirs if "second" in name or name == "weight"]
+        assert added and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in added)
+
+
 def test_reward_scores_leave_the_policy_as_it_was(base_path, reward_path):
     model = load_with_reward(models, base_path, reward_path)
     model.v_head.eval()

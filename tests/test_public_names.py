@@ -15,8 +15,10 @@ NAMES = {
         check_labels create_reference_model normalize_rewards reward_loss reward_scores""",
     "ppo_ext.trl": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
         BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer
-        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model extras
-        import_utils models set_seed trainer""",
+        RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model env_utils extras
+        import_utils is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
+        is_npu_available is_openai_available is_peft_available is_pil_available is_wandb_available is_xpu_available
+        models set_seed trainer""",
 }
 MODULES = {"ppo_ext": ppo_ext, "ppo_ext.trl": ppo_ext.trl}
 FROM_LIST = {"ppo_ext": OPS, "ppo_ext.trl": ()}  # the ops of ops.py

@@ -46,10 +46,10 @@ def test_resuming_changes_no_bit(tmp_path, options):
     expected = go_on(whole, 0, 4)
     stopped = make(**options())
     assert [row["drawn"] for row in go_on(stopped, 0, 2)] == [row["drawn"] for row in expected[:2]]
-    stopped.save_state(tmp_path)
+    stopped.save_run(tmp_path)
     resumed = make(**options())
-    go_on(resumed, 7, 8)  # load_state must overwrite whatever this changed
-    resumed.load_state(tmp_path)
+    go_on(resumed, 7, 8)  # load_run must overwrite whatever this changed
+    resumed.load_run(tmp_path)
     for got, row in zip(go_on(resumed, 2, 4), expected[2:], strict=True):
         for key, value in row.items():
             assert np.array_equal(got[key], value), key
@@ -63,32 +63,32 @@ def test_resuming_changes_no_bit(tmp_path, options):
 def test_a_damaged_file_changes_nothing(tmp_path):
     trainer = make()
     go_on(trainer, 0, 1)
-    trainer.save_state(tmp_path)
+    trainer.save_run(tmp_path)
     path = tmp_path / STATE_FILE
     path.write_bytes(path.read_bytes()[:-100])
     before = tiny_models.weights(trainer)
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
-        trainer.load_state(tmp_path)
+        trainer.load_run(tmp_path)
     with pytest.raises(ValueError, match="trainer_state.safetensors must exist"):
-        trainer.load_state(tmp_path / "elsewhere")
+        trainer.load_run(tmp_path / "elsewhere")
     for name, parameter in tiny_models.weights(trainer).items():
         assert torch.equal(parameter, before[name])
 
 
 def test_another_model_is_refused(tmp_path):
-    make().save_state(tmp_path)
-    with pytest.raises(ValueError, match="load_state: the state dict must hold "):
-        make(name="llama").load_state(tmp_path)
+    make().save_run(tmp_path)
+    with pytest.raises(ValueError, match="load_run: the state dict must hold "):
+        make(name="llama").load_run(tmp_path)
     checkpoint.write_tensors(tmp_path / STATE_FILE, {"x": torch.ones(1)})
-    with pytest.raises(ValueError, match="must be written by save_state, got 1 other tensors"):
-        make().load_state(tmp_path)
+    with pytest.raises(ValueError, match="must be written by save_run, got 1 other tensors"):
+        make().load_run(tmp_path)
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
     trainer = make()
-    trainer.save_state(tmp_path)
+    trainer.save_run(tmp_path)
     tensors = checkpoint.read_tensors(tmp_path / STATE_FILE)
     tensors["random.torch"] = tensors["random.torch"].repeat(2, 1)
     checkpoint.write_tensors(tmp_path / STATE_FILE, tensors)
-    with pytest.raises(ValueError, match="load_state: the number of processes must be 2, got 1"):
-        trainer.load_state(tmp_path)
+    with pytest.raises(ValueError, match="load_run: the number of processes must be 2, got 1"):
+        trainer.load_run(tmp_path)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from conftest import require_trl
 
@@ -175,15 +176,43 @@ def test_pad_to_size():
     assert core.pad_to_size(torch.ones(2, 2), 3, padding=0).tolist() == [[1, 1, 0], [1, 1, 0]]
 
 
-def test_device_cache_decorator():
-    with core.PPODecorators.empty_device_cache():
-        pass
+def test_average_torch_dicts():
+    dicts = [
+        {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)},
+        {"a": torch.tensor([3.0, 6.0]), "b": torch.tensor(5.0)},
+    ]
+    averages = core.average_torch_dicts(dicts)
+    assert averages["a"].tolist() == [2.0, 4.0] and averages["b"].item() == 4.0 and len(averages) == 2
 
-    @core.PPODecorators.empty_device_cache()
+
+def test_listify_batch():
+    rows = core.listify_batch(torch.tensor([[1, 2], [3, 4]]))
+    assert isinstance(rows, list) and [row.tolist() for row in rows] == [[1, 2], [3, 4]]
+
+
+def test_build_bert_batch_from_txt():
+    tokenizer = tiny_models.tokenizer()
+    ids, mask = core.build_bert_batch_from_txt(["w5 w6 w7", "w8"], tokenizer, "cpu")
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and ids.dtype == torch.int64
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]] and mask.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["cuda", "device"])
+def test_cache_decorators(kind, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(kind))
+    empty = getattr(core.PPODecorators, f"empty_{kind}_cache")
+    with empty():
+        pass
+    assert not emptied
+    monkeypatch.setattr(core.PPODecorators, f"optimize_{kind}_cache", True)
+
+    @empty()
     def answer():
         return 42
 
-    assert answer() == 42
+    assert answer() == 42 and emptied == [kind]
 
 
 def test_every_name_of_the_module_is_here(theirs):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from accelerate.state import GradientState
 from conftest import require_trl
 
 import ppo_ext.trl
@@ -25,6 +26,8 @@ def with_value_heads(library, name, peft_config=None, **changes):
 
 def make_trainer(library, model, *, padding_side="right", optimizer=None, lr_scheduler=None, **config):
     defaults = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 3e-4}
+    # accelerate's state belongs to the process; a training that an earlier test broke off has left its dataloader there
+    GradientState._reset_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL warns that its PPOTrainer will be removed
         optimizer = optimizer and optimizer(model.parameters())

@@ -1,13 +1,19 @@
-"""A script for TRL 0.11 runs with ppo_ext.trl when only its imports are changed, and prints the same numbers."""
+"""Programs written for TRL 0.7 to 0.11: under ppo_ext.trl they run with only their imports changed, and compute the same."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import sys
 import warnings
 
 import pytest
+import safetensors.torch
 import tiny_models
+import torch
+import transformers
 from conftest import require_trl
+from trl_programs import PROGRAMS
 
 SCRIPT = """
 import json
@@ -104,3 +110,66 @@ def test_a_script_prints_the_same_numbers(tmp_path, monkeypatch):
         for key, expected in their_line.items():
             same = expected if key == "texts" else pytest.approx(expected, rel=1e-4, abs=1e-5)
             assert our_line[key] == same, key
+
+
+def write_reward_adapter(folder, base):
+    """An adapter of a reward model with a score for each of two labels, in the files that peft and TRL exchange."""
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False)).save_pretrained(
+        folder
+    )
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    # TRL loads the adapter into a causal language model, whose score head is no part of it
+    assert any("score" in name for name in tensors)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_like_trls_examples(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    require_trl()
+    program, architecture, options = PROGRAMS[name]
+    model = tiny_models.build(architecture)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)  # TRL samples with dropout after its first step, we do not
+    model.save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    if "REWARD_ADAPTER" in program:
+        torch.manual_seed(0)
+        write_reward_adapter(tmp_path / "adapter", tmp_path / "model")
+    kept = {}
+    for root in ("trl", "ppo_ext.trl"):
+        changed = program.replace("from trl", f"from {root}")
+        kept[root] = run_program(changed, tmp_path / "model", tmp_path / root, tmp_path / "adapter", options)
+    assert len(kept["trl"]) == len(kept["ppo_ext.trl"]) >= 1
+    for (their_stats, their_texts), (our_stats, our_texts) in zip(kept["trl"], kept["ppo_ext.trl"], strict=True):
+        assert our_texts == their_texts and their_stats.keys() == our_stats.keys()
+        for key, expected in their_stats.items():
+            if expected == expected:  # what is undefined is NaN in TRL
+                assert our_stats[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
+
+
+def run_program(program, model, saved, adapter, options):
+    kept = []
+
+    def report(stats, *texts):
+        kept.append((scalars(stats), texts))
+
+    given = {"MODEL": str(model), "SAVED": str(saved), "REWARD_ADAPTER": str(adapter), "OPTIONS": options}
+    saved.mkdir()
+    # a module from a file, as argument parsers read the annotations and the source of the classes in it
+    path = saved / "program.py"
+    path.write_text(program, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("program", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(given, report=report)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        patch.setitem(sys.modules, "program", module)
+        warnings.simplefilter("ignore")
+        spec.loader.exec_module(module)
+    return kept
+
+
+def scalars(stats):
+    return {key: float(x) for key, x in stats.items() if isinstance(x, float) and not key.startswith("time/")}

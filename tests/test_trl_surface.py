@@ -4,67 +4,160 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import pathlib
 import subprocess
 import sys
 import warnings
 
+import peft
 import pytest
 import tiny_models
 import torch
+import transformers
+import trl_names
 from conftest import require_trl
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import ppo_ext.trl
 
-IMPORTS = {
-    "": [
-        "AutoModelForCausalLMWithValueHead",
-        "AutoModelForSeq2SeqLMWithValueHead",
-        "PPOConfig",
-        "PPOTrainer",
-        "PreTrainedModelWrapper",
-        "RewardConfig",
-        "RewardTrainer",
-        "SFTConfig",
-        "SFTTrainer",
-        "SUPPORTED_ARCHITECTURES",
-        "create_reference_model",
-        "set_seed",
-    ],
-    ".core": ["LengthSampler", "respond_to_batch", "logprobs_from_logits", "set_seed"],
-    ".models": ["AutoModelForCausalLMWithValueHead", "create_reference_model", "PreTrainedModelWrapper"],
-    ".trainer": [
-        "AdaptiveKLController",
-        "FixedKLController",
-        "PPOConfig",
-        "PPOTrainer",
-        "RewardConfig",
-        "RewardTrainer",
-        "RunningMoments",
-        "SFTConfig",
-        "SFTTrainer",
-        "compute_accuracy",
-    ],
-    ".trainer.utils": ["AdaptiveKLController", "RewardDataCollatorWithPadding", "compute_accuracy"],
-    ".extras": ["BestOfNSampler"],
-}
+# one import of each module path that TRL's examples and the programs on it use
+IMPORTS = """
+from {0} import (AdaptiveKLController, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig,
+    FixedKLController, PPOTrainer, PreTrainedModelWrapper, SUPPORTED_ARCHITECTURES, create_reference_model, set_seed)
+from {0} import __version__ as trl_version
+from {0} import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, is_npu_available, is_peft_available, is_xpu_available
+from {0}.core import LengthSampler, PPODecorators, respond_to_batch, logprobs_from_logits, set_seed
+from {0}.env_utils import strtobool
+from {0}.extras import BestOfNSampler
+from {0}.extras.best_of_n_sampler import BestOfNSampler
+from {0}.import_utils import is_npu_available, is_xpu_available, is_torch_greater_2_0
+from {0}.models import SUPPORTED_ARCHITECTURES, PreTrainedModelWrapper, create_reference_model
+from {0}.models.modeling_base import LAYER_PATTERNS, PreTrainedModelWrapper, create_reference_model
+from {0}.models.modeling_value_head import AutoModelForCausalLMWithValueHead, ValueHead
+from {0}.models.utils import unwrap_model_for_generation
+from {0}.trainer import AdaptiveKLController, BaseTrainer, FixedKLController, PPOConfig, PPOTrainer, RunningMoments
+from {0}.trainer.base import BaseTrainer
+from {0}.trainer.ppo_config import PPOConfig
+from {0}.trainer.ppo_trainer import PPOTrainer
+from {0}.trainer import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, compute_accuracy
+from {0}.trainer.reward_config import RewardConfig
+from {0}.trainer.reward_trainer import RewardTrainer
+from {0}.trainer.sft_config import SFTConfig
+from {0}.trainer.sft_trainer import SFTTrainer
+from {0}.trainer.utils import AdaptiveKLController, RunningMoments, disable_dropout_in_model
+from {0}.trainer.utils import RewardDataCollatorWithPadding, compute_accuracy
+import {0}.core, {0}.trainer.ppo_trainer, {0}.models.modeling_base
+"""
 
 
-@pytest.mark.parametrize("module", IMPORTS)
-def test_names(module):
-    require_trl()
-    theirs, ours = (importlib.import_module(root + module) for root in ("trl", "ppo_ext.trl"))
-    for name in IMPORTS[module]:
-        # dir, as today's transformers without liger-kernel makes TRL's SFTTrainer fail to import
-        assert name in dir(theirs) and hasattr(ours, name), name
-    assert [name for name in getattr(ours, "__all__", []) if not hasattr(ours, name)] == []
+def test_imports_of_programs():
+    exec(IMPORTS.format("ppo_ext.trl"), {})
+    assert ppo_ext.trl.__version__ == require_trl().__version__
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return json.loads((trl_names.EVIDENCE / "trl_names.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_names_holds_those_of_the_installed_trl(evidence):
+    root = pathlib.Path(require_trl().__file__).parent
+    listed = {(row["module"], row["name"]) for row in evidence if "0.11.4" in row["releases"]}
+    assert listed == set(trl_names.names_of(root))
+
+
+def test_the_table_of_names_says_what_is_here(evidence):
+    rows = [trl_names.row(trl_names.Name(row["module"], row["name"], row["releases"])) for row in evidence]
+    assert rows == evidence
+    assert not [row for row in rows if not row["here"] and not row["reason"]]
+    assert sum(row["here"] for row in rows) > 200
+    assert trl_names.markdown(rows) == (trl_names.EVIDENCE / "trl_names.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("ppo_ext.trl", "DPOTrainer"),
+        ("ppo_ext.trl", "TextEnvironment"),
+        ("ppo_ext.trl.trainer", "KTOTrainer"),
+        ("ppo_ext.trl.trainer.utils", "DPODataCollatorWithPadding"),
+        ("ppo_ext.trl.models.utils", "prepare_fsdp"),  # of a TRL newer than those that have PPO
+        ("ppo_ext.trl.core", "no_such_name"),
+    ],
+)
+def test_what_is_not_ppo_says_to_stay_with_trl(module, name):
+    sentence = f"{module} has no {name}: it holds what TRL 0.7 to 0.11 have for PPO; keep importing the rest from trl"
+    with pytest.raises(ImportError, match=sentence):
+        exec(f"from {module} import {name}", {})
+    found = importlib.import_module(module)
+    with pytest.raises(AttributeError, match=sentence):
+        getattr(found, name)
+    assert not hasattr(found, name) and getattr(found, name, None) is None
 
 
 def test_import_utils():
-    from ppo_ext.trl import import_utils
+    ours, theirs = ppo_ext.trl.import_utils, require_trl().import_utils
+    for name in ours.__all__:
+        if hasattr(theirs, name) and name != "is_transformers_greater_than":
+            expected = getattr(theirs, name)()
+            # transformers 5 gives TRL 0.11.4 a pair with the version, which would always count as true
+            assert getattr(ours, name)() == (expected[0] if isinstance(expected, tuple) else expected), name
+    assert ours.is_peft_available() and not ours.is_npu_available() and not ours.is_xpu_available()
+    assert not ours.is_transformers_greater_than(transformers.__version__)
+    assert ours.is_transformers_greater_than("4.9") and not ours.is_transformers_greater_than("100.0")
 
-    assert import_utils.is_peft_available() is (importlib.util.find_spec("peft") is not None)
-    assert not import_utils.is_npu_available() and not import_utils.is_xpu_available()
+
+@pytest.mark.parametrize("text", ["y", "TRUE", "on", "1", "no", "f", "Off", "0", "perhaps", ""])
+def test_strtobool(text):
+    require_trl()
+    results = []
+    for root in ("ppo_ext.trl", "trl"):
+        try:
+            results.append(importlib.import_module(f"{root}.env_utils").strtobool(text))
+        except ValueError:
+            results.append(ValueError)
+    assert results[0] is results[1]
+
+
+def test_helpers_of_trainers():
+    require_trl()
+    for root in ("ppo_ext.trl", "trl"):
+        utils = importlib.import_module(f"{root}.trainer.utils")
+        model = tiny_models.gpt2(resid_pdrop=0.3)
+        utils.disable_dropout_in_model(model)
+        drops = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        assert drops and not any(drops)
+        assert utils.exact_div(12, 4) == 3
+        with pytest.raises(ValueError, match="mine, inexact division: 13 / 4 = 3.25"):
+            utils.exact_div(13, 4, "mine")
+
+
+def test_a_trainer_is_a_base_trainer():
+    base = importlib.import_module("ppo_ext.trl.trainer.base").BaseTrainer
+    assert issubclass(ppo_ext.trl.PPOTrainer, base) and not issubclass(ppo_ext.trl.BestOfNSampler, base)
+
+    class Own(base):
+        pass
+
+    assert Own(3).config == 3
+    for method in (Own(3).step, Own(3).loss, Own(3).compute_rewards):
+        with pytest.raises(NotImplementedError, match=f"BaseTrainer.{method.__name__}: a subclass must define it"):
+            method()
+
+
+@pytest.mark.parametrize("root", ["ppo_ext.trl", "trl"])
+def test_unwrap_model_for_generation(root):
+    require_trl()
+    unwrap = importlib.import_module(f"{root}.models.utils").unwrap_model_for_generation
+    trainer = tiny_models.trainer(peft_config=peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    (layer, *_) = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    with unwrap(trainer.model, trainer.accelerator) as model:
+        assert model is trainer.model and not layer.disable_adapters
+    with unwrap(trainer.model, trainer.accelerator, is_peft_model=True):
+        # TRL makes the context that switches the adapter off, but does not enter it
+        assert layer.disable_adapters is (root == "ppo_ext.trl")
+    assert not layer.disable_adapters
 
 
 def definition(module, name):

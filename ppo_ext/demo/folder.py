@@ -1,15 +1,12 @@
 """The output folder of a run: its files, which stages are finished, and the log of metrics."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 RECORD = "run.json"
-WRITTEN = (
-    RECORD, "metrics.jsonl", "pairs.jsonl", "samples", "samples.md", "curves.png", "summary.json",
-    "sft_model", "reward_model", "ppo_model", "control_model",
-)  # fmt: skip
 
 
 class RunFolder:
@@ -19,19 +16,29 @@ class RunFolder:
 
     Args:
         arguments: what decides the results; `resume` refuses a folder that was made with other arguments.
+        written: names of all that a run writes and that an overwriting run deletes first.
         overwrite: delete an earlier run's files first. Files that the demo does not write are never touched.
         resume: keep the finished stages of an earlier run.
     Raises:
         ValueError: the folder holds a run and neither flag is given, cannot be written, or does not match on resume.
     """
 
-    def __init__(self, path: Path, arguments: dict, overwrite: bool = False, resume: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        arguments: dict,
+        overwrite: bool = False,
+        resume: bool = False,
+        written: tuple[str, ...] = (),
+    ):
         self.path = path
         self.stages: dict[str, dict] = {}
         self.arguments = arguments
+        if path.is_file():
+            raise ValueError(f"demo: --out must be a folder, got the file {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            found = [name for name in WRITTEN if (path / name).exists()]
+            found = [name for name in (RECORD, *written) if (path / name).exists()]
             if found and resume:
                 self._resume()
             elif found and not overwrite:
@@ -60,9 +67,9 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage} | record) + "\n")
 
-    def drop_log(self, stage: str) -> None:
-        """Removes what an interrupted attempt at this stage logged."""
-        kept = [record for record in self.read_log() if record["stage"] != stage]
+    def drop_log(self, stage: str, after: int = 0) -> None:
+        """Removes what an interrupted attempt at this stage logged after a step; the default removes all of it."""
+        kept = [r for r in self.read_log() if r["stage"] != stage or r.get("step", math.inf) <= after]
         self._replace("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_log(self, stage: str | None = None) -> list[dict]:
@@ -73,11 +80,14 @@ class RunFolder:
         records = [json.loads(line) for line in lines]
         return [record for record in records if stage is None or record["stage"] == stage]
 
-    def write_samples(self, stage: str, prompts: list[str], texts: list[str], gold: list[float]) -> None:
-        """All held-out samples of one policy, as samples/<stage>.jsonl."""
+    def write_samples(self, stage: str, prompts: list[str], texts: list[str], **scores: list[float]) -> None:
+        """All held-out samples of one policy with their scores, as samples/<stage>.jsonl."""
         (self.path / "samples").mkdir(exist_ok=True)
-        rows = zip(prompts, texts, gold, strict=True)
-        lines = [json.dumps({"prompt": p, "response": t, "gold": g}, ensure_ascii=False) + "\n" for p, t, g in rows]
+        rows = [
+            {"prompt": prompt, "response": text} | {name: values[i] for name, values in scores.items()}
+            for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (self.path / "samples" / f"{stage}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def read_samples(self, stage: str) -> list[dict]:

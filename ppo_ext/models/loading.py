@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,10 +66,19 @@ def _load_backbone(auto_class: Any, base: str, model_args: tuple[Any, ...], kwar
         name, found, expected = _mismatch(min(info["mismatched_keys"]), model, base)
         raise ValueError(f"checkpoint: {name} in {base} must have shape {expected} as its config says, got {found}")
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.startswith("v_head."))
+    _check_any_weight_was_found(model, info["missing_keys"], unexpected, base)
     for names, fate in ((unexpected, "not used"), (sorted(info["missing_keys"]), "newly initialised")):
         if names and len(unexpected) < len(info["unexpected_keys"]):
             logger.warning("%s: %s", base, f"{', '.join(names)}: {fate}")
     return model
+
+
+def _check_any_weight_was_found(model: Any, missing: Collection[str], unexpected: list[str], base: str) -> None:
+    """Raises ValueError if every weight of the model is newly initialised although the checkpoint has other tensors."""
+    if unexpected and {name for name, _ in model.named_parameters()} <= set(missing):
+        some = ", ".join(unexpected[:3])
+        hint = "; it was saved from a compiled model: remove _orig_mod. from the names" if "_orig_mod." in some else ""
+        raise ValueError(f"checkpoint: {base} must hold weights of {type(model).__name__}, got {some}{hint}")
 
 
 def _mismatch(entry: Any, model: Any, base: str) -> tuple[str, Any, list[int]]:

@@ -29,6 +29,7 @@ def import_peft(reason: str) -> Any:
 def is_peft_model(model: object) -> bool:
     """True for a PeftModel. Does not import peft: if there is such a model, peft has been imported already."""
     peft = sys.modules.get("peft")
+    model = getattr(model, "_orig_mod", model)  # within a compiled one
     return peft is not None and isinstance(model, getattr(peft, "PeftModel", ()))
 
 

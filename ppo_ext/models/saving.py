@@ -32,7 +32,8 @@ class SavingMixin(nn.Module):
         """
         if destination is not None or prefix:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        state = {} if self.is_peft_model else self.pretrained_model.state_dict(keep_vars=keep_vars)
+        backbone = {} if self.is_peft_model else self.pretrained_model.state_dict(keep_vars=keep_vars)
+        state = {plain_name(name): tensor for name, tensor in backbone.items()}
         state.update({f"v_head.{name}": tensor for name, tensor in self.v_head.state_dict(keep_vars=keep_vars).items()})
         return state
 
@@ -41,7 +42,11 @@ class SavingMixin(nn.Module):
         v_head, backbone = split_state(state_dict)
         checkpoint.check_fits(type(self).__name__, self.state_dict(), {**backbone, **prefixed(v_head)}, strict)
         loaded = self.v_head.load_state_dict(v_head, strict, assign)
-        return loaded if self.is_peft_model else self.pretrained_model.load_state_dict(backbone, strict, assign)
+        if self.is_peft_model:
+            return loaded
+        names = {plain_name(name): name for name in self.pretrained_model.state_dict()}
+        state = {names.get(name, name): tensor for name, tensor in backbone.items()}
+        return self.pretrained_model.load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes config and weights, v_head.* in the same file(s), as safetensors and JSON; see `checkpoint.staged`.
@@ -84,8 +89,14 @@ class SavingMixin(nn.Module):
             del self.pretrained_model.v_head
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter without the module that torch.compile puts around a model or a layer."""
+    return name.replace("_orig_mod.", "")
+
+
 def split_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the head's entries and the wrapped model's, both without the prefixes that the wrapper adds."""
+    """Returns the head's entries and the wrapped model's, both without the prefixes that wrappers add."""
+    state_dict = {plain_name(name): tensor for name, tensor in state_dict.items()}
     v_head = {name.removeprefix("v_head."): tensor for name, tensor in state_dict.items() if name.startswith("v_head.")}
     others = {name: tensor for name, tensor in state_dict.items() if not name.startswith(("v_head.", "score."))}
     return v_head, {name.removeprefix("pretrained_model."): tensor for name, tensor in others.items()}

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import checkpoint, loading, lora
+from . import checkpoint, keywords, loading, lora
 from .saving import SavingMixin, split_state
 from .value_head import ValueHead, run
 
@@ -94,16 +94,15 @@ class PreTrainedModelWrapper(SavingMixin):
         source = pretrained_model_name_or_path
         if isinstance(source, (str, os.PathLike)):
             source = os.fspath(source)
-            if pretrained_kwargs.get("load_in_8bit") or pretrained_kwargs.get("load_in_4bit"):
-                pretrained_kwargs.setdefault("device_map", {"": cls._get_current_device()})
+            pretrained_kwargs = keywords.translate(pretrained_kwargs, cls._get_current_device())
             pretrained_model, adapter_found = loading.load_pretrained(
                 cls.transformers_parent_class, source, is_trainable, model_args, pretrained_kwargs
             )
             if adapter_found and peft_config is not None:
                 logger.warning("peft_config is ignored, since %s holds an adapter", source)
             v_head_state = loading.read_v_head(source, pretrained_kwargs)
-        elif isinstance(source, PreTrainedModel) or lora.is_peft_model(source):
-            pretrained_model = source
+        elif isinstance(getattr(source, "_orig_mod", source), PreTrainedModel) or lora.is_peft_model(source):
+            pretrained_model = source  # a model of torch.compile has the model itself in _orig_mod
             v_head_state = {name: t for name, t in source.state_dict().items() if name.startswith("v_head.")}
         else:
             raise TypeError(
@@ -201,6 +200,16 @@ class PreTrainedModelWrapper(SavingMixin):
     def enable_input_require_grads(self) -> None:
         """Makes the embeddings' output require a gradient, as reentrant checkpointing needs if embeddings are frozen."""
         self.pretrained_model.enable_input_require_grads()
+
+    @classmethod
+    def add_and_load_reward_modeling_adapter(
+        cls, pretrained_model: Any, adapter_model_id: Any, adapter_name: str = "reward_model_adapter", token: Any = None
+    ) -> nn.Linear:
+        """Loads a reward adapter from a local folder into a peft model and returns its frozen score head.
+
+        `from_pretrained` does this for reward_adapter. token: not used, part of TRL's signature.
+        """
+        return lora.add_reward_adapter(pretrained_model, adapter_model_id, adapter_name)["score_module"]
 
     def compute_reward_score(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

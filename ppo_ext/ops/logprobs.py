@@ -49,13 +49,12 @@ class _Logprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, mask, entropy, row_max, log_sum)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        # without entropy it is no output: under torch.compile an output that nothing reads still gets a gradient of zeros
+        return (logprobs, entropy) if with_entropy else logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy=None):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         logits, labels, mask, entropy, row_max, log_sum = ctx.saved_tensors
@@ -114,7 +113,8 @@ def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, 
 
 def _apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Logprobs.apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward)
+        result = _Logprobs.apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward)
+        return result if with_entropy else (result,)
     plain = logits.detach() if logits.requires_grad else logits
     return _forward(plain, labels, mask, temperature, with_entropy, label_note)[:2]
 

@@ -34,8 +34,11 @@ def keep_logits_dtype(accelerator: Accelerator, model: Any) -> None:
     accelerate's also copies every output to float32. The ops take half-precision logits as they are, so that copy of
     the logits would be memory for nothing.
     """
-    model = model and accelerator.unwrap_model(model)
-    forward = vars(model).get("_original_forward") if model else None  # set by accelerate where it wrapped one
+    if model is None:
+        return
+    model = accelerator.unwrap_model(model)
+    model = getattr(model, "_orig_mod", model)  # within a compiled one
+    forward = vars(model).get("_original_forward")  # set by accelerate where it wrapped one
     if forward is None or accelerator.mixed_precision not in ("fp16", "bf16"):
         return
 

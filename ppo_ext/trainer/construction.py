@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -161,6 +161,10 @@ class ConstructionMixin(TrainerBase):
         return torch.utils.data.DataLoader(
             dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
         )
+
+    def _filter_kwargs(self, kwargs: Mapping[str, Any], target_func: Callable[..., Any]) -> dict[str, Any]:
+        """The keyword arguments that target_func names as parameters. Nothing here calls it; subclasses of TRL's do."""
+        return {name: value for name, value in kwargs.items() if name in inspect.signature(target_func).parameters}
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

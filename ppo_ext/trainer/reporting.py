@@ -13,13 +13,13 @@ from .ratio_guard import RATIO_MEAN, SKIPPED
 from .rollout import Rollout
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
 
+# `loss` returns these beside TRL's statistics. A replaced `train_minibatch` or `step` may leave them in
+GUARD = (SKIPPED, RATIO_MEAN)
+
 
 def stack_train_stats(all_stats: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The statistics of all minibatches, [minibatches, 1] each; advantages and ratio as one row, [1, all tokens]."""
-    # a replaced `train_minibatch` may leave the ratio guard's statistics in; TRL has none such
-    stats = stack_dicts(
-        [{key: value for key, value in stats.items() if key not in (SKIPPED, RATIO_MEAN)} for stats in all_stats]
-    )
+    stats = stack_dicts(all_stats)
     stats["policy/advantages"] = torch.nan_to_num(stats["policy/advantages"].reshape(1, -1), WANDB_PADDING)
     stats["policy/ratio"] = stats["policy/ratio"].reshape(1, -1)
     return stats
@@ -69,7 +69,7 @@ class ReportingMixin(TrainerBase):
             "ppo/std_scores": scores.std() if len(scores) > 1 else torch.zeros_like(scores[0]),
             **_lengths("queries", data["queries"]),
             **_lengths("responses", data["responses"]),
-            **{f"ppo/{key}": value.mean(dim=0) for key, value in data["train_stats"].items()},
+            **{f"ppo/{key}": value.mean(dim=0) for key, value in data["train_stats"].items() if key not in GUARD},
         }
         error, var = stats["ppo/val/error"], stats["ppo/returns/var"]
         # returns without variance: nothing to explain, so 0
@@ -146,6 +146,17 @@ class ReportingMixin(TrainerBase):
         if self.config.log_with == "tensorboard":
             self.current_step += 1  # wandb counts by itself
         self.accelerator.log(logs, step=self.current_step if self.config.log_with == "tensorboard" else None)
+
+    def _show_tokens(self, tokens: Sequence[torch.Tensor], masks: Sequence[int]) -> None:
+        """Prints the decoded tokens, those whose mask is 1 in another colour. Needs rich; for use in a debugger."""
+        from rich import print as print_coloured
+        from rich.text import Text
+
+        text = Text()
+        for token, mask in zip(tokens, masks, strict=True):
+            colour = "deep_sky_blue1" if mask == 1 else "cyan3"
+            text.append(self.tokenizer.decode(token.item()), style=f"black on {colour}").append(" ")
+        print_coloured(text)
 
     def _columns_of_all_processes(
         self, batch: Mapping[str, Sequence[Any]], columns_to_log: Sequence[str]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..models import checkpoint
+from ..models.saving import plain_name
 from .base import TrainerBase
 
 STATE_FILE = "trainer_state.safetensors"
@@ -18,9 +19,13 @@ _MOMENTS = ("mean", "std", "var", "count")
 
 
 class ResumeMixin(TrainerBase):
-    """`PPOTrainer.save_state` and `load_state`."""
+    """`PPOTrainer.save_run` and `load_run`.
 
-    def save_state(self, directory: str | os.PathLike[str]) -> None:
+    They are not called save_state and load_state: in a class that inherits from PPOTrainer and transformers.Trainer they
+    would hide `Trainer.save_state()`, which takes no argument and writes another file.
+    """
+
+    def save_run(self, directory: str | os.PathLike[str]) -> None:
         """Write everything that the next `step` depends on to a folder; a killed save leaves the old file whole.
 
         These are the trained weights, the optimizer, the learning rate schedule, the KL coefficient, the running moments
@@ -30,7 +35,7 @@ class ResumeMixin(TrainerBase):
         Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state), and
         for a schedule whose state is not JSON.
         """
-        self._refuse_sharding("save_state")
+        self._refuse_sharding("save_run")
         tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in self._trained().items()}
         optimizer, groups = _split_optimizer(self.optimizer.state_dict())
         tensors.update(optimizer)
@@ -51,25 +56,23 @@ class ResumeMixin(TrainerBase):
             checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors)
         self.accelerator.wait_for_everyone()
 
-    def load_state(self, directory: str | os.PathLike[str]) -> None:
-        """Continue from what `save_state` wrote, in a trainer that is constructed in the same way.
+    def load_run(self, directory: str | os.PathLike[str]) -> None:
+        """Continue from what `save_run` wrote, in a trainer that is constructed in the same way.
 
         Raises: ValueError for a damaged file, another model, or another number of processes, before anything changes.
         """
-        self._refuse_sharding("load_state")
+        self._refuse_sharding("load_run")
         path = os.path.join(directory, STATE_FILE)
         tensors = checkpoint.read_tensors(path)
         if "state" not in tensors or "highest_reward" not in tensors:
-            raise ValueError(f"load_state: {path} must be written by save_state, got {len(tensors)} other tensors")
+            raise ValueError(f"load_run: {path} must be written by save_run, got {len(tensors)} other tensors")
         state = json.loads(tensors["state"].numpy().tobytes())
         trained = self._trained()
         saved = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-        checkpoint.check_fits("load_state", trained, saved)
+        checkpoint.check_fits("load_run", trained, saved)
         rows = len(tensors["random.torch"])
         if rows != self.accelerator.num_processes:
-            raise ValueError(
-                f"load_state: the number of processes must be {rows}, got {self.accelerator.num_processes}"
-            )
+            raise ValueError(f"load_run: the number of processes must be {rows}, got {self.accelerator.num_processes}")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
@@ -92,7 +95,8 @@ class ResumeMixin(TrainerBase):
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {plain_name(name): parameter for name, parameter in trained.items()}
 
     def _gather_rows(self, state: torch.Tensor) -> torch.Tensor:
         """[n] of every process -> [processes, n]."""
@@ -137,7 +141,7 @@ def _to_bytes(state: Mapping[str, Any]) -> torch.Tensor:
         text = json.dumps(state)
     except TypeError as error:
         raise ValueError(
-            f"save_state: optimizer and lr_scheduler must have a state that JSON can hold, got {error}"
+            f"save_run: optimizer and lr_scheduler must have a state that JSON can hold, got {error}"
         ) from None
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 

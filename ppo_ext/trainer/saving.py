@@ -1,20 +1,24 @@
 """Saving the policy to a folder or to the hub."""
 
 import os
+from collections.abc import Mapping
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
+from ..models import lora
+from ..models.auto import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from .base import TrainerBase
-from .config import as_dict
+from .config import PPOConfig, as_dict
+
+Trainer = TypeVar("Trainer", bound="SavingMixin")
 
 MODEL_CARD = """---
 library_name: transformers
 tags:
-- ppo_ext
-- ppo
-- reinforcement-learning
+{tags}
 ---
 
 # {model_name}
@@ -30,7 +34,42 @@ model = AutoModelForCausalLMWithValueHead.from_pretrained("{path}")
 
 
 class SavingMixin(TrainerBase):
-    """`PPOTrainer.save_pretrained`, `push_to_hub`, `create_model_card` and what they need."""
+    """`PPOTrainer.from_pretrained`, `save_pretrained`, `push_to_hub`, `create_model_card` and what they need."""
+
+    _tag_names: ClassVar[list[str]] = ["ppo_ext", "ppo", "reinforcement-learning"]  # of the model card
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Trainer],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: PPOConfig | None = None,
+        tokenizer: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Trainer:
+        """A trainer of the model that `save_pretrained` wrote, with its tokenizer.
+
+        Args:
+            config: None: PPOConfig(). tokenizer: None: the one in the folder.
+            model_kwargs: for the model's `from_pretrained`; the adapter of a saved peft model is trainable by default.
+            kwargs: the other arguments of the constructor, such as ref_model and dataset.
+
+        The optimizer and the KL coefficient start anew; `save_run` and `load_run` keep those. (TRL 0.11.4 inherits a
+        method of this name from huggingface_hub, which fails for a trainer.)
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        options = {"is_trainable": True, **(model_kwargs or {})}
+        base = lora.base_model_of(source, options) if lora.find_adapter(source, options) else source
+        encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
+        kind = AutoModelForSeq2SeqLMWithValueHead if encoder_decoder else AutoModelForCausalLMWithValueHead
+        model = kind.from_pretrained(source, **options)
+        arguments: dict[str, Any] = {
+            "config": PPOConfig() if config is None else config,
+            "model": model,
+            "tokenizer": AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer,
+        }
+        return cls(**arguments, **kwargs)
 
     def save_pretrained(
         self,
@@ -83,7 +122,8 @@ class SavingMixin(TrainerBase):
         """Write a short README.md into a folder."""
         os.makedirs(path, exist_ok=True)
         with open(os.path.join(path, "README.md"), "w", encoding="utf-8") as file:
-            file.write(MODEL_CARD.format(model_name=model_name, path=path))
+            tags = "\n".join(f"- {tag}" for tag in self._tag_names)
+            file.write(MODEL_CARD.format(model_name=model_name, path=path, tags=tags))
 
     def _push_if_best(self, scores: torch.Tensor) -> None:
         """Push to the hub if the mean score is the best so far; compares every config.compare_steps steps."""

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +13,20 @@ from ..ops.logprobs import logprobs, logprobs_and_entropy
 from ..ops.masked import masked_mean, masked_var
 from ..ops.masked import masked_whiten as _masked_whiten
 from ..trainer.stats import WANDB_PADDING, convert_to_scalar, flatten_dict, stack_dicts, stats_to_np
+from ._names import module_getattr
 
 __all__ = [
     "LengthSampler",
     "PPODecorators",
     "WANDB_PADDING",
     "add_suffix",
+    "average_torch_dicts",
+    "build_bert_batch_from_txt",
     "clip_by_value",
     "convert_to_scalar",
     "entropy_from_logits",
     "flatten_dict",
+    "listify_batch",
     "logprobs_from_logits",
     "masked_mean",
     "masked_var",
@@ -82,6 +87,24 @@ def add_suffix(input_dict, suffix):
     return {key + suffix: value for key, value in input_dict.items()}
 
 
+def average_torch_dicts(list_of_dicts):
+    """The mean over the dicts of each entry of the first; the tensors under a key have one shape."""
+    return {key: torch.stack([each[key] for each in list_of_dicts]).mean(dim=0) for key in list_of_dicts[0]}
+
+
+def listify_batch(tensor):
+    """The list of a tensor's rows."""
+    return list(tensor.unbind())
+
+
+def build_bert_batch_from_txt(text_list, tokenizer, device):
+    """Token ids and attention mask of texts: [B, T] int64 and [B, T] float32, both filled up with 0 on the right."""
+    rows = [tokenizer.encode(text, return_tensors="pt").to(device) for text in text_list]
+    longest = max(row.shape[1] for row in rows)
+    masks = [torch.ones(row.shape, device=device) for row in rows]
+    return tuple(torch.cat([pad_to_size(row, longest, padding=0) for row in batch]) for batch in (rows, masks))
+
+
 def top_k_top_p_filtering(logits, top_k=0, top_p=1.0, filter_value=-float("inf"), min_tokens_to_keep=1):
     """Logits [B, V] with all but the likeliest entries set to filter_value.
 
@@ -119,9 +142,21 @@ class LengthSampler:
 
 
 class PPODecorators:
-    """`with PPODecorators.empty_device_cache():` frees cached device memory, if optimize_device_cache is set."""
+    """`with PPODecorators.empty_device_cache():` frees cached device memory, if optimize_device_cache is set.
 
+    Both are usable as decorators too. TRL 0.7.0 to 0.7.2 say cuda for device.
+    """
+
+    optimize_cuda_cache = False
     optimize_device_cache = False
+
+    @classmethod
+    @contextmanager
+    def empty_cuda_cache(cls):
+        yield
+        if cls.optimize_cuda_cache and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
 
     @classmethod
     @contextmanager
@@ -150,3 +185,7 @@ def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
         for row, one in zip(rows, generators, strict=True)
     ]
     return torch.cat(drawn).to(device)
+
+
+if not TYPE_CHECKING:  # a type checker would accept any name because of it
+    __getattr__ = module_getattr(__name__)

@@ -1,11 +1,14 @@
 """The part of `trl.trainer` that trains by PPO, by supervised fine-tuning, or a reward model."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...trainer.config import PPOConfig
-from ...trainer.kl_controller import AdaptiveKLController, FixedKLController
-from ...trainer.ppo import PPOTrainer
-from ...trainer.stats import RunningMoments
+from .._names import module_getattr
+from ..import_utils import is_diffusers_available
+from . import base, ppo_config, ppo_trainer, utils
+from .base import BaseTrainer
+from .ppo_config import PPOConfig
+from .ppo_trainer import PPOTrainer
+from .utils import AdaptiveKLController, FixedKLController, RunningMoments, disable_dropout_in_model
 
 if TYPE_CHECKING:
     from ...supervised.reward_trainer import RewardConfig, RewardTrainer, compute_accuracy
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveKLController",
+    "BaseTrainer",
     "FixedKLController",
     "PPOConfig",
     "PPOTrainer",
@@ -21,21 +25,25 @@ __all__ = [
     "RunningMoments",
     "SFTConfig",
     "SFTTrainer",
+    "base",
     "compute_accuracy",
+    "disable_dropout_in_model",
+    "is_diffusers_available",
+    "ppo_config",
+    "ppo_trainer",
+    "utils",
 ]
 
+# Imported on first use: transformers.Trainer takes seconds to import, and a PPO script does not need it.
+LAZY = {
+    "RewardConfig": "ppo_ext.supervised.reward_trainer",
+    "RewardTrainer": "ppo_ext.supervised.reward_trainer",
+    "SFTConfig": "ppo_ext.supervised.sft",
+    "SFTTrainer": "ppo_ext.supervised.sft",
+}
 
-def __getattr__(name: str) -> Any:
-    # Imported on first use: transformers.Trainer takes seconds to import, and a PPO script does not need it.
-    if name in ("RewardConfig", "RewardTrainer", "compute_accuracy"):
-        from ...supervised import reward_trainer
-
-        return getattr(reward_trainer, name)
-    if name in ("SFTConfig", "SFTTrainer"):
-        from ...supervised import sft
-
-        return getattr(sft, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept any name because of it
+    __getattr__ = module_getattr(__name__, {**LAZY, "compute_accuracy": "ppo_ext.supervised.reward_trainer"})
 
 
 def __dir__() -> list[str]:

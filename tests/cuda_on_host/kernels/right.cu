@@ -1,6 +1,7 @@
 // right.cu: small kernels that use each primitive of the host layer as CUDA allows.
+#include "layer.h"  // first: it defines the words of CUDA
+
 #include "common/load.cuh"
-#include "layer.h"
 
 namespace cuda_on_host {
 namespace {

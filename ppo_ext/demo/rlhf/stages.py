@@ -13,13 +13,13 @@ from transformers import (
     PrinterCallback,
 )
 
-from ..supervised.reward_scores import normalize_rewards
-from ..supervised.reward_trainer import RewardConfig, RewardTrainer
-from ..supervised.sft import SFTConfig, SFTTrainer
+from ...supervised.reward_scores import normalize_rewards
+from ...supervised.reward_trainer import RewardConfig, RewardTrainer
+from ...supervised.sft import SFTConfig, SFTTrainer
+from ..display import Display, ProgressCallback
+from ..folder import RunFolder
 from .corpus import Corpus, prompts, windows
-from .display import Display, ProgressCallback
 from .evaluate import Samples, sample
-from .folder import RunFolder
 from .gold import GoldMetric
 from .settings import Settings
 

@@ -1,4 +1,4 @@
-"""The demo from end to end in its quick size, and every way a user can break it."""
+"""The three-stage demo from end to end in its quick size, and every way a user can break it."""
 
 import json
 import shutil
@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_ext import demo
-from ppo_ext.demo import cli, corpus, gold, ppo, run, settings
+from ppo_ext.demo import requirements
 from ppo_ext.demo.display import Display
 from ppo_ext.demo.folder import RunFolder
+from ppo_ext.demo.rlhf import corpus, gold, ppo, run, settings
 
 SENTENCES = [
     f"The {noun} {verb} and nobody could say that the {noun} was {adjective}."
@@ -45,7 +46,7 @@ def own_text(tmp_path, monkeypatch):
 
 
 def quick_arguments(folder, scorer="my_scorers:e_count"):
-    return ["--quick", "--corpus", str(folder / "text.txt"), "--scorer", scorer, "--out", str(folder / "out")]
+    return ["rlhf", "--quick", "--corpus", str(folder / "text.txt"), "--scorer", scorer, "--out", str(folder / "out")]
 
 
 @pytest.mark.parametrize("scorer", ["my_scorers:e_count", "my_scorers:lengths"])
@@ -63,8 +64,11 @@ def test_scorers_of_texts_and_of_lists(own_text, scorer):
         ("my_scorers:words", "--scorer must return a number .* 'good' for one text"),
         ("my_scorers:not_callable", "--scorer must return a number .*'int' object is not callable"),
         ("my_scorers:fails_on_many", "must not fail on any text, got ZeroDivisionError: division by zero"),
+        (
+            "my_scorers:not_a_number",
+            "scorer my_scorers:not_a_number must return finite numbers, got nan for 'The first",
+        ),
         ("my_scorers:one_short", "must return one number per text, got 2 for 3 texts"),
-        ("my_scorers:not_a_number", "must return finite numbers, got nan for 'a'"),
     ],
 )
 def test_bad_scorers_are_named(own_text, scorer, message):
@@ -82,7 +86,7 @@ def test_a_scorer_that_cannot_tell_texts_apart_is_named(own_text):
 def finished(tmp_path_factory):
     """The output folder of a quick run with all stages."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    assert demo.main(["--quick", "--out", str(out)]) == 0
+    assert demo.main(["rlhf", "--quick", "--out", str(out)]) == 0
     return out
 
 
@@ -164,15 +168,15 @@ def test_an_output_path_that_cannot_be_a_folder_is_named(own_text, capsys, below
 
 
 def test_missing_extras_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_installed", lambda name: name != "rich")
-    assert demo.main([]) == 2
+    monkeypatch.setattr(requirements, "_installed", lambda name: name != "rich")
+    assert demo.main(["rlhf"]) == 2
     assert capsys.readouterr().err == "demo: rich must be installed; run: pip install 'ppo_ext[demo]'\n"
 
 
 def test_a_failed_gate_is_exit_code_1(tmp_path, capsys, monkeypatch):
     small = settings.quick(0)
     monkeypatch.setattr(settings, "full", lambda seed: small)
-    assert demo.main(["--no-control", "--out", str(tmp_path / "out")]) == 1
+    assert demo.main(["rlhf", "--no-control", "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
     assert "✗ gold metric gains at least 12 points" in said
     assert "✓ KL to the SFT model is at most 10 nats" in said
@@ -182,7 +186,9 @@ def test_ppo_never_sees_the_gold_metric(finished, tmp_path):
     """Two gold metrics that contradict each other: the same training, step for step."""
     shutil.copytree(finished, tmp_path / "out")
     sizes = settings.quick(0)
-    text = corpus.build_corpus(corpus.python_reference(), sizes.vocab_size, sizes.held_out_fraction, sizes.seed)
+    text = corpus.build_corpus(
+        corpus.python_reference(), sizes.vocab_size, sizes.held_out_fraction, sizes.seed, Display()
+    )
     arguments = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]
     folder = RunFolder(tmp_path / "out", arguments, resume=True)
     logs = []

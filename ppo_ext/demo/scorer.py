@@ -1,7 +1,4 @@
-"""The gold metric: by it the simulated labeller votes, and by it the result is judged.
-
-PPO never sees it. It enters training only through noisy preferences, from which the reward model learns.
-"""
+"""A function of texts that gives each a number, and every way in which a user's can be wrong."""
 
 import importlib
 import math
@@ -10,30 +7,23 @@ from typing import Any
 
 import torch
 
-from .flesch import flesch
-
-FLESCH_NOISE = 10.0  # points of difference at which a labeller is right 73 times of 100
-RELATIVE_NOISE = 0.43  # the same for any other metric, in standard deviations; 10 points are .43 sd of Flesch
 _PROBE = ["The first text is short.", "The second text is a little longer than the first."]
 
 
-class GoldMetric:
-    """A named function of texts; whatever is wrong with its results is reported as a ValueError.
+class Scorer:
+    """A function of texts with its name; every way it can fail is a ValueError that says so.
 
     Args:
         name: for tables and plots.
         function: list of texts -> list of numbers.
-        noise: scale of the labeller's noise, in the metric's unit; None: `RELATIVE_NOISE` standard deviations of the
-            labelled texts.
     """
 
-    def __init__(self, name: str, function: Callable[[list[str]], list[float]], noise: float | None = None):
+    def __init__(self, name: str, function: Callable[[list[str]], list[float]]):
         self.name = name
         self.function = function
-        self.noise = noise
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Gold scores [N] float64 of N texts."""
+        """Scores [N] float64 of N texts."""
         try:
             scores = list(self.function(texts))
         except Exception as error:
@@ -49,21 +39,12 @@ class GoldMetric:
                 raise ValueError(f"demo: scorer {self.name} must return finite numbers, got {value!r} for {text!r}")
         return torch.tensor([float(value) for value in scores], dtype=torch.float64)
 
-    def prefer_first(self, first: torch.Tensor, second: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One noisy vote per pair: first wins with probability sigmoid((first - second) / noise). Returns [N] bool."""
-        noise = self.noise or RELATIVE_NOISE * torch.cat([first, second]).std().item()
-        if noise == 0.0:
-            raise ValueError(f"demo: scorer {self.name} must tell texts apart, got {first[0].item()} for all of them")
-        draws = torch.rand(len(first), generator=generator, dtype=torch.float64)
-        return draws < torch.sigmoid((first - second) / noise)
 
+def load_function(path: str) -> Callable[[list[str]], list[float]]:
+    """The function at "package.module:function", taken as one of lists whether it scores texts or lists of texts.
 
-def flesch_metric() -> GoldMetric:
-    return GoldMetric("Flesch reading ease", lambda texts: [flesch(text) for text in texts], FLESCH_NOISE)
-
-
-def load_scorer(path: str) -> GoldMetric:
-    """The function at "package.module:function", either list of texts -> list of numbers or text -> number."""
+    Raises ValueError if it cannot be imported, or if what it gives for two short texts are no finite numbers.
+    """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"demo: --scorer must be package.module:function, got {path!r}")
@@ -72,7 +53,9 @@ def load_scorer(path: str) -> GoldMetric:
     except Exception as error:  # a user's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"demo: --scorer must be importable, got {path!r} ({reason})") from error
-    return GoldMetric(path, _by_list(path, function))
+    by_list = _by_list(path, function)
+    Scorer(path, by_list)(list(_PROBE))  # NaN or infinity is refused here, before any training
+    return by_list
 
 
 def _by_list(path: str, function: Callable) -> Callable[[list[str]], list[float]]:

@@ -1,9 +1,14 @@
-"""The PPO part of `trl.extras`."""
+"""`trl.extras.best_of_n_sampler`."""
+
+from typing import TYPE_CHECKING
 
 import torch
 
-from .core import set_seed
-from .models import SUPPORTED_ARCHITECTURES
+from .._names import module_getattr
+from ..core import set_seed
+from ..models.utils import SUPPORTED_ARCHITECTURES
+
+__all__ = ["BestOfNSampler"]
 
 
 class BestOfNSampler:
@@ -55,3 +60,7 @@ class BestOfNSampler:
             scores = torch.tensor(self.queries_to_scores(texts))
             results.append([texts[i] for i in scores.topk(self.n_candidates).indices])
         return results
+
+
+if not TYPE_CHECKING:  # a type checker would accept any name because of it
+    __getattr__ = module_getattr(__name__)

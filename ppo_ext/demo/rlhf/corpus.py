@@ -1,6 +1,7 @@
 """The demo's text: Python's own language reference as prose paragraphs, or a file of the user's."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +9,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..display import Display
+from ..text import read_text
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 MIN_CHARACTERS = 4000  # less text is too little for a tokenizer and for held-out prompts
 MIN_TOKENS = 64
+BATCH = 500  # paragraphs encoded between two moves of the progress bar
+PROMPT_TOKENS = 500_000  # prompts come from the first so many tokens; the paragraphs are in random order
 _RULE = re.compile(r"\s*[*=~^+|-]{3,}[-+=|* ]*")
 
 
@@ -20,7 +26,6 @@ class Corpus(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     train: torch.Tensor  # [N] int64
     held_out: torch.Tensor  # [M] int64
-    paragraphs: int
 
 
 def python_reference() -> list[str]:
@@ -51,15 +56,7 @@ def _prose(block: str) -> str | None:
 
 def read_paragraphs(path: Path) -> list[str]:
     """Paragraphs of a UTF-8 text file: blocks between blank lines, or single lines where it has few blank lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"demo: --corpus must be a readable file, got {path} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"demo: --corpus must be UTF-8 text, got {path} with byte 0x{error.object[error.start]:02x} "
-            f"at position {error.start}"
-        ) from error
+    text = read_text(path)
     for pattern in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+"):
         paragraphs = [re.sub(r"\s+", " ", p).strip() for p in re.split(pattern, text)]
         paragraphs = list(dict.fromkeys(p for p in paragraphs if p))
@@ -74,7 +71,7 @@ def read_paragraphs(path: Path) -> list[str]:
     return paragraphs
 
 
-def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(paragraphs: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the paragraphs."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,14 +86,18 @@ def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, padding_side="left")
 
 
-def build_corpus(paragraphs: list[str], vocab_size: int, held_out_fraction: float, seed: int) -> Corpus:
+def build_corpus(
+    paragraphs: list[str], vocab_size: int, held_out_fraction: float, seed: int, display: Display
+) -> Corpus:
     """Splits paragraphs at random, trains the tokenizer on the training part and encodes both parts."""
     order = torch.randperm(len(paragraphs), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = max(1, round(held_out_fraction * len(paragraphs)))
     train = [paragraphs[i] for i in order[cut:]]
     held_out = [paragraphs[i] for i in order[:cut]]
-    tokenizer = train_tokenizer(train, vocab_size)
-    corpus = Corpus(tokenizer, _stream(tokenizer, train), _stream(tokenizer, held_out), len(paragraphs))
+    with display.bar("tokenizer", len(train)) as advance:
+        tokenizer = train_tokenizer(_counted(train, advance), vocab_size)
+    with display.bar("encoding", len(paragraphs)) as advance:
+        corpus = Corpus(tokenizer, _stream(tokenizer, train, advance), _stream(tokenizer, held_out, advance))
     shortest = min(len(corpus.train), len(corpus.held_out))
     if shortest < MIN_TOKENS:
         raise ValueError(
@@ -106,9 +107,21 @@ def build_corpus(paragraphs: list[str], vocab_size: int, held_out_fraction: floa
     return corpus
 
 
-def _stream(tokenizer: PreTrainedTokenizerFast, paragraphs: list[str]) -> torch.Tensor:
-    ids = tokenizer([p + "\n" for p in paragraphs])["input_ids"]
-    return torch.tensor([token for paragraph in ids for token in paragraph], dtype=torch.long)
+def _counted(paragraphs: list[str], advance: Callable[..., None]) -> Iterator[str]:
+    for start in range(0, len(paragraphs), BATCH):
+        batch = paragraphs[start : start + BATCH]
+        yield from batch
+        advance(by=len(batch))
+
+
+def _stream(tokenizer: PreTrainedTokenizerFast, paragraphs: list[str], advance: Callable[..., None]) -> torch.Tensor:
+    parts = []
+    for start in range(0, len(paragraphs), BATCH):
+        batch = paragraphs[start : start + BATCH]
+        ids = tokenizer([p + "\n" for p in batch])["input_ids"]
+        parts.append(torch.tensor([token for paragraph in ids for token in paragraph], dtype=torch.long))
+        advance(by=len(batch))
+    return torch.cat(parts)
 
 
 def windows(stream: torch.Tensor, length: int, stride: int) -> list[torch.Tensor]:
@@ -124,6 +137,7 @@ def prompts(corpus: Corpus, stream: torch.Tensor, length: int, count: int, seed:
     In a text with few such places a prompt may start at any word and, if there are few of those too, at any token. A
     prompt is repeated only when all others have been used as often.
     """
+    stream = stream[:PROMPT_TOKENS]
     pieces = list(corpus.tokenizer.convert_ids_to_tokens(stream.tolist()))
     anywhere = range(max(len(stream) - length, 1))
     words = [i for i in anywhere if _starts_word(pieces, i) and _starts_word(pieces, i + length)]

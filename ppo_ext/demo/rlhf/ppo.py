@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import ppo_ext
 
-from ..supervised.reward_scores import reward_scores
+from ...supervised.reward_scores import reward_scores
+from ..display import Display
+from ..folder import RunFolder
 from .corpus import Corpus, prompts
-from .display import Display
 from .evaluate import evaluate, generation_kwargs, sample
-from .folder import RunFolder
 from .gold import GoldMetric
 from .settings import Settings
 from .stages import load, save
@@ -123,5 +123,5 @@ def held_out_figures(
     asked = prompts(corpus, corpus.held_out, settings.prompt_tokens, settings.eval_prompts, settings.seed + 4)
     samples = sample(policy, corpus.tokenizer, asked, settings.response_tokens)
     prompt_texts = corpus.tokenizer.batch_decode(samples.prompts)
-    folder.write_samples(stage, prompt_texts, samples.texts, gold(samples.texts).tolist())
+    folder.write_samples(stage, prompt_texts, samples.texts, gold=gold(samples.texts).tolist())
     return evaluate(policy, reference, reward_model, gold, samples)

@@ -1,14 +1,13 @@
 """Sampling from a policy, and the figures of its samples: gold metric, reward model score, KL, NLL and diversity."""
 
-import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.logprobs import logprobs
-from ..supervised.reward_scores import reward_scores
+from ...ops.logprobs import logprobs
+from ...supervised.reward_scores import reward_scores
+from ..figures import distinct_2, interval
 from .gold import GoldMetric
 
 SAMPLING_BATCH = 256
@@ -90,17 +89,3 @@ def evaluate(policy: Any, reference: Any, reward_model: Any, gold: GoldMetric, s
         "ref_nll": -ref_logprobs.mean().item(),
         "distinct_2": distinct_2(samples.texts),
     }
-
-
-def interval(values: torch.Tensor) -> float:
-    """Half the width of the 95 % confidence interval of the mean (normal approximation)."""
-    return 1.96 * values.double().std().item() / math.sqrt(len(values))
-
-
-def distinct_2(texts: list[str]) -> float:
-    """Different word pairs divided by all word pairs, over all texts (Li et al. 2016); 0.0 where there are none."""
-    pairs: list[tuple[str, str]] = []
-    for text in texts:
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        pairs += zip(words, words[1:], strict=False)
-    return len(set(pairs)) / len(pairs) if pairs else 0.0

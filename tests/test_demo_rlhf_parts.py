@@ -1,11 +1,12 @@
-"""Parts of the demo on hand-checked input: reading ease, votes, the text and its prompts, the gate."""
+"""Parts of the three-stage demo on hand-checked input: reading ease, votes, the text and its prompts, the gate."""
 
 import pytest
 import torch
 
-from ppo_ext.demo import corpus, gold, report
-from ppo_ext.demo.evaluate import distinct_2, interval
-from ppo_ext.demo.flesch import flesch, syllables
+from ppo_ext.demo.display import Display
+from ppo_ext.demo.figures import distinct_2, interval
+from ppo_ext.demo.rlhf import corpus, gold, report
+from ppo_ext.demo.rlhf.flesch import flesch, syllables
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_the_built_in_text_is_prose_without_repeats():
 
 def test_prompts_start_and_end_at_words_and_held_out_text_is_not_trained_on():
     paragraphs = corpus.python_reference()
-    text = corpus.build_corpus(paragraphs, 512, 0.2, seed=0)
+    text = corpus.build_corpus(paragraphs, 512, 0.2, 0, Display())
     asked = corpus.prompts(text, text.held_out, 12, 40, seed=1)
     assert {len(p) for p in asked} == {12}
     assert len({tuple(p.tolist()) for p in asked}) == 40
@@ -71,7 +72,10 @@ def test_prompts_start_and_end_at_words_and_held_out_text_is_not_trained_on():
         (None, r"--corpus must be a readable file, got .*No such file"),
         (b"", r"--corpus must hold at least 20 different .* got 0 and 0"),
         (b"Too short. " * 900, r"--corpus must hold at least 20 different .* got 1 and 10"),
-        (b"caf\xe9 " * 900, r"--corpus must be UTF-8 text, got .* with byte 0xe9 at position 3"),
+        (
+            b"caf\xe9 " * 900,
+            r"--corpus must be UTF-8 text, got .* with byte 0xe9 at position 3; .* iconv -f WINDOWS-1252 -t UTF-8 ",
+        ),
     ],
 )
 def test_bad_corpora_are_named(tmp_path, content, message):
@@ -85,7 +89,7 @@ def test_bad_corpora_are_named(tmp_path, content, message):
 def test_a_corpus_with_too_little_to_hold_out_is_named():
     paragraphs = ["word " * 2000] + [f"w{i}" for i in range(30)]
     with pytest.raises(ValueError, match="--corpus must give at least 64 tokens for training and held out, got"):
-        corpus.build_corpus(paragraphs, 400, 0.1, seed=0)
+        corpus.build_corpus(paragraphs, 400, 0.1, 0, Display())
 
 
 def test_gate_lines():
@@ -98,3 +102,9 @@ def test_gate_lines():
     worse = {"gold": 55.9, "ref_nll": 4.21, "kl": 10.1, "distinct_2": 0.49}
     failed = report.gate(stages | {"ppo": stages["ppo"] | worse, "reward": {"accuracy": 0.59}})
     assert not any(check.passed for check in failed)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    sentences = "\n".join(f"Sentence number {i} is here to be one of many others of its kind." * 4 for i in range(30))
+    (tmp_path / "text.txt").write_text(sentences, encoding="utf-8-sig")
+    assert corpus.read_paragraphs(tmp_path / "text.txt")[0].startswith("Sentence")

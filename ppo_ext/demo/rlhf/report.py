@@ -5,8 +5,8 @@ from typing import NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from .display import Display
-from .folder import RunFolder
+from ..display import Display
+from ..folder import RunFolder
 
 MIN_GAIN, MAX_KL, MAX_NLL_RISE, MIN_DISTINCT_2, MIN_RM_ACCURACY = 12.0, 10.0, 0.5, 0.5, 0.6
 EXAMPLES = 6

@@ -1,0 +1,11 @@
+"""`trl.trainer.sft_config`."""
+
+from typing import TYPE_CHECKING
+
+from ...supervised.sft import SFTConfig
+from .._names import module_getattr
+
+__all__ = ["SFTConfig"]
+
+if not TYPE_CHECKING:  # a type checker would accept any name because of it
+    __getattr__ = module_getattr(__name__)
