@@ -124,6 +124,8 @@ class NativeBuild:
         self.facts["nvcc_flags"] = " ".join(flags)
         host = [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []
         compile = [str(cuda.nvcc), *host, *flags, *gencode_flags(sass, ptx), *self._includes(torch)]
+        if self.tools.cuda:  # nvcc looks for another machine's headers in a folder that this machine's toolkit lacks
+            compile += ["-isystem", str(cuda.include)]
         # nvcc splits what it hands on at blanks and commas
         compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it

@@ -1,0 +1,60 @@
+"""`python -m tests.platforms`: it sees what a compiler says, and its kept page is that of the kept report."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "_build")]
+
+from find_tools import OLDEST_TORCH, Torch  # noqa: E402
+
+from tests.platforms import compilers, packages, pages, torches  # noqa: E402
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+
+
+@needs_gxx
+def test_a_file_that_does_not_compile_is_seen(tmp_path):
+    """As the sources would be against the headers of a torch that lacks what they use."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "good_cpu.cpp").write_text("int one() { return 1; }\n")
+    (csrc / "other_simd.cpp").write_text("int PPO_LEVEL(int unused) { return 1; }\n")
+    torch = Torch(tmp_path, "2.10.0")
+    row = compilers.check_compiler(torch, "g++", syntax_only=True, root=tmp_path)
+    warned = [text for text in row["failures"] if "unused" in text]
+    assert row["files"] == 1 + len(warned) and len(warned) == len(row["failures"]) >= 1
+    (csrc / "good_cpu.cpp").write_text("int one() { return MISSING_MACRO; }\n")
+    row = compilers.check_compiler(torch, "g++", syntax_only=True, root=tmp_path)
+    assert [text for text in row["failures"] if "MISSING_MACRO" in text]
+
+
+def test_a_compiler_that_is_not_here_fails_the_check():
+    row = compilers.check_compiler(Torch(ROOT, "2.10.0"), "clang++-1")
+    assert row["failures"] == ["not installed; apt-get install clang-1"]
+
+
+def test_every_compiled_op_is_run_on_every_torch():
+    assert torches.op_tests() == sorted(f"tests/test_{path.stem[:-4]}.py" for path in ROOT.glob("csrc/*_cpu.cpp"))
+    assert all((ROOT / test).exists() for test in torches.op_tests())
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    assert packages.OLDEST.startswith(f"{oldest}.")
+
+
+def test_the_kept_page_is_of_the_kept_report():
+    path = ROOT / "bench/evidence/platforms.json"
+    if not path.exists():
+        pytest.skip("no report is kept yet; make torch-versions writes one")
+    report = json.loads(path.read_text())
+    assert pages.markdown(report) == (ROOT / "bench/evidence/platforms.md").read_text()
+    rows = [row for name in pages.SECTIONS for row in report[name]["rows"]]
+    assert rows and not [row for row in rows if row["failures"]]
+    assert {row["torch"].partition("+")[0] for row in report["torches"]["rows"]} >= {
+        packages.OLDEST,
+        "2.12.1",
+        "2.13.0",
+    }
