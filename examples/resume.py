@@ -20,7 +20,7 @@ PROMPTS = ["The garden behind the house", "On the way to the station", "The lett
 
 
 def saved_steps(folder):
-    """Steps with a state, in order. `save_state` writes its one file whole or not at all, so one that is there is good."""
+    """Steps with a state, in order. `save_run` writes its one file whole or not at all, so one that is there is good."""
     steps = [int(name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
     return sorted(step for step in steps if os.path.exists(f"{folder}/{step}/trainer_state.safetensors"))
 
@@ -42,7 +42,7 @@ def main():
     steps = saved_steps(options.state_folder)
     done = steps[-1] if steps else 0
     if done:
-        trainer.load_state(f"{options.state_folder}/{done}")
+        trainer.load_run(f"{options.state_folder}/{done}")
         print(f"going on after step {done}")
 
     queries = [torch.tensor(ids) for ids in tokenizer(PROMPTS * 4)["input_ids"]]
@@ -60,7 +60,7 @@ def main():
         # What is yours to keep: the trainer knows its own state, not where you are in your data.
         print(json.dumps({"step": step, "score": float(stats["ppo/mean_scores"]), "kl": float(stats["objective/kl"])}))
         if step % 5 == 0 or step == options.steps:
-            trainer.save_state(f"{options.state_folder}/{step}")
+            trainer.save_run(f"{options.state_folder}/{step}")
 
 
 if __name__ == "__main__":

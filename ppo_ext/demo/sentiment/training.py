@@ -133,7 +133,7 @@ def step_line(step: int, record: dict[str, float]) -> str:
 
 
 def _save(trainer, saved: Path, step: int) -> None:
-    trainer.save_state(str(saved / str(step)))
+    trainer.save_run(str(saved / str(step)))
     for earlier in _saved_steps(saved)[:-1]:
         shutil.rmtree(saved / str(earlier))
 
@@ -143,7 +143,7 @@ def _restore(trainer, saved: Path, stage: str, folder: RunFolder) -> int:
     steps = _saved_steps(saved)
     done = steps[-1] if steps else 0
     if done:
-        trainer.load_state(str(saved / str(done)))
+        trainer.load_run(str(saved / str(done)))
     folder.drop_log(stage, after=done)
     return done
 
