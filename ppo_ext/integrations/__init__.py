@@ -1,0 +1,1 @@
+"""ppo_ext's ops inside other libraries' trainers."""
