@@ -9,6 +9,7 @@
 
 #include "common/host_device.h"
 #include "common/rows.h"
+#include "common/temperature.h"
 
 namespace ppo_ext {
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "temperature.h"
 #include "tensors.h"
 
 namespace ppo_ext {
@@ -30,9 +31,8 @@ inline void require_finite(const char* op, const char* argument, double x) {
   if (!(x - x == 0)) reject(op, argument, "be a finite number", x);
 }
 
-// With a temperature beyond these bounds the products with 1 / temperature could become 0 * inf, which is NaN.
 inline void require_temperature(const char* op, double temperature) {
-  if (!(temperature >= 1e-30 && temperature <= 1e30))
+  if (!(temperature >= kLeastTemperature && temperature <= kMostTemperature))
     reject(op, "temperature", "be between 1e-30 and 1e30", temperature);
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEAST, _MOST = 1e-30, 1e30
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -133,12 +134,13 @@ def flag(op: str, argument: str, x: Any) -> bool:
     return value == 1
 
 
-def temperature(op: str, x: Any) -> float:
-    x = number(op, "temperature", x)
+def positive(op: str, argument: str, x: Any, condition: str = "be a positive finite number") -> float:
+    """`x` as a float between 1e-30 and 1e30: beyond these 1 / x is no float32, and 0 * inf is NaN."""
+    x = number(op, argument, x)
     if not 0 < x < math.inf:
-        fail(op, "temperature", "be a positive finite number", x)
-    if not 1e-30 <= x <= 1e30:  # beyond these 1 / x is no float32, and 0 * inf is NaN
-        fail(op, "temperature", "be between 1e-30 and 1e30", x)
+        fail(op, argument, condition, x)
+    if not _LEAST <= x <= _MOST:
+        fail(op, argument, f"be between {_LEAST} and {_MOST:.0e}".replace("e+", "e"), x)
     return x
 
 
