@@ -52,7 +52,7 @@ struct LinearState {
   double best, best_id;   // the largest z and the first id that has it
 };
 
-// What a row gives once all its tiles were read: the rows of a matrix [kLinearResults, rows].
+// What a row gives once all its tiles were read: the columns of a matrix [rows, kLinearResults].
 enum LinearResult { kLogprob, kEntropy, kMax, kLogSum, kLogSumSquares, kMean, kIsTop, kLinearResults };
 
 template <class A>
@@ -99,14 +99,12 @@ PPO_HD LinearState linear_merge(const LinearState& state, const LinearState& lat
           better ? later.best_id : state.best_id};
 }
 
-// Writes the results of row n of `rows`.
 template <class A>
-PPO_HD void linear_results(const LinearState& state, int64_t label, int64_t V, double inv_temperature, int64_t n,
-                           int64_t rows, A* results) {
+PPO_HD void linear_results(const LinearState& state, int64_t label, int64_t V, double inv_temperature, A* results) {
   const SoftmaxState<double>& softmax = state.softmax;
   const double log_sum = softmax_log_sum(softmax.sum);
   const double logprob = token_logprob(state.target, softmax.max, log_sum, inv_temperature);
-  const auto put = [&](LinearResult which, double value) { results[which * rows + n] = A(value); };
+  const auto put = [&](LinearResult which, double value) { results[which] = A(value); };
   put(kLogprob, logprob);
   put(kEntropy, logprob == logprob ? row_entropy(softmax.sum, log_sum, softmax.weighted) : logprob);
   put(kMax, softmax.max);

@@ -72,7 +72,8 @@ void fold_row(const LinearFoldJob<A>& job, int64_t n) {
   if (part.best > before.best) part.best_id = tile.first + (std::find(z, z + tile.width, A(part.best)) - z);
   const LinearState state = linear_merge(before, part, inv_temperature);
   job.states[n] = state;
-  if (tile.is_last()) linear_results(state, job.labels[n], tile.V, double(inv_temperature), n, tile.rows, job.results);
+  if (tile.is_last())
+    linear_results(state, job.labels[n], tile.V, double(inv_temperature), job.results + n * kLinearResults);
 }
 
 // The gradient with respect to the logits, and where they are not the product itself, times the slope of the map.

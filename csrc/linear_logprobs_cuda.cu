@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kBlock) fold_kernel(const LinearFoldJob<A> job
         before, {softmax, part.squares, part.total, target, part.best, double(tile.first + part.best_column)},
         double(c));
     job.states[n] = state;
-    if (tile.is_last()) linear_results(state, label, tile.V, double(c), n, tile.rows, job.results);
+    if (tile.is_last()) linear_results(state, label, tile.V, double(c), job.results + n * kLinearResults);
   }
 }
 

@@ -49,10 +49,10 @@ inline void check_linear(const LinearArguments& in) {
     reject(op, "tile", "be contiguous in rows that begin at multiples of 16 bytes",
            "strides [" + std::to_string(in.tile.stride(0)) + ", " + std::to_string(in.tile.stride(1)) + "]");
   require_token_tensor(op, "targets", in.targets, in.tile, 1, ScalarType::Long);
-  require_temperature(op, in.temperature);
+  require_positive(op, "temperature", in.temperature);
   if (in.temperatures) require_tile_rows(in.tile, {{"temperatures", *in.temperatures}});
-  require_finite(op, "logit_scale", in.logit_scale);
-  if (!(in.softcap >= 0 && in.softcap <= kMostTemperature)) reject(op, "softcap", "be between 0 and 1e30", in.softcap);
+  require_positive(op, "logit_scale", in.logit_scale);
+  if (in.softcap != 0) require_positive(op, "softcap", in.softcap);
   if (in.first < 0 || in.vocabulary < width || in.first > in.vocabulary - width)
     reject(op, "first", "lie in [0, vocabulary - columns]", in.first);
 }

@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
     forward_kernel(const LogprobsJob<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
-  const A c = job.inv_temperature;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < job.rows.rows;
        n += int64_t(gridDim.x) * kGroups) {
     SoftmaxState<A> state = softmax_empty<A>();
+    const A c = job.inv_temperature.of(n);
     A logprob = 0, entropy = 0, log_sum = 0;
     if (!job.mask || job.mask[n]) {
       const T* row = job.logits + job.rows.offset(n);
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
 template <bool kAligned, bool kEntropy, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3))
     backward_kernel(const LogprobsBackwardJob<T, A> job, int64_t tiles) {
-  const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * tiles; i += gridDim.x) {
     const int64_t n = i / tiles, tile = i % tiles, stride = job.grad_rows.stride_v;
     T* out = job.grad + job.grad_rows.offset(n);
@@ -83,6 +82,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
       zero_tile<kBlock>(out, stride, job.rows.V, tile);
       continue;
     }
+    const A c = job.inv_temperature.of(n);
     const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = kEntropy ? job.grad_entropy[n] : A(0);
     const A entropy = kEntropy ? job.entropy[n] : A(0), max = job.max[n], log_sum = job.log_sum[n];
     const RowGradient<kEntropy, A> row(logit_grad_of_row(g, h, entropy, c), max, log_sum, c);

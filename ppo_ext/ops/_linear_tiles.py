@@ -22,9 +22,7 @@ _fold, _fold_name = _native.define(
     " bool with_entropy, bool with_statistics) -> ()"
 )
 _SAVED = "Tensor grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor row_max, Tensor log_sum"
-_gradient, _gradient_name = _native.define(
-    f"_linear_logprobs_gradient(Tensor(a!) tile, {_TILE.format(_SAVED)}) -> ()"
-)
+_gradient, _gradient_name = _native.define(f"_linear_logprobs_gradient(Tensor(a!) tile, {_TILE.format(_SAVED)}) -> ()")
 
 
 @_native.register_fake(_fold_name)
@@ -73,7 +71,7 @@ def check_values(op: str, vocabulary: int, labels: torch.Tensor, mask: Any, temp
     """The labels and temperatures of the tokens that count must be in their ranges. The host waits for the device."""
     check.ids(op, labels, vocabulary, mask)
     if temperatures is not None:
-        check.temperatures_in_range(op, temperatures, mask)
+        check.temperatures(op, temperatures, mask)
 
 
 def _check_operator(tensors: tuple, saved: dict[str, Any]) -> None:
@@ -95,7 +93,7 @@ def _check_operator(tensors: tuple, saved: dict[str, Any]) -> None:
 
 
 def _check_numbers(temperature: float, logit_scale: float, softcap: float) -> None:
-    check.temperature_number("linear_logprobs", temperature)
+    check.positive("linear_logprobs", "temperature", temperature)
     check.positive("linear_logprobs", "logit_scale", logit_scale)
     if softcap != 0:
         check.positive("linear_logprobs", "softcap", softcap)
@@ -207,7 +205,18 @@ class _Head:
 
 
 def forward(
-    hidden, weight, labels, bias, mask, temperatures, temperature, logit_scale, softcap, with_entropy, with_statistics, noted
+    hidden,
+    weight,
+    labels,
+    bias,
+    mask,
+    temperatures,
+    temperature,
+    logit_scale,
+    softcap,
+    with_entropy,
+    with_statistics,
+    noted,
 ):
     tensors, numbers = (hidden, weight, labels, bias, mask, temperatures), (temperature, logit_scale, softcap)
     _check_operator(tensors, {})
@@ -220,7 +229,9 @@ def forward(
         results = _folded(_Head(tensors, numbers), with_entropy, with_statistics)
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(
-        results[:, i].reshape(labels.shape).clone(memory_format=torch.contiguous_format) if want else results.new_empty(0)
+        results[:, i].reshape(labels.shape).clone(memory_format=torch.contiguous_format)
+        if want
+        else results.new_empty(0)
         for i, want in enumerate(wanted)
     )
 
@@ -278,7 +289,9 @@ class _Gradients:
         memory = self.head.new_tile()
         for columns, part in self.head.parts():
             count = columns.stop - columns.start
-            of_part = self.part[:count] if self.part is not None else None if self.weight is None else self.weight[columns]
+            of_part = (
+                self.part[:count] if self.part is not None else None if self.weight is None else self.weight[columns]
+            )
             for grad in () if self.head.count else (of_part, self.bias):
                 if grad is not None:
                     grad.zero_()

@@ -66,9 +66,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, mask, temperatures, numbers, with_entropy, with_statistics, noted):
         inputs = (hidden, weight, labels, bias, mask, temperatures)
-        logprobs, entropy, row_max, log_sum, *others = _forward(
-            *inputs, *numbers, with_entropy, with_statistics, noted
-        )
+        logprobs, entropy, row_max, log_sum, *others = _forward(*inputs, *numbers, with_entropy, with_statistics, noted)
         ctx.save_for_backward(*inputs, entropy, row_max, log_sum)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
@@ -107,7 +105,9 @@ def _prepare(op, hidden, weight, labels, bias, temperature, logit_scale, softcap
     return (hidden, weight, labels, bias, mask, temperatures), (temperature, logit_scale, softcap)
 
 
-def _run(op, with_entropy, with_statistics, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask, validate):
+def _run(
+    op, with_entropy, with_statistics, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask, validate
+):
     """The results of the forward operator that were asked for, in its order."""
     tensors, numbers = _prepare(op, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask)
     validate = check.flag(op, "validate", validate)
