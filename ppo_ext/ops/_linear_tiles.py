@@ -92,11 +92,23 @@ def _check_operator(tensors: tuple, saved: dict[str, Any]) -> None:
             check.fail(op, name, "be contiguous", f"strides {list(x.stride())}")
 
 
+def _check_note(noted: torch.Tensor | None) -> None:
+    op = "linear_logprobs"
+    if noted is None:
+        return
+    if noted.dtype != torch.int64:
+        check.fail(op, "label_note", "be int64", noted.dtype, TypeError)
+    if noted.numel() != 4:
+        check.fail(op, "label_note", "have 4 entries", noted.numel())
+    if not noted.is_contiguous():
+        check.fail(op, "label_note", "be contiguous", f"strides {list(noted.stride())}")
+
+
 def _check_numbers(temperature: float, logit_scale: float, softcap: float) -> None:
-    check.positive("linear_logprobs", "temperature", temperature)
-    check.positive("linear_logprobs", "logit_scale", logit_scale)
+    check.in_range("linear_logprobs", "temperature", temperature)
+    check.in_range("linear_logprobs", "logit_scale", logit_scale)
     if softcap != 0:
-        check.positive("linear_logprobs", "softcap", softcap)
+        check.in_range("linear_logprobs", "softcap", softcap)
 
 
 # ---- the rows that count --------------------------------------------------------------------------------------------
@@ -220,6 +232,7 @@ def forward(
 ):
     tensors, numbers = (hidden, weight, labels, bias, mask, temperatures), (temperature, logit_scale, softcap)
     _check_operator(tensors, {})
+    _check_note(noted)
     _check_numbers(*numbers)
     if hidden.device.type == "cpu":
         check_values("linear_logprobs", weight.shape[0], labels, mask, temperatures)

@@ -196,9 +196,13 @@ def positive(op: str, argument: str, x: Any, condition: str = "be a positive fin
     x = number(op, argument, x)
     if not 0 < x < math.inf:
         fail(op, argument, condition, x)
+    in_range(op, argument, x)
+    return x
+
+
+def in_range(op: str, argument: str, x: float) -> None:
     if not _LEAST <= x <= _MOST:
         fail(op, argument, _IN_RANGE, x)
-    return x
 
 
 def finite(op: str, argument: str, x: Any, least: float = -math.inf, condition: str = "be a finite number") -> float:
