@@ -28,18 +28,18 @@ OPS = {
 
 def _gradient(inputs, out, grad_entropy):
     return torch.ops.ppo_ext._logprobs_backward.default(
-        inputs["logits"], inputs["grad_logprobs"], grad_entropy, inputs["labels"], None, *out[1:], 1.0
+        inputs["logits"], inputs["grad_logprobs"], grad_entropy, inputs["labels"], None, *out[1:], None, 1.0
     )
 
 
 OPERATORS = {
     "logprobs": Operators(
-        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, 1.0, False, None),
+        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, None, 1.0, False, None),
         1,
         lambda x, out: _gradient(x, out, None),
     ),
     "logprobs_and_entropy": Operators(
-        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, 1.0, True, None),
+        lambda x: torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], None, None, 1.0, True, None),
         2,
         lambda x, out: _gradient(x, out, x["grad_entropy"]),
     ),

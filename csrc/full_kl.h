@@ -17,7 +17,7 @@ struct KLInputs {
   const T *logits, *ref_logits;
   LogitRows rows, ref_rows;
   const bool* mask;  // may be null: all rows count
-  A inv_temperature;
+  InverseTemperature<A> inv_temperature;
 };
 
 // One number a row each, written by the forward pass and read by the backward pass. max is some number near the largest

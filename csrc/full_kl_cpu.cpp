@@ -85,7 +85,7 @@ void forward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& out, int64_t be
     KLState<double> state{};
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!in.mask || in.mask[n]) {
-      state = row_state(row_of(in, n), in.inv_temperature);
+      state = row_state(row_of(in, n), in.inv_temperature.of(n));
       log_sum = A(softmax_log_sum(state.sum));
       ref_log_sum = A(softmax_log_sum(state.ref_sum));
       kl = A(row_kl(state));
@@ -113,21 +113,23 @@ void backward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const K
     grad.ref_max = saved.ref_max[n];
     grad.ref_log_sum = saved.ref_log_sum[n];
     grad.kl = saved.kl[n];
-    grad.grad_over_temperature = out.grad_kl[n] * in.inv_temperature;
-    grad.inv_temperature = in.inv_temperature;
+    grad.inv_temperature = in.inv_temperature.of(n);
+    grad.grad_over_temperature = out.grad_kl[n] * grad.inv_temperature;
     fill_gradient(row_of(in, n), grad, row, out.rows.stride_v);
   }
 }
 
 struct OnCPU {
   template <class T, class A>
-  static void forward(const KLInputs<T, A>& in, const KLRowStats<A>& out, const Tensor&) {
+  static void forward(const KLInputs<T, A>& in, const KLRowStats<A>& out, const Tensor& logits) {
+    check_temperatures("full_kl", in.inv_temperature, in.mask, in.rows.rows, logits, logits.dim() - 1);
     parallel_rows(in.rows.rows, 2 * in.rows.V, [&](int64_t begin, int64_t end) { forward_rows(in, out, begin, end); });
   }
 
   template <class T, class A>
   static void backward(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const KLGradient<T, A>& out,
                        const Tensor& grad) {
+    check_temperatures("full_kl", in.inv_temperature, in.mask, in.rows.rows, grad, grad.dim() - 1);
     const RowPages pages(grad, in.logits, in.rows.rows);
     parallel_rows(in.rows.rows, 2 * in.rows.V, [&](int64_t begin, int64_t end) {
       pages.for_each_batch(begin, end,

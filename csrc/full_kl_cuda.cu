@@ -62,9 +62,9 @@ template <int kThreads, bool kAligned, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
     forward_kernel(const KLInputs<T, A> in, const KLRowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
-  const A c = in.inv_temperature;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows;
        n += int64_t(gridDim.x) * kGroups) {
+    const A c = in.inv_temperature.of(n);
     KLState<A> state = kl_empty<A>();
     A kl = 0, log_sum = 0, ref_log_sum = 0;
     if (!in.mask || in.mask[n]) {
@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
       zero_tile<kBlock>(row, out.rows.stride_v, in.rows.V, tile);
       continue;
     }
-    const A log_sum = saved.log_sum[n], max = saved.max[n], ref_max = saved.ref_max[n],
-            scale = in.inv_temperature * A(kLog2E);
+    const A log_sum = saved.log_sum[n], max = saved.max[n], ref_max = saved.ref_max[n], c = in.inv_temperature.of(n),
+            scale = c * A(kLog2E);
     // p (log p - log q - kl) in terms of y = log2(p * sum of the row), and of the same for q.
-    const A share = out.grad_kl[n] * in.inv_temperature * A(exp(-log_sum));
+    const A share = out.grad_kl[n] * c * A(exp(-log_sum));
     const A at_zero = share * ((saved.ref_log_sum[n] - log_sum) - saved.kl[n]), slope = share * A(kLn2);
     const auto grad_of = [=](const A(&x)[2]) {
       const A y = (x[0] - max) * scale, ref_y = (x[1] - ref_max) * scale;

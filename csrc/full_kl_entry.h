@@ -10,9 +10,10 @@
 namespace ppo_ext {
 
 inline void check_full_kl(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask,
-                          double temperature) {
+                          const std::optional<Tensor>& temperatures, double temperature) {
   require_logits("full_kl", logits);
-  require_temperature("full_kl", temperature);
+  require_positive("full_kl", "temperature", temperature);
+  require_temperatures("full_kl", logits, temperatures);
   require_same_device("full_kl", "ref_logits", ref_logits, logits);
   require_dtype("full_kl", "ref_logits", ref_logits, logits.scalar_type());
   require_shape("full_kl", "ref_logits", ref_logits, logits, logits.dim());
@@ -21,14 +22,14 @@ inline void check_full_kl(const Tensor& logits, const Tensor& ref_logits, const 
 
 template <class T, class A>
 KLInputs<T, A> kl_inputs(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask,
-                         double temperature) {
+                         const std::optional<Tensor>& temperatures, double temperature) {
   KLInputs<T, A> in;
   in.logits = pointer<T>(logits);
   in.ref_logits = pointer<T>(ref_logits);
   in.rows = logit_rows("full_kl", "logits", logits);
   in.ref_rows = logit_rows("full_kl", "ref_logits", ref_logits);
   in.mask = pointer<bool>(mask);
-  in.inv_temperature = A(1.0 / temperature);
+  in.inv_temperature = {A(1.0 / temperature), pointer<A>(temperatures)};
   return in;
 }
 
@@ -50,15 +51,15 @@ struct KLRowStatTensors {
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                                                           double temperature) {
-  check_full_kl(logits, ref_logits, mask, temperature);
+                                                           std::optional<Tensor> temperatures, double temperature) {
+  check_full_kl(logits, ref_logits, mask, temperatures, temperature);
   Tensor kl = new_row_tensor(logits), max = new_row_tensor(logits), log_sum = new_row_tensor(logits),
          ref_max = new_row_tensor(logits), ref_log_sum = new_row_tensor(logits);
   const KLRowStatTensors stats{kl, max, log_sum, ref_max, ref_log_sum};
   dispatch_logits(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    Backend::forward(kl_inputs<T, A>(logits, ref_logits, mask, temperature), stats.pointers<A>(), logits);
+    Backend::forward(kl_inputs<T, A>(logits, ref_logits, mask, temperatures, temperature), stats.pointers<A>(), logits);
   });
   return {kl, max, log_sum, ref_max, ref_log_sum};
 }
@@ -68,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl(Tensor logits, Tensor
 // Writes the gradient to `grad`, which may be the logits.
 template <class Backend>
 void run_full_kl_backward(const Tensor& logits, const Tensor& ref_logits, const Tensor& grad_kl,
-                          const std::optional<Tensor>& mask, const KLRowStatTensors& saved, double temperature,
-                          const Tensor& grad) {
-  check_full_kl(logits, ref_logits, mask, temperature);
+                          const std::optional<Tensor>& mask, const KLRowStatTensors& saved,
+                          const std::optional<Tensor>& temperatures, double temperature, const Tensor& grad) {
+  check_full_kl(logits, ref_logits, mask, temperatures, temperature);
   require_row_tensors("full_kl", logits,
                       {{"grad_kl", grad_kl},
                        {"kl", saved.kl},
@@ -85,25 +86,28 @@ void run_full_kl_backward(const Tensor& logits, const Tensor& ref_logits, const 
     out.grad_kl = pointer<A>(grad_kl);
     out.grad = pointer<T>(grad);
     out.rows = logit_rows("full_kl", "grad", grad);
-    Backend::backward(kl_inputs<T, A>(logits, ref_logits, mask, temperature), saved.pointers<A>(), out, grad);
+    Backend::backward(kl_inputs<T, A>(logits, ref_logits, mask, temperatures, temperature), saved.pointers<A>(), out,
+                      grad);
   });
 }
 
 template <class Backend>
 Tensor full_kl_backward(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                        Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+                        Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
+                        std::optional<Tensor> temperatures, double temperature) {
   Tensor grad = new_dense_like(logits);
   run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum},
-                                temperature, grad);
+                                temperatures, temperature, grad);
   return grad;
 }
 
 template <class Backend>
 void full_kl_backward_inplace(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                              Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, double temperature) {
+                              Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
+                              std::optional<Tensor> temperatures, double temperature) {
   require_no_overlap("full_kl", "logits", logits);
   run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum},
-                                temperature, logits);
+                                temperatures, temperature, logits);
 }
 
 }  // namespace ppo_ext

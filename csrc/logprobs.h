@@ -9,6 +9,7 @@
 
 #include "common/host_device.h"
 #include "common/rows.h"
+#include "common/temperature.h"
 
 namespace ppo_ext {
 
@@ -21,7 +22,7 @@ struct LogprobsJob {
   LogitRows rows;
   const int64_t* labels;
   const bool* mask;  // may be null: all rows count
-  A inv_temperature;
+  InverseTemperature<A> inv_temperature;
   A *logprobs, *entropy, *max, *log_sum;  // one number a row; entropy may be null: it is not computed then
   int64_t* label_note;                    // may be null; see ppo_ext/ops/check_labels.py
 };
@@ -37,7 +38,7 @@ struct LogprobsBackwardJob {
   const bool* mask;
   const A *grad_logprobs, *grad_entropy;  // either may be null: a gradient of 0
   const A *entropy, *max, *log_sum;       // of the forward pass; entropy is null if grad_entropy is
-  A inv_temperature;
+  InverseTemperature<A> inv_temperature;
 };
 
 // ---- one row, forward ----

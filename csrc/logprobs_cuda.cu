@@ -10,6 +10,7 @@
 #include "common/load.cuh"
 #include "common/reduce.cuh"
 #include "common/tiles.cuh"
+#include "logprobs_cuda.cuh"
 #include "logprobs_entry.h"
 
 namespace ppo_ext {
@@ -19,23 +20,6 @@ constexpr int kBlock = 256;
 constexpr int64_t kWarpPerRow = 1024;  // up to this V a warp reads a row faster than a block can merge its parts
 
 // ---- device helpers ----
-
-template <bool kEntropy, class A, int kCount>
-__device__ __forceinline__ void add_logits(SoftmaxState<A>& state, const A (&x)[kCount], A top, A inv_temperature) {
-  if (top > state.max) state = softmax_rescale(state, top, inv_temperature);
-  const A origin = state.max == A(-INFINITY) ? A(0) : state.max;  // as -inf - -inf would be NaN
-  const A scale = inv_temperature * A(kLog2E);
-  A sum = 0, weighted = 0;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const A y = (x[k] - origin) * scale;
-    const A e = exp2_of(y);
-    sum += e;
-    if (kEntropy) weighted += e * larger(y, A(-1e4));  // softmax_bounded; a NaN remains in e
-  }
-  state.sum += sum;
-  if (kEntropy) state.weighted += A(kLn2) * weighted;
-}
 
 // Counts the labels outside [0, V). The first that is counted leaves its row, its id and V.
 __device__ __forceinline__ void note_label(int64_t* note, int64_t row, int64_t label, int64_t V) {
@@ -52,10 +36,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
     forward_kernel(const LogprobsJob<T, A> job) {
   constexpr int kGroups = kBlock / kThreads;
   const bool first = thread_of_group<kThreads>() == 0;
-  const A c = job.inv_temperature;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < job.rows.rows;
        n += int64_t(gridDim.x) * kGroups) {
     SoftmaxState<A> state = softmax_empty<A>();
+    const A c = job.inv_temperature.of(n);
     A logprob = 0, entropy = 0, log_sum = 0;
     if (!job.mask || job.mask[n]) {
       const T* row = job.logits + job.rows.offset(n);
@@ -90,7 +74,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : (kAligned ? 4 : 3
 template <bool kAligned, bool kEntropy, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3))
     backward_kernel(const LogprobsBackwardJob<T, A> job, int64_t tiles) {
-  const A c = job.inv_temperature;
   for (int64_t i = blockIdx.x; i < job.rows.rows * tiles; i += gridDim.x) {
     const int64_t n = i / tiles, tile = i % tiles, stride = job.grad_rows.stride_v;
     T* out = job.grad + job.grad_rows.offset(n);
@@ -99,18 +82,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 2 : (kAligned ? 4 : 3
       zero_tile<kBlock>(out, stride, job.rows.V, tile);
       continue;
     }
+    const A c = job.inv_temperature.of(n);
     const A g = job.grad_logprobs ? job.grad_logprobs[n] : A(0), h = kEntropy ? job.grad_entropy[n] : A(0);
     const A entropy = kEntropy ? job.entropy[n] : A(0), max = job.max[n], log_sum = job.log_sum[n];
-    const LogitGrad<A> row = logit_grad_of_row(g, h, entropy, c);
-    // p (alpha - beta log p) in terms of y = log2(p * sum of the row), which takes one division a row and none an
-    // element.
-    const A share = exp(-log_sum), scale = c * A(kLog2E);
-    const A at_zero = share * (row.alpha + row.beta * log_sum), slope = share * row.beta * A(kLn2);
-    const auto grad_of = [=](const A(&x)[1]) {
-      const A y = (x[0] - max) * scale;
-      const A e = exp2_of(y);
-      return kEntropy ? e * (at_zero - slope * larger(y, A(-1e4))) : e * at_zero;
-    };
+    const RowGradient<kEntropy, A> row(logit_grad_of_row(g, h, entropy, c), max, log_sum, c);
+    const auto grad_of = [=](const A(&x)[1]) { return row.of(x[0]); };
     const auto grad_of_label = [=](A x) {
       return token_logit_grad(token_logprob(x, max, log_sum, c), g, h, entropy, c);
     };

@@ -7,6 +7,7 @@ from .ops.check_labels import check_labels
 from .ops.full_kl import full_kl
 from .ops.gae import gae
 from .ops.kl_rewards import kl_rewards
+from .ops.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy, linear_statistics
 from .ops.logprobs import logprobs, logprobs_and_entropy
 from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
@@ -46,6 +47,9 @@ __all__ = [
     "full_kl",
     "gae",
     "kl_rewards",
+    "linear_logprobs",
+    "linear_logprobs_and_entropy",
+    "linear_statistics",
     "logprobs",
     "logprobs_and_entropy",
     "masked_mean",

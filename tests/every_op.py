@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from cases import valid_arguments
 from conftest import assert_same_bits, assert_within_torch_error
-from ops import NUMBER, OPS, PER_TOKEN
+from ops import OPS
 
 from ppo_ext.ops import reference
 
@@ -34,8 +34,7 @@ def call_of(op, options, shape, vocabulary, dtype):
         inputs = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
         if op.differentiable:
             results = op.outputs(inputs | op.required | options)
-            wanted = [name for name, kind in op.results.items() if kind in (PER_TOKEN, NUMBER)]
-            inputs |= {f"grad_{name}": torch.randn_like(results[name]) for name in wanted}
+            inputs |= {f"grad_{name}": torch.randn_like(results[name]) for name in op.with_gradient}
         return inputs
 
     def run(inputs):
@@ -50,9 +49,9 @@ def call_of(op, options, shape, vocabulary, dtype):
 
 def calls_of(op):
     """{title: Call} of an op."""
-    sizes = LOGITS_SIZES if op.on_logits else [(shape, 1, torch.float32) for shape in TOKEN_SIZES]
+    sizes = LOGITS_SIZES if op.has_vocabulary else [(shape, 1, torch.float32) for shape in TOKEN_SIZES]
     return {
-        f"{op.name}{', ' * bool(variant)}{variant}, {'x'.join(map(str, shape))}{f'x{V}' * op.on_logits}": call_of(
+        f"{op.name}{', ' * bool(variant)}{variant}, {'x'.join(map(str, shape))}{f'x{V}' * op.has_vocabulary}": call_of(
             op, options, shape, V, dtype
         )
         for variant, options in {"": {}, **op.variants}.items()

@@ -35,6 +35,18 @@ def _logits(shape, vocabulary, dtype):
     return torch.randn(*shape, vocabulary).to(dtype)
 
 
+def _hidden(shape, vocabulary, dtype):
+    return torch.randn(*shape, HIDDEN_SIZE).to(dtype)
+
+
+def _head(shape, vocabulary, dtype):
+    return torch.randn(vocabulary, HIDDEN_SIZE).to(dtype)
+
+
+def _bias(shape, vocabulary, dtype):
+    return torch.randn(vocabulary).to(dtype)
+
+
 def _labels(shape, vocabulary, dtype):
     return torch.randint(vocabulary, shape)
 
@@ -47,14 +59,21 @@ def _scores(shape, vocabulary, dtype):
     return torch.randn(shape[:1]).to(dtype)
 
 
+HIDDEN_SIZE = 5
 LOGITS = Role("logits", _logits)
+HIDDEN = Role("hidden states", _hidden)
+HEAD = Role("weight of the head", _head)
+BIAS = Role("bias of the head", _bias)
 REF_LOGITS = Role("reference logits", _logits)  # in the dtype of the logits
 LABELS = Role("labels", _labels)
 MASK = Role("mask", _mask)  # nonzero where a token counts
 WEIGHTS = Role("weights", _mask)  # a mask that is broadcast and whose values are weights
 TOKENS = Role("one number a token", _floats)
 SCORES = Role("one number a sequence", _scores)
-TEMPERATURE = Role("temperature")
+TEMPERATURE = Role("temperature")  # a number, or one for each token
+POSITIVE = Role("positive number")
+SOFTCAP = Role("positive number or None")
+OUTPUTS = Role("names of results")
 FINITE = Role("finite number")
 NOT_NEGATIVE = Role("finite number, not negative")
 THRESHOLD = Role("number or infinity")
@@ -65,6 +84,7 @@ PENALTY = Role("KL penalty")
 # ---- what a result is -----------------------------------------------------------------------------------------------
 
 PER_TOKEN, NUMBER, STATS = "a tensor of the tokens' shape", "a tensor of shape []", "a dict of tensors"
+CONSTANT = "a tensor of the tokens' shape that never requires a gradient"
 # What one entry of a result depends on: its own token, the tokens of its sequence, or all tokens of the batch.
 TOKEN, SEQUENCE, BATCH = "token", "sequence", "batch"
 
@@ -75,8 +95,8 @@ class Op:
 
     stem: the name of its files: csrc/<stem>.h, ppo_ext/ops/<stem>.py, tests/test_<stem>.py, bench/bench_<stem>.py, ...
     arguments: {name: Role}, in the order of the signature.
-    results: {name: PER_TOKEN, NUMBER or STATS}, in the order in which they are returned.
-    scope: TOKEN, SEQUENCE or BATCH.
+    results: {name: PER_TOKEN, CONSTANT, NUMBER or STATS}, in the order in which they are returned.
+    scope: TOKEN, SEQUENCE or BATCH; BATCH too where the rounding errors of an entry do, as in a matrix product.
     differentiable: the arguments that receive a gradient.
     rank: how many dimensions per-token tensors must have; None for any number.
     required: values for the keyword arguments without a default.
@@ -108,16 +128,34 @@ class Op:
     @property
     def first(self):
         """The argument whose shape and device the other arguments must have."""
-        return next(name for name, role in self.arguments.items() if role in (LOGITS, TOKENS))
+        return next(name for name, role in self.arguments.items() if role in (LOGITS, HIDDEN, TOKENS))
 
     @property
     def on_logits(self):
         return LOGITS in self.arguments.values()
 
     @property
+    def on_hidden(self):
+        return HIDDEN in self.arguments.values()
+
+    @property
+    def has_vocabulary(self):
+        return self.on_logits or self.on_hidden
+
+    @property
+    def of_tokens(self):
+        """The names of the tensors that have the tokens' dimensions, or their first."""
+        return [name for name in self.tensors if self.arguments[name] not in (HEAD, BIAS)]
+
+    @property
     def per_token(self):
         """The names of the results of the tokens' shape."""
-        return [name for name, shape in self.results.items() if shape is PER_TOKEN]
+        return [name for name, shape in self.results.items() if shape in (PER_TOKEN, CONSTANT)]
+
+    @property
+    def with_gradient(self):
+        """The names of the results that a gradient can come from, if the op is differentiable."""
+        return [name for name, shape in self.results.items() if shape in (PER_TOKEN, NUMBER)]
 
     def pick(self, inputs, shape=(2, 3), vocabulary=7, dtype=torch.float32, device="cpu"):
         """Valid arguments by name: tensors of these names out of `inputs`, and random ones for the names it lacks."""
@@ -149,9 +187,9 @@ class Op:
         outputs = self.outputs(arguments | {name: leaf.view_as(leaf) for name, leaf in leaves.items()}, module)
         results = {name: x.detach() for name, x in outputs.items()}
         if leaves:
-            wanted = [name for name, shape in self.results.items() if shape is not STATS]
-            incoming = [_incoming(outputs[name], (grads or {}).get(name)) for name in wanted]
-            found = torch.autograd.grad([outputs[name] for name in wanted], list(leaves.values()), incoming)
+            incoming = [_incoming(outputs[name], (grads or {}).get(name)) for name in self.with_gradient]
+            outputs = [outputs[name] for name in self.with_gradient]
+            found = torch.autograd.grad(outputs, list(leaves.values()), incoming)
             results |= {f"grad_{name}": grad for name, grad in zip(leaves, found)}
         return results
 
@@ -172,6 +210,29 @@ _FROM_LOGITS = {
     "choices": {"temperature": (0.25, 1.0, 1.7)},
     "variants": {"in place": {"inplace_backward": True, "temperature": 0.7}},
 }
+_FROM_HIDDEN = {
+    "scope": BATCH,
+    "differentiable": ("hidden", "weight", "bias"),
+    "choices": {"temperature": (0.25, 1.0, 1.7), "logit_scale": (1.0, 0.25), "softcap": (None, 3.0)},
+    "variants": {"capped": {"temperature": 0.7, "logit_scale": 1.5, "softcap": 2.0}},
+}
+
+
+def _on_hidden(**more):
+    return {
+        "hidden": HIDDEN,
+        "weight": HEAD,
+        "labels": LABELS,
+        "bias": BIAS,
+        "temperature": TEMPERATURE,
+        "logit_scale": POSITIVE,
+        "softcap": SOFTCAP,
+        "mask": MASK,
+        **more,
+        "validate": FLAG,
+    }
+
+
 _VALUES = {"values": TOKENS, "mask": WEIGHTS}
 
 _LIST = (
@@ -189,6 +250,27 @@ _LIST = (
         {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
         {"kl": PER_TOKEN},
         **_FROM_LOGITS,
+    ),
+    Op("linear_logprobs", "linear_logprobs", _on_hidden(), {"logprobs": PER_TOKEN}, **_FROM_HIDDEN),
+    Op(
+        "linear_logprobs_and_entropy",
+        "linear_logprobs",
+        _on_hidden(),
+        {"logprobs": PER_TOKEN, "entropy": PER_TOKEN},
+        **_FROM_HIDDEN,
+    ),
+    Op(
+        "linear_statistics",
+        "linear_logprobs",
+        _on_hidden(outputs=OUTPUTS),
+        {
+            "logprobs": PER_TOKEN,
+            "entropy": PER_TOKEN,
+            "log_sum_sq_probs": CONSTANT,
+            "mean_logits": CONSTANT,
+            "is_top1": CONSTANT,
+        },
+        **_FROM_HIDDEN,
     ),
     Op(
         "kl_rewards",

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from ops import NUMBER, OPS, PER_TOKEN
+from ops import OPS
 
 import ppo_ext
 from ppo_ext.ops import _native
@@ -57,10 +57,9 @@ def check(function, inputs, leaves, *, dynamic, backend="aot_eager"):
 @pytest.mark.parametrize("name", NAMES)
 def test_alone(name):
     op = OPS[name]
-    results = [result for result, shape in op.results.items() if shape in (PER_TOKEN, NUMBER)]
     for masked in (True, False) if name in OPTIONAL_MASK else (True,):
         inputs = [arguments(op, shape, masked) for shape in SHAPES]
-        for leaves, wanted in itertools.product(subsets(op.differentiable), subsets(results)):
+        for leaves, wanted in itertools.product(subsets(op.differentiable), subsets(op.with_gradient)):
 
             def function(tensors, wanted=wanted):
                 outputs = op.outputs(tensors)

@@ -123,6 +123,19 @@ BY_ROLE = {
     ops.MASK: NO_TENSORS + SAME_NUMBERS + EXPANDED + MASK_DTYPES + dtypes("be bool, int or float, got ", COMPLEX),
     ops.TOKENS: NO_TENSORS + dtypes(FLOATS, OTHER_DTYPES) + SAME_NUMBERS + EXPANDED,
 }
+BY_ROLE[ops.HIDDEN] = BY_ROLE[ops.HEAD] = BY_ROLE[ops.BIAS] = (
+    NO_TENSORS
+    + tuple(
+        (what, make, kind, text + ("" if "complex" in what or "float8" in what else "; dequantize it first"))
+        for what, make, kind, text in dtypes(FLOATS, OTHER_DTYPES)
+    )
+    + SAME_NUMBERS
+    + EXPANDED
+)
+BY_ROLE[ops.HIDDEN] += (
+    ("a number", lambda x: x[0, 0, 0], ValueError, "have the shape [..., H] with H >= 1, got []"),
+    ("H = 0", lambda x: x[..., :0], ValueError, "have the shape [..., H] with H >= 1, got [2, 3, 0]"),
+)
 BY_ROLE[ops.WEIGHTS] = BY_ROLE[ops.MASK]
 BY_ROLE[ops.SCORES] = BY_ROLE[ops.TOKENS]
 
@@ -131,7 +144,7 @@ def mask_of(op):
     """What the error says that the mask is compared with."""
     if ops.LABELS in op.arguments.values():
         return "labels"
-    return "logits without its last dimension" if op.on_logits else op.first
+    return f"{op.first} without its last dimension" if op.on_logits else op.first
 
 
 def shape_condition(op, argument, x):
@@ -139,8 +152,11 @@ def shape_condition(op, argument, x):
     role, whole = op.arguments[argument], str(list(x.shape))
     if role is ops.WEIGHTS:
         return f"broadcast to the shape {whole} of {op.first}, got "
+    if role is ops.HEAD:
+        return f"have the shape [V, {x.shape[1]}] with V >= 1 and the last dimension of hidden, got "
     of = {
-        ops.LABELS: "logits without its last dimension",
+        ops.LABELS: f"{op.first} without its last dimension",
+        ops.BIAS: "weight's first dimension",
         ops.MASK: mask_of(op),
         ops.SCORES: f"the first dimension of {op.first}",
     }
@@ -162,7 +178,8 @@ def wrong_shapes(op, argument, x):
     ):
         yield what, change, ValueError, condition + str(list(change(x).shape))
     for what, change in (("a number", lambda x: x.flatten()[0]), ("one row for all", lambda x: x[:1])):
-        if op.arguments[argument] is not ops.WEIGHTS:  # those broadcast
+        # weights broadcast, and one row is a head of one token
+        if op.arguments[argument] not in (ops.WEIGHTS, *(ops.HEAD,) * (what == "one row for all")):
             yield what, change, ValueError, condition + str(list(change(x).shape))
 
 
@@ -215,15 +232,34 @@ NOT_FINITE = tuple(
     for value, got in ((NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF), (-(10**400), -INF))
 )
 TOO_LARGE = tuple(("lie in the range of float32", ValueError, value, value) for value in (3.5e38, -1e300))
+NAMES_TEXT = "be names out of logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1"
+
+
+def is_pair(value):
+    return isinstance(value, torch.Tensor) and value.numel() == 2
+
+
+def not_positive(condition):
+    return tuple(
+        (condition, ValueError, x, y)
+        for x, y in ((0, 0.0), (-0.0, -0.0), (-1, -1.0), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))
+    ) + tuple(("be between 1e-30 and 1e30", ValueError, x, x) for x in (5e-324, 9e-31, 2e30, 1e300))
+
+
 AXIS_TEXT = "name dimensions of values, from [-2, 2) and each once"
 # The rows: the condition in the error, its type, the value, and what the error shows of the value.
 SCALARS = {
-    ops.TEMPERATURE: NOT_NUMBERS
-    + tuple(
-        ("be a positive finite number", ValueError, x, y)
-        for x, y in ((0, 0.0), (-0.0, -0.0), (-1, -1.0), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))
+    ops.TEMPERATURE: tuple(
+        ("be a number or a tensor of numbers", *rest) for _, *rest in NOT_NUMBERS if not is_pair(rest[1])
     )
-    + tuple(("be between 1e-30 and 1e30", ValueError, x, x) for x in (5e-324, 9e-31, 2e30, 1e300)),
+    + not_positive("be a positive finite number"),
+    ops.POSITIVE: NOT_NUMBERS + not_positive("be a positive finite number"),
+    ops.SOFTCAP: tuple(row for row in NOT_NUMBERS if row[2] is not None)
+    + not_positive("be None or a positive finite number"),
+    ops.OUTPUTS: tuple(
+        ("be a tuple of names", TypeError, value, type(value).__name__) for value in (None, "logprobs", 1, True, {})
+    )
+    + tuple((NAMES_TEXT, ValueError, value, repr(value[-1])) for value in (("",), ("entropy", "Entropy"), [1.0])),
     ops.FINITE: NOT_NUMBERS + NOT_FINITE + TOO_LARGE,
     ops.NOT_NEGATIVE: NOT_NUMBERS
     + tuple(
@@ -241,6 +277,13 @@ SCALARS = {
     )
     + tuple((AXIS_TEXT, ValueError, value, value) for value in (2, -3, 10**400, (), [], (0, 2), (0, 0), (0, -2))),
 }
+ALL_NAMES = tuple(NAMES_TEXT.removeprefix("be names out of ").split(", "))
+
+
+def reversed_tuple(names):
+    return tuple(reversed(names))
+
+
 # The rows: a value of an unusual type, and the usual value that it stands for.
 SAME_SCALARS = {
     ops.TEMPERATURE: (
@@ -266,6 +309,8 @@ SAME_SCALARS = {
     ),
     ops.PENALTY: (("kl", "kl"),),
 }
+SAME_SCALARS[ops.POSITIVE] = SAME_SCALARS[ops.SOFTCAP] = SAME_SCALARS[ops.TEMPERATURE]
+SAME_SCALARS[ops.OUTPUTS] = tuple((make(ALL_NAMES), ALL_NAMES) for make in (list, set, frozenset, reversed_tuple))
 SAME_SCALARS[ops.FINITE] = SAME_SCALARS[ops.TEMPERATURE] + ((-1, -1.0), (5e-324, 0.0), (-0.0, 0.0))
 SAME_SCALARS[ops.NOT_NEGATIVE] = SAME_SCALARS[ops.TEMPERATURE] + ((3e38, 2e38),)
 SAME_SCALARS[ops.THRESHOLD] = SAME_SCALARS[ops.TEMPERATURE] + ((-1, -1.0), (INF, 1e300), (10**400, INF))
@@ -337,6 +382,16 @@ def test_another_device(op, argument):
             "labels must have the shape [] of logits without its last dimension, got",
         ),
         ("full_kl", {"logits": torch.zeros(2, 3, 8)}, "ref_logits must have the shape [2, 3, 8] of logits, got"),
+        (
+            "linear_logprobs",
+            {"hidden": torch.zeros(4, 5)},
+            "labels must have the shape [4] of hidden without its last dimension, got",
+        ),
+        (
+            "linear_statistics",
+            {"weight": torch.zeros(9, 5)},
+            "bias must have the shape [9] of weight's first dimension, got",
+        ),
         ("gae", {"values": torch.zeros(2, 4)}, "rewards must have the shape [2, 4] of values, got"),
         ("gae", {"values": torch.zeros(6)}, "values must have the shape [B, T], got [6]"),
         ("gae", {"values": torch.zeros(1, 2, 3)}, "values must have the shape [B, T], got [1, 2, 3]"),
@@ -368,6 +423,70 @@ def test_an_argument_of_another_shape_than_the_rest(op, changed, text):
     with pytest.raises(ValueError) as error:
         getattr(ppo_ext, op)(**valid_arguments(OPS[op]) | changed)
     assert str(error.value).startswith(f"{op}: {text}")
+
+
+# ---- one temperature for each token ---------------------------------------------------------------------------------
+
+with_temperature = pytest.mark.parametrize("op", [op for op in OPS.values() if "temperature" in op.arguments], ids=str)
+
+
+@with_temperature
+def test_a_temperature_for_each_token_is_that_of_the_token(op):
+    arguments = valid_arguments(op)
+    temperature = torch.rand(2, 3) + 0.5
+    whole = op.run(arguments | {"temperature": temperature})
+    for b, t in ((0, 0), (1, 2)):
+        alone = op.run(arguments | {"temperature": temperature[b, t].item()})
+        for name in op.per_token:
+            torch.testing.assert_close(whole[name][b, t], alone[name][b, t], rtol=1e-6, atol=1e-6)
+
+
+@with_temperature
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_temperatures_of_any_float_and_strides(op, dtype):
+    arguments = valid_arguments(op)
+    temperature = torch.tensor([[0.5, 1.5], [2.0, 0.75], [4.0, 1.0]], dtype=dtype).t()
+    expected = op.run(arguments | {"temperature": temperature.float().contiguous()})
+    for name, result in op.run(arguments | {"temperature": temperature}).items():
+        assert_same_bits(name, result, expected[name])
+
+
+@with_temperature
+@pytest.mark.parametrize("value", (0.0, -1.0, NAN, INF, 9e-31, 2e30))
+def test_a_temperature_of_one_token_out_of_range(op, value):
+    temperature = torch.ones(2, 3)
+    temperature[1, 2] = value
+    arguments = valid_arguments(op) | {"temperature": temperature, "mask": torch.ones(2, 3)}
+    with pytest.raises(ValueError) as error:
+        op.run(arguments)
+    found = str(error.value)
+    assert found.startswith(f"{op.name}: temperature[1, 2] must be between 1e-30 and 1e30, got ")
+    arguments["mask"][1, 2] = 0
+    masked = op.run(arguments)
+    temperature[1, 2] = 1.0
+    for name, result in op.run(arguments).items():
+        assert_same_bits(name, masked[name], result)
+
+
+@with_temperature
+@pytest.mark.parametrize(
+    "temperature, kind, text",
+    (
+        (torch.ones(2), ValueError, "be a number or have the shape [2, 3] of {}, got [2]"),
+        (torch.ones(3, 2), ValueError, "be a number or have the shape [2, 3] of {}, got [3, 2]"),
+        (torch.ones(2, 3, 1), ValueError, "be a number or have the shape [2, 3] of {}, got [2, 3, 1]"),
+        (torch.ones(0), ValueError, "be a number or have the shape [2, 3] of {}, got [0]"),
+        (torch.ones(2, 3).long(), TypeError, "be float32, bfloat16, float16 or float64, got torch.int64"),
+        (torch.ones(2, 3).bool(), TypeError, "be float32, bfloat16, float16 or float64, got torch.bool"),
+        (torch.ones(2, 3, device="meta"), ValueError, "be on the device cpu of {}, got meta"),
+    ),
+    ids=lambda x: f"{x.dtype}{list(x.shape)}{x.device}" if isinstance(x, torch.Tensor) else "",
+)
+def test_temperatures_of_another_form(op, temperature, kind, text):
+    with pytest.raises(kind) as error:
+        getattr(ppo_ext, op.name)(**valid_arguments(op) | {"temperature": temperature})
+    of = "labels" if "labels" in op.arguments else "logits without its last dimension"
+    assert str(error.value) == f"{op.name}: temperature must {text.format(of)}"
 
 
 def test_every_argument_of_every_op_is_here():

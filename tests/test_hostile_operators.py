@@ -32,6 +32,8 @@ NUMBERS = {
         "be between 1e-30 and 1e30",
         (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31),
     ),
+    ops.POSITIVE: (1.5, "be between 1e-30 and 1e30", (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
+    ops.SOFTCAP: (2.0, "be between 1e-30 and 1e30", (-1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
     ops.FINITE: (0.9, "be a finite number", (math.nan, math.inf, -math.inf)),
     ops.NOT_NEGATIVE: (0.2, "not be negative", (-1.0, math.nan, -math.inf)),
     ops.PENALTY: (0, r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
@@ -44,6 +46,19 @@ INTERNAL = {
     "moments": torch.ones(3),
     "stats": torch.ones(len(STAT_NAMES) + 1),
     "label_note": torch.zeros(4, dtype=torch.int64),
+    "hidden": torch.linspace(-1, 1, 30).view(2, 3, 5),
+    "weight": torch.linspace(-1, 1, 35).view(7, 5),
+    "bias": torch.linspace(-1, 1, 7),
+    # of a tile, whose rows are the tokens
+    "tile": torch.linspace(-1, 1, 48).view(6, 8),
+    "targets": torch.arange(6),
+    "states": torch.zeros(6, 8, dtype=torch.float64),
+    "results": torch.zeros(6, 7),
+}
+# Numbers that are not public, as in NUMBERS.
+INTERNAL_NUMBERS = {
+    "first": (0, r"lie in \[0, vocabulary - columns\]", (-1, 1, 2**62, -(2**62))),
+    "vocabulary": (8, None, ()),
 }
 
 
@@ -57,6 +72,8 @@ def takes_tensor(parameter):
 
 def number(parameter):
     """(a valid value, the condition in the error, invalid values) of a parameter that is not a tensor."""
+    if parameter.name in INTERNAL_NUMBERS:
+        return INTERNAL_NUMBERS[parameter.name]
     return (True, None, ()) if str(parameter.type) == "bool" else NUMBERS[ROLES[parameter.name]]
 
 
@@ -72,6 +89,8 @@ def valid_arguments(name):
     for parameter in parameters(OPERATORS[name]):
         other = torch.rand(2, 3) if takes_tensor(parameter) else number(parameter)[0]
         found[parameter.name] = inputs.get(parameter.name, other)
+    if "tile" in found:
+        found |= {name: x.flatten() for name, x in found.items() if getattr(x, "shape", ()) == (2, 3)}
     return found
 
 
@@ -105,6 +124,14 @@ NO_FAULTS = {
     **{(name, logits): STRIDES for name in ("_full_kl", "_full_kl_backward") for logits in ("logits", "ref_logits")},
     ("_full_kl_backward_", "logits"): {"every second entry"},
     ("_full_kl_backward_", "ref_logits"): STRIDES,
+    **{
+        (name, argument): STRIDES | {"float16", *(("float64",) if argument == "bias" else ())}
+        for name in ("_linear_logprobs", "_linear_logprobs_backward")
+        for argument in ("hidden", "weight", "bias")
+    },
+    ("_linear_logprobs", "label_note"): {"one more dimension"},
+    ("_linear_logprobs_fold", "states"): {"one more dimension", "float64"},
+    ("_linear_logprobs_fold", "results"): {"one more dimension"},
     ("_masked_whiten_backward", "moments"): {"one more dimension"},
     ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_backward", "stats"): {"one more dimension"},
@@ -125,7 +152,7 @@ def tensor_cases():
 def call(name, arguments):
     """The results of the operator or, if it returns nothing, the tensor that it has overwritten."""
     results = OPERATORS[name](*arguments.values())
-    results = arguments["logits"] if results is None else results
+    results = next(arguments[name] for name in ("logits", "tile") if name in arguments) if results is None else results
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -146,7 +173,7 @@ def test_tensor(name, argument, change):
         for a, b in zip(call(name, arguments), call(name, dense)):
             assert_same_bits(name, a, b)
         return
-    with pytest.raises((ValueError, RuntimeError), match=rf"^[a-z_]+: \S.* must ({text}).*, got .+"):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"^[a-z_]+: \S.* must ({text}).*, got .+"):
         call(name, arguments)
 
 
@@ -177,7 +204,9 @@ def test_number(name, argument, condition, value):
 def test_ids_outside_the_vocabulary(name, label):
     arguments = valid_arguments(name)
     arguments["labels"][1, 2], arguments["mask"][1, 2] = label, True
-    with pytest.raises((ValueError, RuntimeError), match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}$"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}(; .*mask)?$"
+    ):
         call(name, arguments)
 
 
@@ -237,7 +266,7 @@ def fuzz(calls):
         try:
             call(name, arguments)
             ran += 1
-        except (ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             if " must " not in str(error):
                 raise
             refused += 1

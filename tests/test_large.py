@@ -69,7 +69,7 @@ def test_offsets_beyond_32_bits(name, shape, strides):
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_more_rows_than_65535(device, op):
     """Rows of 3 logits, or sequences of 2 tokens."""
-    shape = (70001, 1) if op.on_logits else (70001, 2)
+    shape = (70001, 1) if op.has_vocabulary else (70001, 2)
     arguments = valid_arguments(op, shape, 3, device)
     grads = {name: torch.randn(shape, device=device) for name in op.per_token}
     in_float64 = {

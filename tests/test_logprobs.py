@@ -88,9 +88,9 @@ def test_opcheck(device):
     ops = torch.ops.ppo_ext
     note = torch.zeros(4, dtype=torch.int64, device=device)
     for label_note in (None, note):
-        torch.library.opcheck(ops._logprobs.default, (logits, labels, mask, 0.8, True, label_note))
-    _, entropy, row_max, log_sum = ops._logprobs(logits, labels, mask, 0.8, True, None)
-    saved = (inputs["grad_logprobs"], inputs["grad_entropy"], labels, mask, entropy, row_max, log_sum, 0.8)
+        torch.library.opcheck(ops._logprobs.default, (logits, labels, mask, None, 0.8, True, label_note))
+    _, entropy, row_max, log_sum = ops._logprobs(logits, labels, mask, None, 0.8, True, None)
+    saved = (inputs["grad_logprobs"], inputs["grad_entropy"], labels, mask, entropy, row_max, log_sum, None, 0.8)
     torch.library.opcheck(ops._logprobs_backward.default, (logits, *saved))
     torch.library.opcheck(ops._logprobs_backward_.default, (logits.clone(), *saved))
 

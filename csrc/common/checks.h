@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "temperature.h"
 #include "tensors.h"
 
 namespace ppo_ext {
@@ -30,10 +31,9 @@ inline void require_finite(const char* op, const char* argument, double x) {
   if (!(x - x == 0)) reject(op, argument, "be a finite number", x);
 }
 
-// With a temperature beyond these bounds the products with 1 / temperature could become 0 * inf, which is NaN.
-inline void require_temperature(const char* op, double temperature) {
-  if (!(temperature >= 1e-30 && temperature <= 1e30))
-    reject(op, "temperature", "be between 1e-30 and 1e30", temperature);
+// A temperature, or another number that logits are multiplied with or divided by.
+inline void require_positive(const char* op, const char* argument, double x) {
+  if (!(x >= kLeastTemperature && x <= kMostTemperature)) reject(op, argument, "be between 1e-30 and 1e30", x);
 }
 
 // ---- shapes ----
@@ -48,6 +48,16 @@ inline std::string shape_text(const Tensor& x, int64_t dims) {
 }
 
 inline std::string shape_text(const Tensor& x) { return shape_text(x, x.dim()); }
+
+// [i, j, ...], the place of entry n of a tensor of the first `dims` dimensions of x.
+inline std::string position_text(const Tensor& x, int64_t dims, int64_t n) {
+  std::string text;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    text = std::to_string(n % x.size(d)) + (text.empty() ? "" : ", ") + text;
+    n /= x.size(d);
+  }
+  return "[" + text + "]";
+}
 
 // x must have the first `dims` dimensions of `like` and no others.
 inline void require_shape(const char* op, const char* argument, const Tensor& x, const Tensor& like, int64_t dims) {
@@ -207,6 +217,24 @@ inline void require_row_tensors(const char* op, const Tensor& logits, std::initi
 // An uninitialised one.
 inline Tensor new_row_tensor(const Tensor& logits) {
   return new_token_tensor(logits, logits.dim() - 1, accumulate_dtype(logits.scalar_type()));
+}
+
+// The temperatures of the rows of the logits.
+inline void require_temperatures(const char* op, const Tensor& logits, const std::optional<Tensor>& temperatures) {
+  if (temperatures)
+    require_token_tensor(op, "temperatures", *temperatures, logits, logits.dim() - 1,
+                         accumulate_dtype(logits.scalar_type()));
+}
+
+// On a CPU: those of the rows that count must be in their range. `tokens` has these rows as its first `dims` dimensions.
+template <class A>
+void check_temperatures(const char* op, const InverseTemperature<A>& inv_temperature, const bool* mask, int64_t rows,
+                        const Tensor& tokens, int64_t dims) {
+  if (!inv_temperature.temperatures) return;
+  for (int64_t n = 0; n < rows; ++n)
+    if ((!mask || mask[n]) && inv_temperature.of(n) != inv_temperature.of(n))
+      reject(op, "temperature" + position_text(tokens, dims, n), "be between 1e-30 and 1e30",
+             inv_temperature.temperatures[n]);
 }
 
 }  // namespace ppo_ext

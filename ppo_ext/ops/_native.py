@@ -104,6 +104,13 @@ def define(schema: str) -> tuple[torch._ops.OpOverload, str]:
     return operator, name
 
 
+def implement(name: str, function: Callable) -> None:
+    """Makes a function of Python the operator's implementation on a CPU and on CUDA, until the process ends."""
+    for key in ("CPU", "CUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+            torch.library.impl(name, key.lower())(function)
+
+
 def register_fake(name: str) -> Callable[[Callable], None]:
     """`torch.library.register_fake` for a function that may assume that all its tensors are on one device.
 

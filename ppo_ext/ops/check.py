@@ -8,6 +8,8 @@ import torch
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEAST, _MOST = 1e-30, 1e30
+_IN_RANGE = "be between 1e-30 and 1e30"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -41,6 +43,16 @@ def floating(op: str, argument: str, x: Any) -> None:
         fail(op, argument, "be float32, bfloat16, float16 or float64", x.dtype, TypeError)
 
 
+def plain(op: str, argument: str, x: Any) -> None:
+    """`x` must be a floating tensor that a matrix product can read as it is."""
+    if hasattr(x, "full_tensor"):
+        fail(op, argument, "be a plain tensor", f"a {type(x).__name__}; pass {argument}.full_tensor()", TypeError)
+    tensor(op, argument, x)
+    if x.dtype not in FLOATS:
+        hint = "" if x.dtype.is_floating_point or x.dtype.is_complex else "; dequantize it first"
+        fail(op, argument, "be float32, bfloat16, float16 or float64", f"{x.dtype}{hint}", TypeError)
+
+
 def shape(op: str, argument: str, x: torch.Tensor, expected: torch.Size, of: str) -> None:
     """`x` must have the expected shape, which the text calls the shape of `of`."""
     if x.shape != expected:
@@ -65,6 +77,32 @@ def mask(op: str, x: Any, expected: torch.Size, device_of: torch.device, of: str
     shape(op, "mask", x, expected, of)
     device(op, "mask", x, device_of, of)
     return x if x.dtype == torch.bool else x.bool()
+
+
+def labels(op: str, x: Any, expected: torch.Size, of: str) -> torch.Tensor:
+    """The labels as a dense int64 tensor."""
+    tensor(op, "labels", x)
+    if x.dtype not in (torch.int64, torch.int32):
+        fail(op, "labels", "be int64 or int32", x.dtype, TypeError)
+    shape(op, "labels", x, expected, of)
+    # looking takes less time than a conversion that changes nothing
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
+
+
+def ids(op: str, labels: torch.Tensor, vocabulary: int, mask: torch.Tensor | None) -> None:
+    """Labels that count must be in [0, vocabulary). The host waits for their device."""
+    found = _first((labels < 0) | (labels >= vocabulary), mask)
+    if found is not None:
+        got = labels[tuple(found)].item()
+        hint = "; leave rows without a label out by the mask" if got == -100 else ""
+        fail(op, f"labels{found}", f"be an id in [0, {vocabulary})", f"{got}{hint}")
+
+
+def _first(wrong: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
+    """The place of the first token that counts where something is wrong; None if there is none."""
+    if mask is not None:
+        wrong = wrong & mask
+    return wrong.nonzero()[0].tolist() if wrong.any() else None
 
 
 def no_tangent(op: str, argument: str, x: torch.Tensor) -> None:
@@ -133,13 +171,38 @@ def flag(op: str, argument: str, x: Any) -> bool:
     return value == 1
 
 
-def temperature(op: str, x: Any) -> float:
-    x = number(op, "temperature", x)
+def temperature(
+    op: str, x: Any, expected: torch.Size, device_of: torch.device, of: str, dtype: torch.dtype
+) -> tuple[float, torch.Tensor | None]:
+    """(a number, None), or (1, a dense tensor of `dtype` with a number for each token)."""
+    if not isinstance(x, torch.Tensor) or (x.numel() == 1 and x.shape != expected):
+        return positive(op, "temperature", number(op, "temperature", x, "be a number or a tensor of numbers")), None
+    floating(op, "temperature", x)
+    if x.shape != expected:
+        fail(op, "temperature", f"be a number or have the shape {list(expected)} of {of}", list(x.shape))
+    device(op, "temperature", x, device_of, of)
+    return 1.0, x.detach().to(dtype).contiguous()
+
+
+def temperatures(op: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """The temperatures of tokens that count must be in their range. The host waits for their device."""
+    found = _first(~((x >= _LEAST) & (x <= _MOST)), mask)
+    if found is not None:
+        fail(op, f"temperature{found}", _IN_RANGE, x[tuple(found)].item())
+
+
+def positive(op: str, argument: str, x: Any, condition: str = "be a positive finite number") -> float:
+    """`x` as a float between 1e-30 and 1e30: beyond these 1 / x is no float32, and 0 * inf is NaN."""
+    x = number(op, argument, x)
     if not 0 < x < math.inf:
-        fail(op, "temperature", "be a positive finite number", x)
-    if not 1e-30 <= x <= 1e30:  # beyond these 1 / x is no float32, and 0 * inf is NaN
-        fail(op, "temperature", "be between 1e-30 and 1e30", x)
+        fail(op, argument, condition, x)
+    in_range(op, argument, x)
     return x
+
+
+def in_range(op: str, argument: str, x: float) -> None:
+    if not _LEAST <= x <= _MOST:
+        fail(op, argument, _IN_RANGE, x)
 
 
 def finite(op: str, argument: str, x: Any, least: float = -math.inf, condition: str = "be a finite number") -> float:

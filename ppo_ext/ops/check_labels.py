@@ -16,6 +16,19 @@ def note(device: torch.device) -> torch.Tensor | None:
     return _NOTES[device]
 
 
+def note_labels(noted: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, vocabulary: int) -> None:
+    """Notes the labels outside [0, vocabulary) on rows that count, as the kernels do, without waiting for the device."""
+    outside = ((labels < 0) | (labels >= vocabulary)).flatten()
+    if mask is not None:
+        outside &= mask.flatten()
+    if outside.numel() == 0:
+        return
+    row = outside.int().argmax()
+    found = torch.stack([row, labels.flatten()[row], torch.full_like(row, vocabulary)])
+    noted[1:] = torch.where((noted[0] == 0) & outside.any(), found, noted[1:])
+    noted[0] += outside.sum()
+
+
 def check_labels(device: torch.device | str | None = None) -> None:
     """Raise an error if an op met a label outside the vocabulary on a CUDA device since the last call.
 

@@ -6,12 +6,12 @@ from torch.autograd.function import once_differentiable
 from . import _native, check, reference
 
 _forward, _forward_name = _native.define(
-    "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature)"
+    "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature)"
     " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)"
 )
 _GRADIENT_ARGUMENTS = (
     "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
-    " Tensor ref_row_max, Tensor ref_log_sum, float temperature"
+    " Tensor ref_row_max, Tensor ref_log_sum, Tensor? temperatures, float temperature"
 )
 _backward, _backward_name = _native.define(f"_full_kl_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
@@ -20,7 +20,7 @@ _backward_inplace, _backward_inplace_name = _native.define(
 
 
 @_native.register_fake(_forward_name)
-def _(logits, ref_logits, mask, temperature):
+def _(logits, ref_logits, mask, temperatures, temperature):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(logits.shape[:-1], dtype=dtype)
     return (row, *(torch.empty_like(row) for _ in range(4)))
@@ -38,29 +38,30 @@ def _(logits, *_):
 
 class _FullKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ref_logits, mask, temperature, inplace_backward):
-        kl, *row_stats = _forward(logits, ref_logits, mask, temperature)
-        ctx.save_for_backward(logits, ref_logits, mask, kl, *row_stats)
+    def forward(ctx, logits, ref_logits, mask, temperatures, temperature, inplace_backward):
+        inputs = (logits, ref_logits, mask, temperatures)
+        kl, *row_stats = _forward(*inputs, temperature)
+        ctx.save_for_backward(*inputs, kl, *row_stats)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_kl):
-        logits, ref_logits, mask, *saved = ctx.saved_tensors
-        arguments = (ref_logits, grad_kl.contiguous(), mask, *saved, ctx.temperature)
+        logits, ref_logits, mask, temperatures, *saved = ctx.saved_tensors
+        arguments = (ref_logits, grad_kl.contiguous(), mask, *saved, temperatures, ctx.temperature)
         if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits, ref_logits):
-            return _backward(logits, *arguments), None, None, None, None
+            return _backward(logits, *arguments), *(None,) * 5
         _backward_inplace(logits, *arguments)
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None
+        return logits, *(None,) * 5
 
 
 def full_kl(
     logits: torch.Tensor,
     ref_logits: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
 ) -> torch.Tensor:
@@ -71,7 +72,8 @@ def full_kl(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, of any strides; they are not copied.
         ref_logits: [..., V], of the dtype and on the device of logits, of any strides. They receive no gradient.
-        temperature: a number in [1e-30, 1e30] that divides both.
+        temperature: a number in [1e-30, 1e30] that divides both, or a float tensor [...] with one for each token. It
+            receives no gradient. Outside of that range, a token is an error on the CPU and NaN on CUDA.
         mask: [...] bool, int or float, nonzero where a token counts; None counts all. The other rows are not read;
             their result and their gradient are 0.
         inplace_backward: let the backward pass write the gradient over `logits`, see `logprobs`.
@@ -102,15 +104,23 @@ def full_kl(
     check.device("full_kl", "ref_logits", ref_logits, logits.device, "logits")
     if ref_logits.dtype != logits.dtype:
         check.fail("full_kl", "ref_logits", f"have the dtype {logits.dtype} of logits", ref_logits.dtype, TypeError)
-    temperature = check.temperature("full_kl", temperature)
+    tokens = "logits without its last dimension"
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    temperature, temperatures = check.temperature(
+        "full_kl", temperature, logits.shape[:-1], logits.device, tokens, dtype
+    )
     inplace_backward = check.flag("full_kl", "inplace_backward", inplace_backward)
     if mask is not None:
-        mask = check.mask("full_kl", mask, logits.shape[:-1], logits.device, "logits without its last dimension")
+        mask = check.mask("full_kl", mask, logits.shape[:-1], logits.device, tokens)
         mask = mask.contiguous()
     ref_logits = ref_logits.detach()
     if not _native.available(logits.device.type):
-        return reference.full_kl(logits, ref_logits, temperature=temperature, mask=mask)
+        if temperatures is not None:
+            check.temperatures("full_kl", temperatures, mask)
+        either = temperature if temperatures is None else temperatures
+        return reference.full_kl(logits, ref_logits, temperature=either, mask=mask)
     check.no_tangent("full_kl", "logits", logits)
+    arguments = (ref_logits, mask, temperatures, temperature)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _FullKL.apply(logits, ref_logits, mask, temperature, inplace_backward)
-    return _forward(logits.detach(), ref_logits, mask, temperature)[0]
+        return _FullKL.apply(logits, *arguments, inplace_backward)
+    return _forward(logits.detach(), *arguments)[0]

@@ -7,12 +7,12 @@ from . import _native, check, reference
 from .check_labels import note
 
 _forward, _forward_name = _native.define(
-    "_logprobs(Tensor logits, Tensor labels, Tensor? mask, float temperature, bool with_entropy,"
+    "_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperatures, float temperature, bool with_entropy,"
     " Tensor(a!)? label_note) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)"
 )
 _GRADIENT_ARGUMENTS = (
     "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor labels, Tensor? mask, Tensor entropy,"
-    " Tensor row_max, Tensor log_sum, float temperature"
+    " Tensor row_max, Tensor log_sum, Tensor? temperatures, float temperature"
 )
 _backward, _backward_name = _native.define(f"_logprobs_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
@@ -21,7 +21,7 @@ _backward_inplace, _backward_inplace_name = _native.define(
 
 
 @_native.register_fake(_forward_name)
-def _(logits, labels, mask, temperature, with_entropy, label_note):
+def _(logits, labels, mask, temperatures, temperature, with_entropy, label_note):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = logits.new_empty(labels.shape, dtype=dtype)
     return (
@@ -44,9 +44,10 @@ def _(logits, *_):
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
-        logprobs, entropy, row_max, log_sum = _forward(logits, labels, mask, temperature, with_entropy, label_note)
-        ctx.save_for_backward(logits, labels, mask, entropy, row_max, log_sum)
+    def forward(ctx, logits, labels, mask, temperatures, temperature, with_entropy, label_note, inplace_backward):
+        inputs = (logits, labels, mask, temperatures)
+        logprobs, entropy, row_max, log_sum = _forward(*inputs, temperature, with_entropy, label_note)
+        ctx.save_for_backward(*inputs, entropy, row_max, log_sum)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         ctx.set_materialize_grads(False)
         # without entropy it is no output: under torch.compile an output that nothing reads still gets a gradient of zeros
@@ -56,8 +57,8 @@ class _Logprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy=None):
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
-        logits, labels, mask, entropy, row_max, log_sum = ctx.saved_tensors
+            return (None,) * 8
+        logits, labels, mask, temperatures, entropy, row_max, log_sum = ctx.saved_tensors
         arguments = (
             None if grad_logprobs is None else grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
@@ -66,43 +67,43 @@ class _Logprobs(torch.autograd.Function):
             entropy,
             row_max,
             log_sum,
+            temperatures,
             ctx.temperature,
         )
         if not ctx.inplace_backward or torch.compiler.is_compiling() or not check.overwritable(logits):
-            return _backward(logits, *arguments), *(None,) * 6
+            return _backward(logits, *arguments), *(None,) * 7
         _backward_inplace(logits, *arguments)
         torch.autograd.graph.increment_version(logits)
-        return logits, *(None,) * 6
+        return logits, *(None,) * 7
 
 
 def _prepare(op, logits, labels, temperature, mask):
     check.floating(op, "logits", logits)
-    check.tensor(op, "labels", labels)
-    if labels.dtype not in (torch.int64, torch.int32):
-        check.fail(op, "labels", "be int64 or int32", labels.dtype, TypeError)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         check.fail(op, "logits", "have the shape [..., V] with V >= 1", list(logits.shape))
-    check.shape(op, "labels", labels, logits.shape[:-1], "logits without its last dimension")
+    labels = check.labels(op, labels, logits.shape[:-1], "logits without its last dimension")
     check.device(op, "labels", labels, logits.device, "logits")
-    temperature = check.temperature(op, temperature)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    temperature, temperatures = check.temperature(op, temperature, labels.shape, logits.device, "labels", dtype)
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, logits.device, "labels").contiguous()
-    # Looking takes less time than a conversion that changes nothing.
-    usual = labels.dtype == torch.int64 and labels.is_contiguous()
-    return labels if usual else labels.to(torch.int64).contiguous(), temperature, mask
+    return labels, mask, temperatures, temperature
 
 
 def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate):
-    labels, temperature, mask = _prepare(op, logits, labels, temperature, mask)
+    labels, mask, temperatures, temperature = _prepare(op, logits, labels, temperature, mask)
     inplace_backward = check.flag(op, "inplace_backward", inplace_backward)
     validate = check.flag(op, "validate", validate)
     native = _native.available(logits.device.type)
     if validate or not native:
-        _check_ids(op, logits, labels, mask)
+        check.ids(op, labels, logits.shape[-1], mask)
+        if temperatures is not None:
+            check.temperatures(op, temperatures, mask)
     if not native:
-        return reference.logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+        either = temperature if temperatures is None else temperatures
+        return reference.logprobs_and_entropy(logits, labels, temperature=either, mask=mask)
     check.no_tangent(op, "logits", logits)
-    arguments = (logits, labels, mask, temperature, with_entropy, note(logits.device))
+    arguments = (logits, labels, mask, temperatures, temperature, with_entropy, note(logits.device))
     if torch.compiler.is_compiling():
         return _apply(*arguments, inplace_backward)
     try:
@@ -111,28 +112,19 @@ def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, 
         raise check.value_error(op, error) from None
 
 
-def _apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward):
+def _apply(logits, labels, mask, temperatures, temperature, with_entropy, label_note, inplace_backward):
+    arguments = (labels, mask, temperatures, temperature, with_entropy, label_note)
     if torch.is_grad_enabled() and logits.requires_grad:
-        result = _Logprobs.apply(logits, labels, mask, temperature, with_entropy, label_note, inplace_backward)
+        result = _Logprobs.apply(logits, *arguments, inplace_backward)
         return result if with_entropy else (result,)
-    plain = logits.detach() if logits.requires_grad else logits
-    return _forward(plain, labels, mask, temperature, with_entropy, label_note)[:2]
-
-
-def _check_ids(op, logits, labels, mask):
-    outside = (labels < 0) | (labels >= logits.shape[-1])
-    if mask is not None:
-        outside &= mask
-    if outside.any():
-        position = outside.nonzero()[0].tolist()
-        check.fail(op, f"labels{position}", f"be an id in [0, {logits.shape[-1]})", labels[tuple(position)].item())
+    return _forward(logits.detach() if logits.requires_grad else logits, *arguments)[:2]
 
 
 def logprobs(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     validate: bool = False,
@@ -145,15 +137,16 @@ def logprobs(
         logits: [..., V] float32, bfloat16, float16 or float64, of any strides; they are not copied.
         labels: [...] int64 or int32, the token ids y_n. They are not shifted: for the log-probability of the next
             token, pass labels that are one step ahead of the logits.
-        temperature: a number in [1e-30, 1e30] that divides the logits.
+        temperature: a number in [1e-30, 1e30] that divides the logits, or a float tensor [...] with one for each token.
+            It receives no gradient.
         mask: [...] bool, int or float, nonzero where a token counts; None counts all. The other rows are not read:
             their result and their gradient are 0, whatever their logits and labels are.
         inplace_backward: let the backward pass write the gradient over `logits`, which saves one buffer of their size.
             The forward pass never changes them. If autograd uses the overwritten logits later, it raises an error.
             Without effect under torch.compile, and for logits whose entries share memory, as those of an expanded
             tensor do.
-        validate: on CUDA, check the ids before anything is computed, for which the host waits for the device. On the
-            CPU they are always checked.
+        validate: on CUDA, check the ids and temperatures before anything is computed, for which the host waits for the
+            device. On the CPU they are always checked.
 
     Returns:
         [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
@@ -161,9 +154,9 @@ def logprobs(
     Raises:
         TypeError: a type or dtype is not one of those above, or a tensor is not dense.
         ValueError: shapes or devices do not match, temperature is out of its range, more than 8 leading dimensions of
-            the logits cannot be merged, or, on the CPU or with `validate`, a label that counts is outside [0, V).
-            Without `validate`, such a row is NaN on CUDA, its gradient is 0, and the next `check_labels` raises the
-            error.
+            the logits cannot be merged, or, on the CPU or with `validate`, a label that counts is outside [0, V) or its
+            temperature out of range. Without `validate`, a row with such a label is NaN on CUDA, its gradient is 0, and
+            the next `check_labels` raises the error; a row with such a temperature is NaN, and its gradient too.
         NotImplementedError: the logits carry a forward-mode tangent.
 
     Notes:
@@ -181,7 +174,7 @@ def logprobs_and_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     validate: bool = False,

@@ -23,6 +23,8 @@ def _log_softmax(logits, counts, temperature):
     """Log-softmax of logits / temperature over the vocabulary, with zeros for the logits of rows that do not count."""
     rows = torch.where(counts[..., None], _accumulate(logits), 0.0)
     top = rows.amax(-1, keepdim=True)
+    if isinstance(temperature, torch.Tensor):
+        temperature = torch.where(counts, temperature.to(rows.dtype), 1.0)[..., None]
     # An infinite maximum is subtracted too: -inf - -inf makes a row NaN in which no entry has probability.
     return torch.log_softmax((rows - top.detach()) / temperature, dim=-1)
 
@@ -49,6 +51,57 @@ def full_kl(logits, ref_logits, *, temperature=1.0, mask=None):
     p = log_p.exp()
     gap = torch.where(p == 0, 0.0, torch.where(p == 0, 0.0, log_p) - log_q)
     return torch.where(counts, torch.where(p == 0, 0.0, p * gap).sum(-1), 0.0)
+
+
+def linear_logits(hidden, weight, counts, bias=None, logit_scale=1.0, softcap=None):
+    """The logits of the head; those of rows that do not count are of hidden states of 0."""
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    logits = torch.where(counts[..., None], hidden.to(dtype), 0.0) @ weight.to(dtype).T
+    logits = logit_scale * (logits if bias is None else logits + bias.to(dtype))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_statistics(
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    temperature=1.0,
+    logit_scale=1.0,
+    softcap=None,
+    mask=None,
+    outputs=("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+):
+    counts = _as_bool(mask, labels)
+    logits = linear_logits(hidden, weight, counts, bias, logit_scale, softcap)
+    logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    logits = logits.detach()
+    log_sum_sq_probs = torch.logsumexp(2 * _log_softmax(logits, counts, temperature), dim=-1)
+    tempered = logits / (
+        temperature[..., None].to(logits.dtype) if isinstance(temperature, torch.Tensor) else temperature
+    )
+    is_top1 = ((logits == logits.amax(-1, keepdim=True)).int().argmax(-1) == labels) & ~logprobs.isnan()
+    found = {
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "log_sum_sq_probs": torch.where(counts, log_sum_sq_probs, 0.0),
+        "mean_logits": torch.where(counts, tempered.mean(-1), 0.0),
+        "is_top1": (counts & is_top1).to(logits.dtype),
+    }
+    return tuple(x if name in outputs else None for name, x in found.items())
+
+
+def linear_logprobs_and_entropy(
+    hidden, weight, labels, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, mask=None
+):
+    logits = linear_logits(hidden, weight, _as_bool(mask, labels), bias, logit_scale, softcap)
+    return logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+
+
+def linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, mask=None):
+    options = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "mask": mask}
+    return linear_logprobs_and_entropy(hidden, weight, labels, **options)[0]
 
 
 def token_kls(logprobs, ref_logprobs, kl_penalty):

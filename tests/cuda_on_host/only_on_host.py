@@ -119,7 +119,7 @@ def results_of_all_ops():
     parts."""
     for op in OPS.values():
         # a block for each row of 1100 logits or tokens, a warp for each row of 20
-        sizes = (((100, 1), 1100), ((400, 1), 20)) if op.on_logits else (((70, 1100), 1), ((400, 20), 1))
+        sizes = (((100, 1), 1100), ((400, 1), 20)) if op.has_vocabulary else (((70, 1100), 1), ((400, 20), 1))
         for shape, vocabulary in sizes:
             arguments = valid_arguments(op, shape, vocabulary)
             for options in ({}, *op.variants.values()):
