@@ -43,6 +43,13 @@ _SIZES = {"cpu": (1024, 1 << 20), "cuda": (8192, 1 << 26)}
 _MOST_COLUMNS = 8192
 
 
+def tile_sizes(rows: int, vocabulary: int, device_type: str) -> tuple[int, int]:
+    """The rows and columns of a tile."""
+    most_rows, entries = _SIZES[device_type]
+    tile_rows = max(1, min(rows, most_rows))
+    return tile_rows, min(vocabulary, _MOST_COLUMNS, entries // tile_rows)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +121,10 @@ def _check_numbers(temperature: float, logit_scale: float, softcap: float) -> No
 # ---- the rows that count --------------------------------------------------------------------------------------------
 
 
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Rows:
     """The tokens that count, as rows.
 
@@ -125,7 +136,7 @@ class _Rows:
         self.all = count
         if mask is None:
             return
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(mask):
             self.hidden_mask = mask.flatten()
         else:
             self.index = mask.flatten().nonzero().squeeze(1)
@@ -176,9 +187,7 @@ class _Head:
         self.temperatures = self.of_tokens(temperatures)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.count, self.vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        most_rows, entries = _SIZES[hidden.device.type]
-        self.tile_rows = max(1, min(self.count, most_rows))
-        self.tile_columns = min(self.vocabulary, _MOST_COLUMNS, entries // self.tile_rows)
+        self.tile_rows, self.tile_columns = tile_sizes(self.count, self.vocabulary, hidden.device.type)
 
     def of_tokens(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """A number for each token as one for each row."""
