@@ -35,7 +35,10 @@ from .trl_baseline import NAME
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (2, 7, 1000, 32000, 50257, 128256, 151936)
 SCALES, OFFSETS = (1.0, 3.0, 30.0), (0.0, 1e4)
-_ROWS, _TOKENS = 4, (16, 257)
+_ROWS, _TOKENS, _HIDDEN = 4, (16, 257), 16
+_MOST_OF_HIDDEN = (
+    50257  # the largest vocabulary of the ops on hidden states, whose gradients have _HIDDEN times its size
+)
 _LEVELS = {
     "x86-64-v4": ("4", "3", "1"),
     "x86-64-v3": ("3", "1"),
@@ -70,6 +73,15 @@ class Input:
         if self.vocabulary is None:
             inputs = token_inputs(_TOKENS) | {"incoming": torch.randn(_TOKENS)}
             return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        if OPS[self.op].on_hidden:  # a logit is a sum of _HIDDEN terms
+            hidden, weight = torch.randn(_ROWS, _HIDDEN), torch.randn(self.vocabulary, _HIDDEN)
+            return {
+                "hidden": (self.scale / _HIDDEN**0.5 * hidden).to(self.dtype),
+                "weight": weight.to(self.dtype),
+                "labels": torch.randint(self.vocabulary, (_ROWS,)),
+                "grad_logprobs": torch.randn(_ROWS),
+                "grad_entropy": torch.randn(_ROWS),
+            }
         shape = _ROWS, self.vocabulary
         logits = self.scale * torch.randn(shape)
         ref_logits = logits + 0.1 * self.scale * torch.randn(shape)
@@ -85,9 +97,12 @@ class Input:
 def all_inputs(vocabularies=VOCABULARIES, names=tuple(OPS)):
     """The inputs of the ops of these names: first for those on logits, then for those on per-token tensors."""
     on_logits = [name for name in names if OPS[name].on_logits]
-    others = [name for name in names if not OPS[name].on_logits]
+    on_hidden = [name for name in names if OPS[name].on_hidden]
+    others = [name for name in names if not OPS[name].has_vocabulary]
+    fewer = [vocabulary for vocabulary in vocabularies if vocabulary <= _MOST_OF_HIDDEN]
     return [
         *(Input(*chosen) for chosen in itertools.product(on_logits, DTYPES, vocabularies, SCALES, OFFSETS)),
+        *(Input(*chosen) for chosen in itertools.product(on_hidden, DTYPES, fewer, SCALES, OFFSETS[:1])),
         *(Input(*chosen) for chosen in itertools.product(others, DTYPES)),
     ]
 
@@ -104,7 +119,7 @@ def _results(name, tensors, function):
     """{name: result} of a function that computes the op, gradients first. Masked entries are replaced by 0, as TRL
     fills them in."""
     op, benchmark = OPS[name], _benchmark(name)
-    names = [f"grad {leaf}" for leaf in op.differentiable]
+    names = [f"grad {leaf}" for leaf in benchmark.leaves]
     names += [result for result, kind in op.results.items() if kind is not STATS]
     results = benchmark.results(BOTH if benchmark.leaves else FORWARD, tensors, function)
     if "mask" in tensors:

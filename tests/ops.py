@@ -143,11 +143,6 @@ class Op:
         return self.on_logits or self.on_hidden
 
     @property
-    def of_tokens(self):
-        """The names of the tensors that have the tokens' dimensions, or their first."""
-        return [name for name in self.tensors if self.arguments[name] not in (HEAD, BIAS)]
-
-    @property
     def per_token(self):
         """The names of the results of the tokens' shape."""
         return [name for name, shape in self.results.items() if shape in (PER_TOKEN, CONSTANT)]
@@ -358,6 +353,8 @@ _LIST = (
 )
 
 OPS = {op.name: op for op in _LIST}
+# The names of the tensors that do not have the tokens' dimensions.
+OF_HEAD = {name for op in _LIST for name, role in op.arguments.items() if role in (HEAD, BIAS)}
 STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
 OP_TESTS = tuple(f"test_{stem}.py" for stem in STEMS)
 
