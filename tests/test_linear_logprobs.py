@@ -169,6 +169,13 @@ def test_a_tie_with_an_earlier_id_is_not_the_top(device, small_tiles):
     assert ppo_ext.linear_statistics(torch.zeros(1, 1), torch.zeros(4, 1), torch.tensor([0])).is_top1.tolist() == [1]
 
 
+def test_the_first_of_equal_logits_in_one_wide_tile(device):
+    weight = torch.zeros(3000, 1, device=device)
+    weight[[700, 1500, 2999]] = 1.0
+    labels = torch.tensor([700, 1500, 2999], device=device)
+    assert ppo_ext.linear_statistics(torch.ones(3, 1, device=device), weight, labels).is_top1.tolist() == [1, 0, 0]
+
+
 def test_statistics_have_no_gradient(device):
     inputs = head_inputs((2, 3), 20, 8, torch.float32, device)
     hidden = inputs["hidden"].requires_grad_()
