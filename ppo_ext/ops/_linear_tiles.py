@@ -251,10 +251,7 @@ def forward(
         results = _folded(_Head(tensors, numbers), with_entropy, with_statistics)
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(
-        results[:, i].reshape(labels.shape).clone(memory_format=torch.contiguous_format)
-        if want
-        else results.new_empty(0)
-        for i, want in enumerate(wanted)
+        results[:, i].clone().view(labels.shape) if want else results.new_empty(0) for i, want in enumerate(wanted)
     )
 
 

@@ -91,18 +91,26 @@ def labels(op: str, x: Any, expected: torch.Size, of: str) -> torch.Tensor:
 
 def ids(op: str, labels: torch.Tensor, vocabulary: int, mask: torch.Tensor | None) -> None:
     """Labels that count must be in [0, vocabulary). The host waits for their device."""
-    found = _first((labels < 0) | (labels >= vocabulary), mask)
+    flat = labels.reshape(-1)
+    found = _first((flat < 0) | (flat >= vocabulary), mask, labels.shape)
     if found is not None:
         got = labels[tuple(found)].item()
         hint = "; leave rows without a label out by the mask" if got == -100 else ""
         fail(op, f"labels{found}", f"be an id in [0, {vocabulary})", f"{got}{hint}")
 
 
-def _first(wrong: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
-    """The place of the first token that counts where something is wrong; None if there is none."""
+def _first(wrong: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Size) -> list[int] | None:
+    """The place of the first token that counts where something is wrong; None if there is none. `wrong` is flat, as
+    torch compares tensors of up to 64 dimensions only."""
     if mask is not None:
-        wrong = wrong & mask
-    return wrong.nonzero()[0].tolist() if wrong.any() else None
+        wrong = wrong & mask.reshape(-1)
+    if not wrong.any():
+        return None
+    rest, position = int(wrong.nonzero()[0]), []
+    for size in reversed(tokens):
+        position.insert(0, rest % size)
+        rest //= size
+    return position
 
 
 def no_tangent(op: str, argument: str, x: torch.Tensor) -> None:
@@ -186,7 +194,8 @@ def temperature(
 
 def temperatures(op: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
     """The temperatures of tokens that count must be in their range. The host waits for their device."""
-    found = _first(~((x >= _LEAST) & (x <= _MOST)), mask)
+    flat = x.reshape(-1)
+    found = _first(~((flat >= _LEAST) & (flat <= _MOST)), mask, x.shape)
     if found is not None:
         fail(op, f"temperature{found}", _IN_RANGE, x[tuple(found)].item())
 
