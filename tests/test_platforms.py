@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "_build")]
 
-from find_tools import OLDEST_TORCH, Torch  # noqa: E402
+from build_options import Options  # noqa: E402
+from find_tools import OLDEST_TORCH, Torch, find_cuda, find_cxx  # noqa: E402
+from native_build import NativeBuild, Tools  # noqa: E402
 
 from tests.platforms import compilers, packages, pages, torches  # noqa: E402
 
@@ -43,6 +45,18 @@ def test_every_compiled_op_is_run_on_every_torch():
     assert all((ROOT / test).exists() for test in torches.op_tests())
     oldest = ".".join(map(str, OLDEST_TORCH))
     assert packages.OLDEST.startswith(f"{oldest}.")
+
+
+@needs_gxx
+def test_cuda_for_another_machine_finds_all_headers_of_the_toolkit(tmp_path):
+    """torch's headers for CUDA include thrust, which stands in a folder of its own since CUDA 13."""
+    cuda, _ = find_cuda()
+    if cuda is None:
+        pytest.skip("no CUDA toolkit here")
+    build = NativeBuild(ROOT, Options(arch_list="9.0"), Tools(Torch(tmp_path, "2.10.0"), find_cxx(), cuda))
+    folders = [Path(flag) for flag in build.cuda_library().compile if flag.startswith(str(cuda.include))]
+    for header in ("cuda_runtime.h", "thrust/complex.h", "nv/target"):
+        assert [folder for folder in folders if (folder / header).exists()], header
 
 
 def test_the_kept_page_is_of_the_kept_report():
