@@ -47,6 +47,12 @@ def test_every_compiled_op_is_run_on_every_torch():
     assert packages.OLDEST.startswith(f"{oldest}.")
 
 
+def test_a_torch_brings_the_versions_that_it_depends_on():
+    assert packages.pins(["install", "torch==2.12.1", "numpy"]).splitlines() == [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("numpy==")
+    ]
+
+
 @needs_gxx
 def test_cuda_for_another_machine_finds_all_headers_of_the_toolkit(tmp_path):
     """torch's headers for CUDA include thrust, which stands in a folder of its own since CUDA 13."""
