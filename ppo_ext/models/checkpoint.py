@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .staging import WEIGHTS, WEIGHTS_INDEX, Path, complete, json_text, replacing, write_text
+from .staging import WEIGHTS, WEIGHTS_INDEX, Path, complete, json_text, replacing, write_inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,8 +35,13 @@ _DIGEST_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON to `path`; if that fails, a file that was there stays as it was."""
+    write_text(path, json_text(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text to `path`; if that fails, a file that was there stays as it was."""
     with replacing(path) as temporary:
-        write_text(temporary, json_text(content))
+        write_inside(temporary, text)
 
 
 def write_tensors(
@@ -57,6 +62,7 @@ def write_tensors(
 
 def check_target(directory: str, is_adapter: bool) -> None:
     """Raises ValueError if a save would put an adapter and a full model into one folder, which would not load."""
+    complete(directory)
     has_adapter = os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
     has_model = not has_adapter and any(
         os.path.exists(os.path.join(directory, name)) for name in (WEIGHTS, WEIGHTS_INDEX)

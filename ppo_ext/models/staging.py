@@ -99,7 +99,7 @@ def _publish(staging: str, directory: Path) -> None:
     _rename_colliding_shards(staging, directory)
     names = _files(staging)
     plan = {"move": sorted(names, key=_rank), "remove": _stale_weights(directory, names)}
-    write_text(os.path.join(staging, _PLAN), json.dumps(plan))
+    write_inside(os.path.join(staging, _PLAN), json.dumps(plan))
     flush(staging)
     saved = os.path.join(directory, f".new-{uuid.uuid4().hex}")
     os.rename(staging, saved)
@@ -166,7 +166,7 @@ def _rename_colliding_shards(staging: str, directory: Path) -> None:
     for shard, name in renamed.items():
         os.replace(os.path.join(staging, shard), os.path.join(staging, name))
     index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
-    write_text(index_path, json_text(index))
+    write_inside(index_path, json_text(index))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on disk; only for files inside a staging folder."""
+def write_inside(path: Path, text: str) -> None:
+    """Writes a text file inside a staging folder and waits until it is on disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -195,7 +195,7 @@ def flush(path: Path) -> None:
 
 def _settle(staging: str) -> None:
     """Gives all files the mode that the umask asks for, and waits until they are on disk; safetensors makes them 0600."""
-    write_text(os.path.join(staging, _PLAN), "")
+    write_inside(os.path.join(staging, _PLAN), "")
     mode = os.stat(os.path.join(staging, _PLAN)).st_mode & 0o777
     os.remove(os.path.join(staging, _PLAN))
     for name in _files(staging):
