@@ -47,7 +47,8 @@ def normalize_rewards(
 ) -> tuple[float, float]:
     """Sets gain and bias so that `reward_scores` of these reference sequences have mean 0 and standard deviation 1.
 
-    If it raises, they are as before. Both are written to model.config (reward_gain, reward_bias), so save_pretrained and from_pretrained keep them.
+    Both are written to model.config (reward_gain, reward_bias), so save_pretrained and from_pretrained keep them. If it
+    raises, they are as before.
 
     Returns:
         (gain, bias).

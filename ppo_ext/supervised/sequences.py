@@ -18,7 +18,8 @@ def check_row(name: str, ids: Sequence[int] | torch.Tensor, min_length: int = 1)
         row = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} must be one row of token ids, got {type(ids).__name__}: {error}") from None
-    check.values(*name.rsplit(": ", 1), row)
+    owner, _, argument = name.rpartition(": ")
+    check.values(owner, argument, row)
     if row.numel() and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
         raise TypeError(f"{name} must hold integer token ids, got {row.dtype}")
     if row.ndim != 1 or len(row) < min_length:
