@@ -367,6 +367,18 @@ PPO_INLINE float block_max(const T* x, int n) {
   return max_lanes(max_or_second(a, b));
 }
 
+// The first of n elements that equals `value`, which the largest of them does.
+template <class T>
+PPO_INLINE int first_equal(const T* x, int n, float value) {
+  f32v lane{};
+  for (int l = 0; l < kLanes; ++l) lane[l] = float(l);
+  f32v first = splat(float(n));
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) first = load(x + i) == value ? min_or_second(lane + float(i), first) : first;
+  if (i < n) first = load_logits_tail(x + i, n - i) == value ? min_or_second(lane + float(i), first) : first;
+  return -int(max_lanes(-first));
+}
+
 // ---- powers ----
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
