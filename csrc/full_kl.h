@@ -21,9 +21,9 @@ template <class A>
 struct GapScale {
   A inverse, shrink, rest;
 
-  static GapScale of(double temperature) {
-    const double shrink = std::ldexp(1.0, temperature > 1 ? -20 - std::ilogb(temperature) : -20);
-    return {A(1 / temperature), A(shrink), A(1 / (temperature * shrink))};
+  static PPO_HD GapScale of(A inverse) {
+    const A shrink = ldexp(A(1), inverse < A(1) ? ilogb(inverse) - 20 : -20);
+    return {inverse, shrink, inverse / shrink};
   }
 };
 
@@ -33,7 +33,7 @@ struct KLInputs {
   const T *logits, *ref_logits;
   LogitRows rows, ref_rows;
   const bool* mask;  // may be null: all rows count
-  GapScale<A> scale;
+  A inv_temperature;
 };
 
 // One number a row each, written by the forward pass and read by the backward pass: x_t, s, x'_t and mean.

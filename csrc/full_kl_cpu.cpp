@@ -79,13 +79,13 @@ LogitRowPair<T> row_of(const KLInputs<T, A>& in, int64_t n) {
 
 template <class T, class A>
 void forward_rows(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, int64_t begin, int64_t end) {
-  const GapScale<double> scale{in.scale.inverse, in.scale.shrink, in.scale.rest};
+  const GapScale<A> scale = GapScale<A>::of(in.inv_temperature);
   for (int64_t n = begin; n < end; ++n) {
     KLState<double> state{};
     KLRow<double> result{};
     if (!in.mask || in.mask[n]) {
-      state = row_state(row_of(in, n), in.scale);
-      result = kl_of_row(state, scale);
+      state = row_state(row_of(in, n), scale);
+      result = kl_of_row(state, GapScale<double>::of(scale.inverse));
     }
     kl[n] = A(result.kl);
     out.max[n] = A(state.max);
@@ -104,8 +104,8 @@ void backward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const K
       for (int64_t v = 0; v < in.rows.V; ++v) row[v * out.rows.stride_v] = T(0);
       continue;
     }
-    const KLRowGrad<A> grad =
-        kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n], saved.mean_gap[n], in.scale);
+    const KLRowGrad<A> grad = kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n],
+                                             saved.mean_gap[n], GapScale<A>::of(in.inv_temperature));
     fill_gradient(row_of(in, n), grad, row, out.rows.stride_v);
   }
 }

@@ -68,7 +68,7 @@ template <int kThreads, bool kAligned, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
     forward_kernel(const KLInputs<T, A> in, A* kl, const KLRowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
-  const GapScale<A> scale = in.scale;
+  const GapScale<A> scale = GapScale<A>::of(in.inv_temperature);
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows;
        n += int64_t(gridDim.x) * kGroups) {
     KLState<A> state = kl_empty<A>();
@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
       zero_tile<kBlock>(row, out.rows.stride_v, in.rows.V, tile);
       continue;
     }
-    const KLRowGrad<A> grad =
-        kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n], saved.mean_gap[n], in.scale);
-    const A to_log2 = in.scale.inverse * A(kLog2E);
+    const KLRowGrad<A> grad = kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n],
+                                             saved.mean_gap[n], GapScale<A>::of(in.inv_temperature));
+    const A to_log2 = in.inv_temperature * A(kLog2E);
     const auto grad_of = [=](const A(&x)[2]) {
       const A d = x[0] - grad.max;
       return kl_logit_grad(exp2_of(d * to_log2), d, x[1], grad);

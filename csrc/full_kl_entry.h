@@ -28,7 +28,7 @@ KLInputs<T, A> kl_inputs(const Tensor& logits, const Tensor& ref_logits, const s
   in.rows = logit_rows("full_kl", "logits", logits);
   in.ref_rows = logit_rows("full_kl", "ref_logits", ref_logits);
   in.mask = pointer<bool>(mask);
-  in.scale = GapScale<A>::of(temperature);
+  in.inv_temperature = A(1.0 / temperature);
   return in;
 }
 

@@ -89,7 +89,7 @@ template <class T>
 PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, const GapScale<float>& scale) {
   T buffer[kBlock], ref_buffer[kBlock];
   const Powers powers(scale.inverse * float(kLog2E));
-  const GapScale<double> wide_scale{scale.inverse, scale.shrink, scale.rest};
+  const GapScale<double> wide_scale = GapScale<double>::of(scale.inverse);
   KLState<double> state = kl_empty<double>();
   bool bounds = !Powers::kBoundsAreOptional;  // becomes true when sums without them are NaN
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {

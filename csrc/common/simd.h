@@ -367,16 +367,28 @@ PPO_INLINE float block_max(const T* x, int n) {
   return max_lanes(max_or_second(a, b));
 }
 
-// The first of n elements that equals `value`, which the largest of them does.
+// Whether the condition holds in any lane.
+PPO_INLINE bool any_lane(i32v condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)condition) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)condition) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= condition[i];
+  return bits != 0;
+#endif
+}
+
+// The first of n elements that equals `value`, which one of them does.
 template <class T>
 PPO_INLINE int first_equal(const T* x, int n, float value) {
-  f32v lane{};
-  for (int l = 0; l < kLanes; ++l) lane[l] = float(l);
-  f32v first = splat(float(n));
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) first = load(x + i) == value ? min_or_second(lane + float(i), first) : first;
-  if (i < n) first = load_logits_tail(x + i, n - i) == value ? min_or_second(lane + float(i), first) : first;
-  return -int(max_lanes(-first));
+  while (i + kLanes <= n && !any_lane(load(x + i) == value)) i += kLanes;
+  while (float(x[i]) != value) ++i;
+  return i;
 }
 
 // ---- powers ----
