@@ -356,6 +356,50 @@ def test_rejects(call, message, tmp_path, monkeypatch):
         call()
 
 
+@pytest.mark.parametrize(
+    ("sequence", "kind", "text"),
+    [
+        (
+            torch.ones(3, dtype=torch.long, device="meta"),
+            TypeError,
+            "be a dense tensor with values, got one on the meta",
+        ),
+        (torch.ones(3, dtype=torch.long).to_sparse(), TypeError, "be a dense tensor, got torch.sparse_coo"),
+        (torch.nested.as_nested_tensor([torch.ones(3)]), TypeError, "be a dense tensor, got a nested one"),
+        ([1.5, 2.0], TypeError, "hold integer token ids, got torch.float32"),
+        ([True, False], TypeError, "hold integer token ids, got torch.bool"),
+        ([1, None], ValueError, "be one row of token ids, got list: "),
+        ([[1], [2, 3]], ValueError, "be one row of token ids, got list: "),
+        ([2**70], ValueError, "be one row of token ids, got list: "),
+    ],
+    ids=str,
+)
+def test_what_is_no_row_of_ids_is_one_sentence(sequence, kind, text):
+    with pytest.raises(kind, match=rf"^reward_scores: sequences\[1\] must {text}"):
+        reward_scores(tiny_model(), [[1, 2], sequence])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [{}, {"reward_gain": 2.0, "reward_bias": -1.0}, {"reward_bias": 3.0}])
+@pytest.mark.parametrize(
+    ("sequences", "error"), [([[1], [1]], ValueError), ([[1], []], ValueError), (CHOSEN, KeyboardInterrupt)]
+)
+def test_an_error_leaves_gain_bias_and_modes(before, sequences, error):
+    model = tiny_model().train()
+    model.transformer.drop.eval()
+    model.config.update(before)
+    modes = [module.training for module in model.modules()]
+    if error is KeyboardInterrupt:
+        model.transformer.h[0].register_forward_hook(interrupt)
+    with pytest.raises(error):
+        normalize_rewards(model, sequences)
+    assert {name: value for name, value in vars(model.config).items() if name.startswith("reward_")} == before
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_a_score_that_is_not_finite_is_named():
     model = tiny_model()
     with torch.no_grad():

@@ -82,6 +82,19 @@ def test_command_lines(parse):
         ({"ratio_threshold": 0}, ValueError, "ratio_threshold must be positive, got 0"),
         ({"target": 0.0}, ValueError, "target must be positive when adap_kl_ctrl is on, got 0.0"),
         ({"horizon": 0}, ValueError, "horizon must be positive, got 0"),
+        (
+            {"tracker_kwargs": "{'wandb': 1}"},
+            ValueError,
+            "tracker_kwargs must be a dict or its JSON text, got \"{'wandb': 1}\": Expecting property name enclosed in "
+            "double quotes: line 1 column 2 (char 1)",
+        ),
+        ({"project_kwargs": "[1]"}, TypeError, "project_kwargs must be a dict or its JSON text, got [1] (list)"),
+        ({"accelerator_kwargs": 3}, TypeError, "accelerator_kwargs must be a dict or its JSON text, got 3 (int)"),
+        (
+            {"push_to_hub_if_best_kwargs": "true"},
+            TypeError,
+            "push_to_hub_if_best_kwargs must be a dict or its JSON text, got True (bool)",
+        ),
         ({"kl_penalty": "k3"}, ValueError, "kl_penalty must be one of kl, abs, mse, full, got 'k3'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

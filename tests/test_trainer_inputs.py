@@ -1,5 +1,7 @@
 """What `PPOTrainer.step` refuses: the error texts, and that weights and random state are unchanged."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import tiny_models
@@ -24,6 +26,13 @@ def replaced(name, i, value):
     """A batch that is valid except for one sample of one argument."""
     arguments = valid()
     arguments[name][i] = value
+    return arguments
+
+
+def replaced_by(name, change):
+    """A batch that is valid except for one sample, which is changed."""
+    arguments = masks(ONES, ONES, ONES, ONES)
+    arguments[name][1] = change(arguments[name][1])
     return arguments
 
 
@@ -156,6 +165,45 @@ BAD = {
         lambda: replaced("scores", 0, torch.tensor(1j)),
         TypeError,
         "scores[0] must be a real number, got torch.complex64",
+    ),
+    "score is no float": (
+        lambda: replaced("scores", 3, 10**400),
+        ValueError,
+        "scores[3] must be finite in float32, got int too large to convert to float",
+    ),
+    "score is a fraction that is no float": (
+        lambda: replaced("scores", 3, Fraction(10**400, 3)),
+        ValueError,
+        "scores[3] must be finite in float32, got integer division result too large for a float",
+    ),
+    **{
+        f"{argument} on the meta device": (
+            lambda argument=argument: replaced_by(argument, lambda x: x.to("meta")),
+            TypeError,
+            f"{argument}[1] must be a dense tensor with values, got one on the meta device",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    **{
+        f"{argument} sparse": (
+            lambda argument=argument: replaced_by(argument, lambda x: x.reshape(-1).to_sparse()),
+            TypeError,
+            f"{argument}[1] must be a dense tensor, got torch.sparse_coo",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    **{
+        f"{argument} nested": (
+            lambda argument=argument: replaced_by(argument, lambda x: torch.nested.as_nested_tensor([x])),
+            TypeError,
+            f"{argument}[1] must be a dense tensor, got a nested one",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    "score is quantized": (
+        lambda: replaced_by("scores", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+        TypeError,
+        "scores[1] must be a dense tensor with values, got a quantized one",
     ),
     "too few masks": (lambda: masks(ONES), ValueError, "response_masks must have config.batch_size = 4 entries, got 1"),
     "masks are a tensor": (

@@ -125,14 +125,14 @@ class PPOConfig:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
-        for name in _JSON_DICTS:
-            setattr(self, name, as_dict(name, getattr(self, name)))
         if self.log_with == "wandb":
             _require_wandb()
         self.check()
 
     def check(self) -> None:
         """Raise if a field is out of range; recompute the derived fields."""
+        for name in _JSON_DICTS:
+            setattr(self, name, as_dict(name, getattr(self, name)))
         for name in _COUNTS:
             self._require_count(name)
         self._require(_POSITIVE, lambda x: x > 0, "be positive")
