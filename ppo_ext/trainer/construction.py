@@ -16,8 +16,8 @@ from . import acceleration, constructor_inputs, optimizers
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .ratio_guard import RatioGuard
 from .stats import RunningMoments
+from .update_guard import UpdateGuard
 
 
 class ConstructionMixin(TrainerBase):
@@ -118,7 +118,7 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._ratio_guard = RatioGuard()
+        self._update_guard = UpdateGuard()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict(config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:

@@ -9,9 +9,9 @@ import torch
 from ..ops.check_labels import check_labels
 from ..ops.masked import masked_mean
 from .base import TrainerBase
-from .ratio_guard import RATIO_MEAN, SKIPPED
 from .rollout import Rollout
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
+from .update_guard import RATIO_MEAN, SKIPPED
 
 # `loss` returns these beside TRL's statistics. A replaced `train_minibatch` or `step` may leave them in
 GUARD = (SKIPPED, RATIO_MEAN)
