@@ -31,7 +31,9 @@ class ValueHead(nn.Module):
             raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
         dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.summary = nn.Linear(_hidden_size(config), 1)
+        # a default of half precision would round the values, which GAE and the value loss amplify
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.summary = nn.Linear(_hidden_size(config), 1, dtype=dtype)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)

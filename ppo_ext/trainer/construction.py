@@ -125,7 +125,7 @@ class ConstructionMixin(TrainerBase):
             raise ValueError(f"PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got {sorted(best_kwargs)}")
         if best_kwargs:  # TRL's `step` takes the presence of these two as the sign that the best model is pushed
             self.push_to_hub_kwargs = best_kwargs
-            self.highest_reward = torch.tensor(-float("inf"))
+            self.highest_reward = torch.tensor(-float("inf"), dtype=torch.float32, device="cpu")
 
     def _prepare(self) -> None:
         """Hands everything to accelerate: devices, mixed precision, DDP, FSDP, DeepSpeed, trackers."""

@@ -54,7 +54,7 @@ def score_tensors(scores: Scores, device: torch.device) -> list[torch.Tensor]:
                 fail(f"scores[{i}]", "be a real number", score.dtype, TypeError)
             result.append(score.detach().reshape(()).to(device=device, dtype=torch.float32))
         elif isinstance(score, Real):
-            result.append(torch.tensor(float(score), device=device))
+            result.append(torch.tensor(float(score), dtype=torch.float32, device=device))
         else:
             fail(f"scores[{i}]", "be a number or a tensor of one element", type(score).__name__, TypeError)
     return result
