@@ -59,12 +59,15 @@ def _class_for(auto_class: Any, base: str, kwargs: Mapping[str, Any]) -> Any:
     """
     if "gguf_file" in kwargs or kwargs.get("trust_remote_code"):
         return auto_class
-    config = kwargs.get("config") or AutoConfig.from_pretrained(base, **lora.hub_arguments(kwargs))
+    config = kwargs.get("config", base)
+    if isinstance(config, (str, os.PathLike)):
+        config = AutoConfig.from_pretrained(config, **lora.hub_arguments(kwargs))
     named = (getattr(config, "architectures", None) or [""])[0]
-    mapped = auto_class._model_mapping.get(type(config), None)
+    mapped = auto_class._model_mapping.get(type(config), ())
     classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
     saved = getattr(transformers, named, None)
-    if any(kind is not None and kind.__name__ == named for kind in classes) or saved is None or not saved.can_generate():
+    fits = config.is_encoder_decoder == ("Seq2Seq" in auto_class.__name__)
+    if not fits or named in [kind.__name__ for kind in classes] or saved is None or not saved.can_generate():
         return auto_class
     return saved
 
@@ -168,7 +171,9 @@ def read_v_head(source: str, kwargs: Mapping[str, Any]) -> dict[str, torch.Tenso
 def read_v_head_of(model: Any) -> dict[str, torch.Tensor]:
     """The v_head.* tensors in the local folder that a transformers model says it was loaded from; {} if it has none."""
     folder = "" if lora.is_peft_model(model) else getattr(model, "name_or_path", "")
-    return read_v_head(folder, {}) if os.path.isdir(folder) else {}
+    with contextlib.suppress(ValueError):  # weights that are not safetensors; the user has chosen to load them
+        return read_v_head(folder, {}) if os.path.isdir(folder) else {}
+    return {}
 
 
 def _cached_weight_files(source: str, kwargs: Mapping[str, Any]) -> dict[str, str]:

@@ -64,7 +64,7 @@ def base_model_of(source: str, kwargs: Mapping[str, Any]) -> str:
     if not config.base_model_name_or_path:
         raise ValueError(
             f"checkpoint: {checkpoint.ADAPTER_CONFIG} in {source} must name its base_model_name_or_path, got "
-            f"{config.base_model_name_or_path!r}; load the base model and give from_pretrained a peft.PeftModel"
+            f"{config.base_model_name_or_path!r}; load the base model and give it to from_pretrained as base_model"
         )
     return config.base_model_name_or_path
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,29 @@ class SavingMixin(nn.Module):
                 self.pretrained_model.save_pretrained(staging, state_dict=state_dict, **kwargs)
         if push:
             self.push_to_hub(repo_id)
+
+    def rehearse_saving(self) -> None:
+        """Raises ValueError for what `save_pretrained` would refuse; writes configs, and no weights, to a temporary folder."""
+        model, owner = self.pretrained_model, type(self).__name__
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not self.is_peft_model:
+            method = quantizer.quantization_config.quant_method
+            raise ValueError(
+                f"{owner}: a model without adapters must not be quantized, since it can be neither trained nor saved with "
+                f"its value head, got {getattr(method, 'value', method)}; give from_pretrained a peft_config"
+            )
+        configs = list(model.peft_config.values()) if self.is_peft_model else [model.config]
+        if not self.is_peft_model and model.can_generate():
+            configs.append(model.generation_config)
+        for config in configs:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    config.save_pretrained(folder)
+                except Exception as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(
+                        f"{owner}: {type(config).__name__} must be one that save_pretrained can write, got {reason}"
+                    ) from error
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's `push_to_hub`, with the value head inside."""
