@@ -81,7 +81,7 @@ def _resize_to_adapter(model: Any, path: str) -> None:
     """Gives the base model as many tokens as the embeddings that an adapter brings along have."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    for suffix in ("weight", "base_layer.weight", "modules_to_save.weight"):
+    for suffix in ("weight", "base_layer.weight", "modules_to_save.weight", "token_adapter.base_layer.weight"):
         wanted = f"base_model.model.{name}.{suffix}"
         found = checkpoint.read_tensors(path, wanted).get(wanted)
         if found is not None and len(found) != embedding.weight.shape[0]:

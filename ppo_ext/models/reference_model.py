@@ -62,11 +62,16 @@ def _parameters_before(model: nn.Module, num_shared_layers: int, pattern: str | 
 
 
 def _layer_lists(model: nn.Module) -> list[str]:
-    """Patterns of the lists of layers in a transformers model, those that are as long as the config says first."""
+    """Patterns of the lists of layers in a transformers model, those that are as long as the config says first.
+
+    Lists of one length side by side are left out: XLM keeps attentions and norms apart, so that none of them is its layers.
+    """
     config = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if config is not None else None
     depth = getattr(text_config, "num_hidden_layers", None)
     lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [(name, length) for name, length in lists if not any(part.isdigit() for part in name.split("."))]
-    lists.sort(key=lambda found: found[1] == depth)  # stable: among equals the last, the decoder's, stays last
-    return [f"{name}.{{layer}}" for name, _ in reversed(lists)]
+    places = [(name.rpartition(".")[0], length) for name, length in lists]
+    whole = [found for found, place in zip(lists, places) if places.count(place) == 1]
+    whole.sort(key=lambda found: found[1] == depth)  # stable: among equals the last, the decoder's, stays last
+    return [f"{name}.{{layer}}" for name, _ in reversed(whole)]

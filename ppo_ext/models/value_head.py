@@ -46,11 +46,14 @@ class ValueHead(nn.Module):
 
 
 def _hidden_size(config: Any) -> int:
-    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
+    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width.
+
+    A vision-language config may have a hidden_size of its own, which is not that of its language model.
+    """
     candidates: list[tuple[Any, str]] = [(config, "word_embed_proj_dim")]
     if getattr(config, "is_encoder_decoder", False):
         candidates.append((getattr(config, "decoder", None), "hidden_size"))
-    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
+    candidates += [(getattr(config, "text_config", None), "hidden_size"), (config, "hidden_size")]
     for owner, name in candidates:
         if hasattr(owner, name):
             return getattr(owner, name)
