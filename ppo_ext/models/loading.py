@@ -81,7 +81,9 @@ def drop_quantization_mark(model: Any) -> None:
     if quantizer is None or not hasattr(quantizer, "remove_quantization_config"):
         return
     half_or_more = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    weights = [tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor) and tensor.dim() > 1]
+    weights = [
+        tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor) and tensor.dim() > 1
+    ]
     if weights and all(type(weight) is torch.Tensor and weight.dtype in half_or_more for weight in weights):
         quantizer.remove_quantization_config(model)
 

@@ -40,7 +40,9 @@ def check(
     if type(optimizer).__name__ == "DummyOptim":  # accelerate's, for the one in DeepSpeed's configuration
         return
     optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
-    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")):
+    if isinstance(optimizer, type) or not all(
+        hasattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")
+    ):
         name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
         _fail("optimizer", "be a torch optimizer, made with the model's parameters", name, TypeError)
     kind = type(optimizer).__name__
@@ -49,7 +51,9 @@ def check(
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not held & {id(parameter) for parameter in trained}:
         advice = "make it of model.parameters() once the model has its adapters"
-        _fail("optimizer", "hold weights of the model that require a gradient", f"{kind} of {len(held)} others; {advice}")
+        _fail(
+            "optimizer", "hold weights of the model that require a gradient", f"{kind} of {len(held)} others; {advice}"
+        )
     if any(group.get("maximize") for group in optimizer.param_groups):
         _fail("optimizer", "minimise the loss", f"{kind} with maximize=True")
     if type(optimizer).step.__module__.startswith("torch.optim"):
@@ -58,7 +62,10 @@ def check(
         if _needs_arguments(schedule):
             name = type(schedule).__name__
             _fail("lr_scheduler", "step without a metric", f"{name}, which needs one; step it yourself after each step")
-    if lr_scheduler is not None and getattr(lr_scheduler.optimizer, "optimizer", lr_scheduler.optimizer) is not optimizer:
+    if (
+        lr_scheduler is not None
+        and getattr(lr_scheduler.optimizer, "optimizer", lr_scheduler.optimizer) is not optimizer
+    ):
         _fail("lr_scheduler", "be made of the optimizer that the trainer gets", "one of another optimizer; pass both")
 
 

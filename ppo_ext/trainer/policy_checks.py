@@ -42,9 +42,7 @@ def check(model: Any, ref_model: Any, optimizer: Any) -> None:
         _check_reference(model, trained, on, off)
 
 
-def _check_reference(
-    model: Any, trained: dict[str, torch.nn.Parameter], on: torch.Tensor, off: torch.Tensor
-) -> None:
+def _check_reference(model: Any, trained: dict[str, torch.nn.Parameter], on: torch.Tensor, off: torch.Tensor) -> None:
     """`on`, `off`: the probe's logits with and without the adapters; without them the policy is its own reference."""
     moving = probe.reached(off, trained.values())
     if moving:

@@ -126,8 +126,10 @@ class ReportingMixin(TrainerBase):
 
         Source: TRL 0.11.4, `PPOTrainer.log_stats`.
         """
-        own = rewards if isinstance(rewards, torch.Tensor) else torch.tensor(
-            [float(reward) for reward in rewards], dtype=torch.float32, device="cpu"
+        own = (
+            rewards
+            if isinstance(rewards, torch.Tensor)
+            else torch.tensor([float(reward) for reward in rewards], dtype=torch.float32, device="cpu")
         )
         all_rewards = self.accelerator.gather(own.float().to(self.current_device)).flatten()
         columns = self._columns_of_all_processes(batch, columns_to_log) if self.config.log_with == "wandb" else None
