@@ -20,8 +20,12 @@ class SavingMixin(nn.Module):
 
     pretrained_model: Any  # a transformers PreTrainedModel or a PeftModel
     v_head: ValueHead
-    is_peft_model: bool
     rm_adapter_name: str | None  # of the reward adapter, which is not saved
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the wrapped model is a PeftModel; no longer so once it is replaced by what merge_and_unload() returns."""
+        return lora.is_peft_model(self.pretrained_model)
 
     def state_dict(  # type: ignore[override]  # nn.Module declares it by overloads
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -82,7 +86,7 @@ class SavingMixin(nn.Module):
             self.push_to_hub(repo_id)
 
     def rehearse_saving(self) -> None:
-        """Raises ValueError for what `save_pretrained` would refuse; writes configs, and no weights, to a temporary folder."""
+        """Raises ValueError for what `save_pretrained` would refuse; writes only configs, to a temporary folder."""
         model, owner = self.pretrained_model, type(self).__name__
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None and not self.is_peft_model:

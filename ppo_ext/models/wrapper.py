@@ -65,11 +65,6 @@ class PreTrainedModelWrapper(SavingMixin):
         if device.type != "meta":
             self.v_head.to(device)
 
-    @property
-    def is_peft_model(self) -> bool:
-        """Whether the wrapped model is a PeftModel; no longer so once it is replaced by what merge_and_unload() returns."""
-        return lora.is_peft_model(self.pretrained_model)
-
     def _find_lm_head(self) -> nn.Module:
         lm_head = getattr(self.pretrained_model, "get_output_embeddings", lambda: None)()
         if lm_head is not None:

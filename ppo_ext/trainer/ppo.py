@@ -281,7 +281,7 @@ class PPOTrainer(
         raise ValueError(f"PPOTrainer.step: {fault}. This update was not made") from cause
 
     def _check_weights(self) -> None:
-        """Raises if an update has made a weight NaN or infinite, in the step that did and before the KL coefficient changes."""
+        """Raises ValueError in the step that made a weight NaN or infinite, before the KL coefficient changes."""
         fault = 1 - all_finite(parameter.detach() for parameter in self.model_params)
         if self.is_distributed:
             fault = self.accelerator.reduce(fault.to(self.accelerator.device), reduction="sum")
