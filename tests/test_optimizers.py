@@ -97,7 +97,8 @@ def test_what_is_no_optimizer_is_refused(got):
 def test_an_epsilon_that_is_0_in_float16_is_refused(kind):
     make, parameters = getattr(torch.optim, kind), trained(torch.float16)
     with pytest.raises(
-        ValueError, match=rf"must keep torch.float16 weights finite, got {kind} with eps=1e-\d+; give it"
+        ValueError,
+        match=rf"must keep torch.float16 weights finite, got {kind} with eps=1e-\d+, lr=.*; take a larger eps",
     ):
         optimizers.check(make(parameters), None, parameters)
     optimizers.check(make(parameters, eps=1e-4), None, parameters)

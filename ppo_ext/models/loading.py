@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from . import checkpoint, lora
+from .staging import complete
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def load_pretrained(
     of other shapes than the config says.
     """
     check_source(source)
+    complete(source)
     adapter_found = lora.find_adapter(source, kwargs)
     if base_model is not None:
         if not adapter_found or not isinstance(base_model, PreTrainedModel):
@@ -46,6 +48,7 @@ def load_pretrained(
         return lora.load(base_model, source, is_trainable, kwargs), True
     base = lora.base_model_of(source, kwargs) if adapter_found else source
     check_source(base)
+    complete(base)
     if os.path.isdir(base):
         _check_folder(base, kwargs)
     model = _load_backbone(_class_for(auto_class, base, kwargs), base, model_args, kwargs)

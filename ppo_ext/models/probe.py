@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .modes import evaluating
+
 _TOKENS = 8
 
 
@@ -24,14 +26,11 @@ def logits(model: Any) -> torch.Tensor | None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    training = [module for module in model.modules() if module.training]
     try:
-        return model.eval()(**inputs).logits
+        with evaluating(model):
+            return model(**inputs).logits
     except Exception:  # the step of such a model is the user's own, and so is its error
         return None
-    finally:
-        for module in training:
-            module.training = True
 
 
 def reached(result: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> set[int]:

@@ -86,8 +86,9 @@ def _rehearse(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"PPOTrainer: optimizer must step on {dtype} weights, got {kind}: {reason}") from error
             if not torch.isfinite(weight).all():
-                advice = "give it a larger eps, such as 1e-4, or keep the weights in float32"
-                _fail("optimizer", f"keep {dtype} weights finite", f"{kind} with eps={group.get('eps')}; {advice}")
+                settings = ", ".join(f"{name}={group[name]}" for name in ("eps", "lr") if name in group)
+                advice = "take a larger eps, such as 1e-4, a smaller lr, or weights in float32"
+                _fail("optimizer", f"keep {dtype} weights finite", f"{kind} with {settings}; {advice}")
 
 
 def _schedules(lr_scheduler: Any) -> Iterator[Any]:
