@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import PPOConfig
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .ratio_guard import RatioGuard
 from .stats import RunningMoments
+from .update_guard import UpdateGuard
 
 
 class TrainerBase:
@@ -45,7 +45,7 @@ class TrainerBase:
     lr_scheduler: Any  # accelerate's wrapper around a torch schedule, or None
     kl_ctl: AdaptiveKLController | FixedKLController
     running: RunningMoments  # of the scores
-    _ratio_guard: RatioGuard
+    _update_guard: UpdateGuard
     skipped_minibatches: int  # by the ratio guard, since the trainer was made
 
     current_step: int  # steps sent to tensorboard

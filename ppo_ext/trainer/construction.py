@@ -4,20 +4,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from ..models import lora
 from ..models.auto import create_reference_model
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, optimizers
+from . import acceleration, constructor_inputs, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .ratio_guard import RatioGuard
 from .stats import RunningMoments
+from .update_guard import UpdateGuard
 
 
 class ConstructionMixin(TrainerBase):
@@ -35,21 +37,25 @@ class ConstructionMixin(TrainerBase):
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         training_data_collator: Callable[[list[Any]], Any] | None = None,
+        pattern: str | None = None,
     ) -> None:
         """
         Args:
             config: `PPOConfig`; its seed is set here, for random, numpy and torch.
             model: the policy, a transformers model with a value head.
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
-                model, the model itself with its adapters off.
+                model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
             tokenizer: pads inputs, on its padding_side.
             dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size.
             optimizer: None: Adam with config.learning_rate, fused where torch has that kernel.
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
-            num_shared_layers: first layers that are frozen and shared with the reference made here.
+            num_shared_layers: first layers that are frozen and shared with the reference made here. pattern: their name,
+                see `create_reference_model`.
             lr_scheduler: stepped once per `step`.
 
-        Raises: TypeError for an argument of the wrong type.
+        Raises: TypeError for an argument of the wrong type. ValueError for a policy that would not be trained or could
+        not be saved, for a peft model that without its adapters is not the one that was loaded (pass a ref_model), and
+        for an optimizer or a schedule that cannot work.
 
         Source: TRL 0.11.4, `PPOTrainer.__init__`.
         """
@@ -59,14 +65,16 @@ class ConstructionMixin(TrainerBase):
         set_seed(config.seed)
         self.accelerator = acceleration.make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
-        self._init_models(model, ref_model, num_shared_layers)
+        self._init_models(model, ref_model, num_shared_layers, pattern)
         self.tokenizer = tokenizer
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        self.optimizer = optimizer or optimizers.make(
-            torch.optim.Adam, self.model_params, self.accelerator.device, lr=config.learning_rate
-        )
-        self.lr_scheduler = lr_scheduler
+        device = self.accelerator.device
+        if optimizer is None:
+            optimizer = optimizers.make(torch.optim.Adam, self.model_params, device, lr=config.learning_rate)
+        optimizers.check(optimizer, lr_scheduler, self.model_params, device)
+        policy_checks.check(model, self.ref_model, optimizer)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._init_state()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -74,8 +82,13 @@ class ConstructionMixin(TrainerBase):
         self._prepare()
 
     def _init_models(
-        self, model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None, num_shared_layers: int | None
+        self,
+        model: PreTrainedModelWrapper,
+        ref_model: PreTrainedModelWrapper | None,
+        num_shared_layers: int | None,
+        pattern: str | None,
     ) -> None:
+        model.rehearse_saving()
         self.model = model
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = getattr(model, "is_peft_model", False)
@@ -83,17 +96,14 @@ class ConstructionMixin(TrainerBase):
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
-        if ref_model is not None and self.is_peft_model:
-            warnings.warn(
-                "PPOTrainer: ref_model is ignored, since the reference of a peft model is the model itself with "
-                "its adapters off",
-                stacklevel=3,
-            )
+        own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
-            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
+            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
         self.ref_model = ref_model
-        self.optional_peft_ctx = model.pretrained_model.disable_adapter if self.is_peft_model else nullcontext
+        self.optional_peft_ctx = partial(lora.adapters_off, model.pretrained_model) if own_reference else nullcontext
         self.model_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.model_params:
+            raise ValueError("PPOTrainer: model must have weights that require a gradient, got none")
         self._vocab_size = vocab_size_of(model.pretrained_model)
         self._context = context_of(model.pretrained_model)
 
@@ -118,14 +128,14 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._ratio_guard = RatioGuard()
+        self._update_guard = UpdateGuard()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
             raise ValueError(f"PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got {sorted(best_kwargs)}")
         if best_kwargs:  # TRL's `step` takes the presence of these two as the sign that the best model is pushed
             self.push_to_hub_kwargs = best_kwargs
-            self.highest_reward = torch.tensor(-float("inf"))
+            self.highest_reward = torch.tensor(-float("inf"), dtype=torch.float32, device="cpu")
 
     def _prepare(self) -> None:
         """Hands everything to accelerate: devices, mixed precision, DDP, FSDP, DeepSpeed, trackers."""
@@ -133,7 +143,7 @@ class ConstructionMixin(TrainerBase):
             self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler
         )
         if self.accelerator.distributed_type == "DEEPSPEED":
-            if not self.is_peft_model:
+            if self.ref_model is not None:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
         elif self.ref_model is not None:
             sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model without trainable parameters

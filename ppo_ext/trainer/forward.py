@@ -75,7 +75,7 @@ class ForwardMixin(TrainerBase):
         full = self.config.kl_penalty == "full"
         keep_logits = full and is_overridden(self, "compute_rewards", "_kl_penalty")
         rows_at_once = self.config.mini_batch_size if full else len(queries)
-        ref_model = self.model if self.is_peft_model else self.ref_model
+        ref_model = self.model if self.ref_model is None else self.ref_model
         policy_parts, reference_parts, kls = [], [], []
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)

@@ -55,7 +55,7 @@ class GenerationMixin(TrainerBase):
         if not generate_ref_response:
             return response
         with self.optional_peft_ctx():
-            ref_model = self.model if self.is_peft_model else self.ref_model
+            ref_model = self.model if self.ref_model is None else self.ref_model
             return response, sample(ref_model, query_tensor, **options, **generation_kwargs)
 
     def _generate_one(
