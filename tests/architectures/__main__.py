@@ -21,11 +21,12 @@ from bench import machine  # noqa: E402
 
 from . import checks, pages, tiny  # noqa: E402
 
-SECONDS, BYTES = 90, 8 << 30  # of one architecture
+CPU_SECONDS, SECONDS, BYTES = 60, 300, 8 << 30  # of one architecture; SECONDS without a sign of life
 
 
 def _run(name, kind, chosen, connection):
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     try:
         model = tiny.build(name, kind)
     except tiny.CannotBuild as error:
@@ -52,7 +53,7 @@ def run(name, kind, chosen=tuple(checks.CHECKS), seconds=SECONDS):
             row["checks"] |= found
         stopped = f"no end after {seconds} seconds"
     except EOFError:
-        stopped = "the process ended"
+        stopped = f"the process ended, or had {CPU_SECONDS} seconds of processor time"
     process.kill()
     process.join()
     if row["class"]:
@@ -65,10 +66,15 @@ def run(name, kind, chosen=tuple(checks.CHECKS), seconds=SECONDS):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
     parser.add_argument("names", nargs="*", help="model types; default: all")
-    parser.add_argument("--save", action="store_true", help="keep the table in bench/evidence/architectures.*")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="keep the rows, beside those of others, in bench/evidence/architectures.json",
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warm_up()
     rows = []
     chosen = [found for found in tiny.architectures() if not options.names or found[0] in options.names]

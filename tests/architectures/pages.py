@@ -28,13 +28,13 @@ def markdown(report):
     lines = [
         "# Architectures",
         "",
-        f"Every model type of transformers {report['transformers']} with a language model head, causal or seq2seq, in tiny and "
-        f"random: {len(rows)} of them. {len(built)} could be built, {sum(map(passed, built))} of these pass every check. "
-        f"Written by `make architectures`, {stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
+        f"Every model type of transformers {report['transformers']} with a language model head, causal or seq2seq, in tiny "
+        f"and random: {len(rows)} of them. {len(built)} could be built; {sum(map(passed, built))} of these pass every "
+        f"check. Written by `make architectures`, {stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
         "",
         "| check | what must hold |",
         "| --- | --- |",
-        "| right pads, left pads | log-probabilities and values of a padded batch are those of each sample alone, in float64 |",
+        "| right pads, left pads | a padded batch has each sample's own log-probabilities and values, in float64 |",
         "| step | the first step's KL is 0, and every trainable weight moves that autograd reaches |",
         "| generation | greedy responses to a batch are those to each query alone |",
         "| save | a saved and reloaded model gives the same bits |",
@@ -91,3 +91,12 @@ def save(report):
 
 def load():
     return json.loads(TABLE.read_text())
+
+
+def merged(report):
+    """The report with the kept rows of the architectures that it lacks, if they are of the same transformers."""
+    kept = load() if TABLE.exists() else {"transformers": None}
+    rows = {(row["kind"], row["model_type"]): row for row in report["rows"]}
+    if kept["transformers"] == report["transformers"]:
+        rows = {(row["kind"], row["model_type"]): row for row in kept["rows"]} | rows
+    return report | {"rows": [rows[key] for key in sorted(rows)]}
