@@ -126,7 +126,7 @@ class PPOConfig:
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
         for name in _JSON_DICTS:
-            setattr(self, name, as_dict(getattr(self, name)))
+            setattr(self, name, as_dict(name, getattr(self, name)))
         if self.log_with == "wandb":
             _require_wandb()
         self.check()
@@ -173,10 +173,19 @@ class PPOConfig:
                 raise ValueError(f"PPOConfig: {name} must {condition}, got {value}")
 
 
-def as_dict(value: dict | str | None) -> dict[str, Any]:
+def as_dict(name: str, value: Any) -> dict[str, Any]:
     """A field of keyword arguments as a dict: command lines hand over JSON text, and None means none."""
-    if value is None or isinstance(value, str):
-        return json.loads(value) if value else {}
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"PPOConfig: {name} must be a dict or its JSON text, got {value!r:.80}: {error}") from None
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"PPOConfig: {name} must be a dict or its JSON text, got {value!r:.80} ({type(value).__name__})"
+        )
     return value
 
 
