@@ -11,11 +11,13 @@ from accelerate.utils import set_seed
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ..models.auto import create_reference_model
+from ..models.limits import limits_of
 from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, optimizers
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
+from .padding import PaddingWatch, left_padding_is_harmless
 from .ratio_guard import RatioGuard
 from .stats import RunningMoments
 
@@ -61,6 +63,7 @@ class ConstructionMixin(TrainerBase):
         self.is_distributed = self.accelerator.num_processes > 1
         self._init_models(model, ref_model, num_shared_layers)
         self.tokenizer = tokenizer
+        self._padding_watch = PaddingWatch(tokenizer, model.pretrained_model)
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.optimizer = optimizer or optimizers.make(
@@ -94,8 +97,10 @@ class ConstructionMixin(TrainerBase):
         self.ref_model = ref_model
         self.optional_peft_ctx = model.pretrained_model.disable_adapter if self.is_peft_model else nullcontext
         self.model_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._vocab_size = vocab_size_of(model.pretrained_model)
-        self._context = context_of(model.pretrained_model)
+        self._limits = limits_of(model.pretrained_model)
+        if ref_model is not None:
+            self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
+        self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
         self.dataset = dataset
@@ -177,15 +182,3 @@ class ConstructionMixin(TrainerBase):
         self._set_signature_columns_if_needed()
         kept = self._signature_columns or []
         return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
-
-
-def vocab_size_of(pretrained_model: Any) -> int | None:
-    """Rows of the embedding; None if the model does not say."""
-    embedding = pretrained_model.get_input_embeddings()
-    return getattr(embedding, "num_embeddings", None) or getattr(pretrained_model.config, "vocab_size", None)
-
-
-def context_of(pretrained_model: Any) -> int | None:
-    """Longest sequence the config allows, in tokens; None if it sets no limit, as for relative positions."""
-    config = pretrained_model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)

@@ -110,11 +110,12 @@ class PPOTrainer(
         responses = step_inputs.token_ids("responses", responses, device)
         checked_scores = step_inputs.score_tensors(scores, device)
         checked_masks = step_inputs.mask_tensors(masks, responses, device)
-        if self._context is not None:
-            step_inputs.check_context(queries, responses, self._context, self.is_encoder_decoder)
-        step_inputs.check_contents(
-            queries, responses, checked_scores, checked_masks, self._vocab_size, self.is_encoder_decoder
+        step_inputs.check_context(queries, responses, self._limits, self.is_encoder_decoder)
+        padding = self._padding_watch.count(queries, responses, checked_masks)
+        padding_counts = step_inputs.check_contents(
+            queries, responses, checked_scores, checked_masks, self._limits, self.is_encoder_decoder, padding
         )
+        self._padding_watch.warn("PPOTrainer.step", *padding_counts)
         return queries, responses, checked_scores, checked_masks
 
     # ---- training --------------------------------------------------------------------------------------------------

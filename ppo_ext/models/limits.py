@@ -1,0 +1,77 @@
+"""What a model can read: the longest row of tokens and the ids of its vocabulary."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+# the names of tables of positions: wpe, embed_positions, position_embeddings, pos_encoding, positions_embed, ...
+_POSITIONS = re.compile(r"^wpe$|(^|_)pos(ition(al|s)?)?(_|$)")
+_OTHERS = re.compile(r"rel|vision|visual|image|audio|speech|patch")  # of distances, or not of tokens
+
+
+class Limits(NamedTuple):
+    """The longest row and the size of the vocabulary; None where there is no limit."""
+
+    length: int | None  # tokens of a row; for an encoder-decoder model those that the decoder reads
+    encoder_length: int | None  # likewise for its encoder
+    vocabulary: int | None  # token ids lie in [0, vocabulary)
+    vocabulary_of: str = "the vocabulary"  # what errors call it
+
+    def with_reference(self, reference: "Limits") -> "Limits":
+        """The limits of samples that the reference model has to read as well."""
+        length = smallest(self.length, reference.length)
+        encoder_length = smallest(self.encoder_length, reference.encoder_length)
+        vocabulary = smallest(self.vocabulary, reference.vocabulary)
+        of = self.vocabulary_of if vocabulary == self.vocabulary else "the reference model's vocabulary"
+        return Limits(length, encoder_length, vocabulary, of)
+
+
+def limits_of(model: Any) -> Limits:
+    """The limits of a transformers or peft model.
+
+    A row is too long only for a model with a table of positions, learned or computed, which has no entry for the next
+    one. Rotary positions and alibi are computed for any position, and relative ones reach as far as one likes: their
+    max_position_embeddings says how the model was trained and not what it can read.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(model.config, "is_encoder_decoder", False):
+        return Limits(_longest(model.get_decoder()), _longest(model.get_encoder()), _vocabulary(model))
+    return Limits(_longest(model), None, _vocabulary(model))
+
+
+def has_position_table(model: nn.Module) -> bool:
+    """Whether the model has absolute positions, which it looks up in a table."""
+    return any(True for _ in _table_lengths(model))
+
+
+def smallest(a: int | None, b: int | None) -> int | None:
+    """The smaller one of two limits."""
+    return min((limit for limit in (a, b) if limit is not None), default=None)
+
+
+def _longest(model: nn.Module) -> int | None:
+    return min(_table_lengths(model), default=None)
+
+
+def _table_lengths(model: nn.Module) -> Iterator[int]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _is_of_positions(name):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # as in RoBERTa
+            yield module.num_embeddings - max(first, getattr(module, "offset", 0))  # offset: as in BART and OPT
+    for name, buffer in model.named_buffers():
+        if buffer.dim() == 2 and buffer.is_floating_point() and _is_of_positions(name):  # GPT-J's rotation angles
+            yield buffer.shape[0]
+
+
+def _is_of_positions(name: str) -> bool:
+    parts = name.split(".")
+    return any(_POSITIONS.search(part) for part in parts) and not any(_OTHERS.search(part) for part in parts)
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the embedding, or of the head if those are fewer."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = getattr(embedding, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    return smallest(rows, getattr(head, "out_features", None))
