@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # the names of tables of positions: wpe, embed_positions, position_embeddings, pos_encoding, positions_embed, ...
 _POSITIONS = re.compile(r"^wpe$|(^|_)pos(ition(al|s)?)?(_|$)")
@@ -28,22 +29,31 @@ class Limits(NamedTuple):
         return Limits(length, encoder_length, vocabulary, of)
 
 
+NO_LIMITS = Limits(None, None, None)
+
+
 def limits_of(model: Any) -> Limits:
-    """The limits of a transformers or peft model.
+    """The limits of a transformers or peft model, or of one with a value head.
 
     A row is too long only for a model with a table of positions, learned or computed, which has no entry for the next
     one. Rotary positions and alibi are computed for any position, and relative ones reach as far as one likes: their
     max_position_embeddings says how the model was trained and not what it can read.
     """
+    model = getattr(model, "pretrained_model", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return Limits(_longest(model.get_decoder()), _longest(model.get_encoder()), _vocabulary(model))
     return Limits(_longest(model), None, _vocabulary(model))
 
 
-def has_position_table(model: nn.Module) -> bool:
-    """Whether the model has absolute positions, which it looks up in a table."""
-    return any(True for _ in _table_lengths(model))
+def has_absolute_positions(model: nn.Module) -> bool:
+    """Whether the model adds something to its embeddings that depends on where in a row a token stands."""
+    return any(_is_of_positions(name) for name, _ in model.named_modules())
+
+
+def first_position(model: nn.Module) -> int:
+    """What the model's position_ids begin with: 0, or the entry after that of the padding, as in RoBERTa."""
+    return max((_entries_of_padding(table) for table in _tables(model)), default=0)
 
 
 def smallest(a: int | None, b: int | None) -> int | None:
@@ -56,13 +66,23 @@ def _longest(model: nn.Module) -> int | None:
 
 
 def _table_lengths(model: nn.Module) -> Iterator[int]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _is_of_positions(name):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1  # as in RoBERTa
-            yield module.num_embeddings - max(first, getattr(module, "offset", 0))  # offset: as in BART and OPT
+    for table in _tables(model):
+        yield table.num_embeddings - max(
+            _entries_of_padding(table), getattr(table, "offset", 0)
+        )  # offset: in BART, OPT
     for name, buffer in model.named_buffers():
         if buffer.dim() == 2 and buffer.is_floating_point() and _is_of_positions(name):  # GPT-J's rotation angles
             yield buffer.shape[0]
+
+
+def _tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _is_of_positions(name):
+            yield module
+
+
+def _entries_of_padding(table: nn.Embedding) -> int:
+    return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
 def _is_of_positions(name: str) -> bool:
@@ -72,6 +92,7 @@ def _is_of_positions(name: str) -> bool:
 
 def _vocabulary(model: Any) -> int | None:
     """Rows of the embedding, or of the head if those are fewer."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = getattr(embedding, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
-    return smallest(rows, getattr(head, "out_features", None))
+    if not isinstance(model, PreTrainedModel):
+        return None
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    return smallest(rows, getattr(model.get_output_embeddings(), "out_features", None))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..models.limits import Limits, smallest
+
 Sample = str | Sequence[int] | torch.Tensor
 Example = dict[str, Any]
 
@@ -18,20 +20,38 @@ def check_row(name: str, ids: Sequence[int] | torch.Tensor, min_length: int = 1)
     return row
 
 
-def encode(name: str, samples: Sequence[Sample], tokenizer: Any = None) -> list[torch.Tensor]:
+def check_readable(name: str, ids: torch.Tensor, limits: Limits, remedy: str = "cut it") -> None:
+    """ValueError unless the model can read the int64 ids [T] or [B, T]; remedy: what to do with a row that is too long."""
+    longest = smallest(limits.length, limits.encoder_length)
+    if longest is not None and ids.shape[-1] > longest:
+        raise ValueError(
+            f"{name} must hold at most {longest} tokens, as many as the model reads, got {ids.shape[-1]}; {remedy}"
+        )
+    end = limits.vocabulary
+    bad = (ids < 0) if end is None else (ids < 0) | (ids >= end)
+    if bad.any():
+        raise ValueError(f"{name} must hold token ids in the vocabulary [0, {end}), got {ids[bad][0].item()}")
+
+
+def encode(name: str, samples: Sequence[Sample], tokenizer: Any, limits: Limits) -> list[torch.Tensor]:
     """Samples as int64 tensors [T].
 
     Args:
         name: what error messages call the argument, such as "reward_scores: sequences".
+        limits: of the model that is to read them.
     Raises:
-        ValueError: there is no sample, a text without a tokenizer, or a sample that is not one row of tokens.
+        ValueError: there is no sample, a text without a tokenizer, a sample that is not one row of tokens, or one that
+            the model cannot read.
     """
     if len(samples) == 0:
         raise ValueError(f"{name} must hold at least one sequence, got none")
-    return [
+    rows = [
         check_row(f"{name}[{i}]", tokenize(f"{name}[{i}]", sample, tokenizer) if isinstance(sample, str) else sample)
         for i, sample in enumerate(samples)
     ]
+    for i, row in enumerate(rows):
+        check_readable(f"{name}[{i}]", row, limits)
+    return rows
 
 
 def tokenize(name: str, text: str, tokenizer: Any, **options: Any) -> list[int]:

@@ -36,6 +36,7 @@ class TrainerBase:
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
     _limits: Limits  # of what policy and reference can read
     _left_padding_is_harmless: bool  # it moves no position, given position_ids where the model takes them
+    _first_position: int  # what position_ids begin with
     _padding_watch: PaddingWatch  # for padding in what callers hand over
 
     tokenizer: PreTrainedTokenizerBase

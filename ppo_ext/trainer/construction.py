@@ -11,9 +11,9 @@ from accelerate.utils import set_seed
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ..models.auto import create_reference_model
-from ..models.limits import limits_of
+from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, optimizers
+from . import acceleration, constructor_inputs, datasets, optimizers
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
@@ -45,7 +45,8 @@ class ConstructionMixin(TrainerBase):
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
                 model, the model itself with its adapters off.
             tokenizer: pads inputs, on its padding_side.
-            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size.
+            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size; a
+                streaming one (IterableDataset) in its own order.
             optimizer: None: Adam with config.learning_rate, fused where torch has that kernel.
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
             num_shared_layers: first layers that are frozen and shared with the reference made here.
@@ -101,6 +102,7 @@ class ConstructionMixin(TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
         self.dataset = dataset
@@ -156,16 +158,17 @@ class ConstructionMixin(TrainerBase):
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader[Any]:
-        """A shuffled dataloader of whole batches of config.batch_size.
+        """A shuffled dataloader of whole batches of config.batch_size; a streaming dataset keeps its own order.
 
         Columns of a datasets.Dataset that the model's forward does not take are dropped, except label, query and
         response; config.remove_unused_columns=False keeps all.
+
+        Raises: TypeError for several splits, ValueError for fewer samples than one batch for every process.
         """
+        datasets.check_dataset(dataset)
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset)
-        return torch.utils.data.DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
-        )
+        return datasets.whole_batches(dataset, self.config.batch_size, self.accelerator.num_processes, data_collator)
 
     def _filter_kwargs(self, kwargs: Mapping[str, Any], target_func: Callable[..., Any]) -> dict[str, Any]:
         """The keyword arguments that target_func names as parameters. Nothing here calls it; subclasses of TRL's do."""
@@ -181,4 +184,5 @@ class ConstructionMixin(TrainerBase):
             return dataset
         self._set_signature_columns_if_needed()
         kept = self._signature_columns or []
-        return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
+        columns = dataset.column_names or []  # None: a stream that does not know them before it is read
+        return dataset.remove_columns([name for name in columns if name not in kept])

@@ -14,7 +14,7 @@ from ..ops.logprobs import logprobs as token_logprobs
 from ..ops.logprobs import logprobs_and_entropy
 from .base import TrainerBase
 from .overrides import is_overridden, replaceable
-from .padding import padding_side
+from .padding import input_side, padding_side
 from .rollout import join, next_tokens, position_ids, takes_position_ids, token_mask
 
 
@@ -38,7 +38,7 @@ class ForwardMixin(TrainerBase):
         """
 
         def collate(samples: Sequence[torch.Tensor]) -> Any:
-            with padding_side(self.tokenizer, self._input_side()):
+            with padding_side(self.tokenizer, input_side(self.tokenizer, self._left_padding_is_harmless)):
                 collated = self.data_collator(
                     [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
                 )
@@ -60,15 +60,11 @@ class ForwardMixin(TrainerBase):
         input_data.pop("labels", None)  # with labels the model would compute a loss that nobody uses
         return input_data.to(self.current_device)
 
-    def _input_side(self) -> str:
-        """The side on which inputs are padded: the tokenizer's, unless padding on the left would move positions."""
-        return self.tokenizer.padding_side if self._left_padding_is_harmless else "right"
-
     def _needs_position_ids(self, model: nn.Module) -> bool:
         """Whether inputs may be padded on the left and the model can be told where its tokens are."""
         collator = self.data_collator
         own = isinstance(collator, DataCollatorForLanguageModeling) and collator.tokenizer is self.tokenizer
-        if self.is_encoder_decoder or (own and self._input_side() == "right"):
+        if self.is_encoder_decoder or (own and input_side(self.tokenizer, self._left_padding_is_harmless) == "right"):
             return False
         return takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model)
 
@@ -80,7 +76,7 @@ class ForwardMixin(TrainerBase):
                     tensor,
                     dim=1,
                     pad_index=self.tokenizer.pad_token_id if name.endswith("input_ids") else 0,
-                    pad_first=self._input_side() == "left",
+                    pad_first=input_side(self.tokenizer, self._left_padding_is_harmless) == "left",
                 )
         return model_inputs
 
@@ -179,7 +175,7 @@ class ForwardMixin(TrainerBase):
                 self.is_encoder_decoder,
             )
             if with_positions:
-                inputs = {"position_ids": position_ids(attention_mask), **inputs}
+                inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
             parts.append(forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward))
         whole = join_passes(parts)

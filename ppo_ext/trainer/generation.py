@@ -8,7 +8,7 @@ import torch
 
 from . import generation_inputs, stopping
 from .base import TrainerBase
-from .padding import padding_side
+from .padding import check_padding_id, input_side, padding_side
 from .step_inputs import check_ids, token_ids
 
 
@@ -52,7 +52,7 @@ class GenerationMixin(TrainerBase):
             query_tensor, batch_size, self.accelerator.unwrap_model(self.model).pretrained_model, generation_kwargs
         )
         one = isinstance(query_tensor, torch.Tensor)
-        queries = self._checked_queries([query_tensor] if one else query_tensor)
+        queries = self._checked_queries([query_tensor] if one else [*query_tensor])
         options = {"length_sampler": length_sampler, "return_prompt": return_prompt, **generation_kwargs}
 
         def sample(model: Any) -> Any:
@@ -129,7 +129,10 @@ class GenerationMixin(TrainerBase):
         return list(groups.values())
 
     def _pad_queries(self, queries: list[torch.Tensor], pad_to_multiple_of: int | None) -> Any:
-        side = self._input_side()
+        # `generate` itself fills up rows of one length, too, as soon as one of them has ended
+        lengths = [0, *map(len, queries)] if len(queries) > 1 else []
+        check_padding_id("PPOTrainer.generate", self.tokenizer, self._limits, lengths)
+        side = input_side(self.tokenizer, self._left_padding_is_harmless)
         if not self.is_encoder_decoder:  # on the left, so that every response starts in the same column
             side = "left"
             pad_to_multiple_of = pad_to_multiple_of if self._left_padding_is_harmless else None

@@ -18,7 +18,7 @@ fail = partial(step_inputs.fail, where="PPOTrainer.generate")
 def check_options(query_tensor: Any, batch_size: Any, model: Any, options: Mapping[str, Any]) -> None:
     """Raises for arguments that no query makes valid."""
     if isinstance(query_tensor, torch.Tensor):
-        made = ("input_ids", "inputs")
+        made = ["input_ids", "inputs"]
         if query_tensor.dim() != 1:
             fail("query_tensor", "be a 1-D tensor or a list of 1-D tensors", f"shape {list(query_tensor.shape)}")
         returned = setting(model, options, "num_return_sequences") or 1
@@ -29,7 +29,7 @@ def check_options(query_tensor: Any, batch_size: Any, model: Any, options: Mappi
                 returned,
             )
     elif isinstance(query_tensor, (list, tuple)):
-        made = ("input_ids", "inputs", "attention_mask")
+        made = ["input_ids", "inputs", "attention_mask"]
     else:
         fail("query_tensor", "be a 1-D tensor or a list of 1-D tensors", type(query_tensor).__name__, TypeError)
     for name in made:

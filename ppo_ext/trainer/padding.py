@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..models.limits import has_position_table
+from ..models.limits import Limits, has_absolute_positions
 from .rollout import takes_position_ids
 from .stopping import end_ids
 
@@ -22,7 +22,12 @@ def left_padding_is_harmless(pretrained_model: Any) -> bool:
     if getattr(pretrained_model, "_is_stateful", False):
         return False
     told = takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
-    return told or not has_position_table(pretrained_model)
+    return told or not has_absolute_positions(pretrained_model)
+
+
+def input_side(tokenizer: Any, left_is_harmless: bool) -> str:
+    """The side on which inputs are padded: the tokenizer's, unless padding on the left would move positions."""
+    return tokenizer.padding_side if left_is_harmless else "right"
 
 
 @contextmanager
@@ -34,6 +39,16 @@ def padding_side(tokenizer: Any, side: str) -> Iterator[None]:
         yield
     finally:
         tokenizer.padding_side = before
+
+
+def check_padding_id(where: str, tokenizer: Any, limits: Limits, lengths: Sequence[int]) -> None:
+    """ValueError if rows of these lengths have to be padded with an id that the model cannot read."""
+    pad, end = tokenizer.pad_token_id, limits.vocabulary
+    if pad is not None and end is not None and pad >= end and len(set(lengths)) > 1:
+        raise ValueError(
+            f"{where}: tokenizer.pad_token_id must lie in {limits.vocabulary_of} [0, {end}), got {pad}; call "
+            "resize_token_embeddings(len(tokenizer)) before the trainer is made, or choose another padding token"
+        )
 
 
 class PaddingWatch:

@@ -127,7 +127,8 @@ def _fail_uncounted(i: int, responses: Tensors, masks: Tensors | None) -> NoRetu
 def check_ids(limits: Limits, where: str, **lists: Tensors) -> None:
     """Token ids lie in the vocabulary."""
     ids = torch.cat([item for items in lists.values() for item in items])
-    _check_range(ids.min().item(), ids.max().item(), limits, where, **lists)
+    low, high = torch.stack([ids.min(), ids.max()]).tolist()
+    _check_range(low, high, limits, where, **lists)
 
 
 def _check_range(low: int, high: int, limits: Limits, where: str = "PPOTrainer.step", **lists: Tensors) -> None:
