@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 # the names of tables of positions: wpe, embed_positions, position_embeddings, pos_encoding, positions_embed, ...
 _POSITIONS = re.compile(r"^wpe$|(^|_)pos(ition(al|s)?)?(_|$)")
-_OTHERS = re.compile(r"rel|vision|visual|image|audio|speech|patch")  # of distances, or not of tokens
+_OTHERS = re.compile(r"(^|_)rel(ative)?(_|$)|vision|visual|image|audio|speech|patch")  # of distances, or not of tokens
 
 
 class Limits(NamedTuple):
@@ -71,8 +71,14 @@ def _table_lengths(model: nn.Module) -> Iterator[int]:
             _entries_of_padding(table), getattr(table, "offset", 0)
         )  # offset: in BART, OPT
     for name, buffer in model.named_buffers():
-        if buffer.dim() == 2 and buffer.is_floating_point() and _is_of_positions(name):  # GPT-J's rotation angles
-            yield buffer.shape[0]
+        if buffer.dim() == 2 and _is_of_positions(
+            name
+        ):  # GPT-J's angles [positions, 2], BERT's position_ids [1, positions]
+            yield buffer.shape[0 if buffer.is_floating_point() else 1]
+    if (
+        getattr(getattr(model, "config", None), "model_type", None) == "mpt"
+    ):  # its alibi is made for these positions alone
+        yield model.config.max_seq_len
 
 
 def _tables(model: nn.Module) -> Iterator[nn.Embedding]:
@@ -94,5 +100,9 @@ def _vocabulary(model: Any) -> int | None:
     """Rows of the embedding, or of the head if those are fewer."""
     if not isinstance(model, PreTrainedModel):
         return None
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # of a model that hashes characters
+        return None
+    rows = getattr(embedding, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
     return smallest(rows, getattr(model.get_output_embeddings(), "out_features", None))

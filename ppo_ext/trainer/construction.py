@@ -59,7 +59,7 @@ class ConstructionMixin(TrainerBase):
         constructor_inputs.check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert config is not None and model is not None and tokenizer is not None  # check_types has refused None
         self.config = config
-        set_seed(config.seed)
+        set_seed(int(config.seed))  # random takes no numpy integer
         self.accelerator = acceleration.make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
         self._init_models(model, ref_model, num_shared_layers)

@@ -17,9 +17,10 @@ def left_padding_is_harmless(pretrained_model: Any) -> bool:
     """Whether padding on the left, which the attention mask hides, leaves every output as it is.
 
     It does if the model takes position_ids, or has no absolute positions; and it does not if the model carries a state
-    from token to token, into which the padding goes as well.
+    from token to token, into which the padding goes as well. In float64 the mask of a row of padding overflows in some
+    models of transformers (BLOOM, Gemma 2), which makes NaN of the tokens after it.
     """
-    if getattr(pretrained_model, "_is_stateful", False):
+    if getattr(pretrained_model, "_is_stateful", False) or pretrained_model.dtype == torch.float64:
         return False
     told = takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
     return told or not has_absolute_positions(pretrained_model)

@@ -56,7 +56,7 @@ def score_tensors(scores: Scores, device: torch.device) -> list[torch.Tensor]:
     result = []
     for i, score in enumerate(scores):
         if isinstance(score, (np.generic, np.ndarray)) and score.dtype.kind in "biufc":
-            score = torch.as_tensor(score)
+            score = torch.as_tensor(score if score.dtype.kind == "c" else np.asarray(score, dtype=np.float64))
         if isinstance(score, torch.Tensor):
             if score.dim() > 1 or score.numel() != 1:
                 fail(f"scores[{i}]", "be a single number", f"a tensor of shape {list(score.shape)}")
