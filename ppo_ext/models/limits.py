@@ -41,44 +41,9 @@ def limits_of(model: Any) -> Limits:
     """
     model = getattr(model, "pretrained_model", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return Limits(_longest(model.get_decoder()), _longest(model.get_encoder()), _vocabulary(model))
-    return Limits(_longest(model), None, _vocabulary(model))
-
-
-def has_absolute_positions(model: nn.Module) -> bool:
-    """Whether the model adds something to its embeddings that depends on where in a row a token stands."""
-    return any(_is_of_positions(name) for name, _ in model.named_modules())
-
-
-def first_position(model: nn.Module) -> int:
-    """What the model's position_ids begin with: 0, or the entry after that of the padding, as in RoBERTa."""
-    return max((_entries_of_padding(table) for table in _tables(model)), default=0)
-
-
-def smallest(a: int | None, b: int | None) -> int | None:
-    """The smaller one of two limits."""
-    return min((limit for limit in (a, b) if limit is not None), default=None)
-
-
-def _longest(model: nn.Module) -> int | None:
-    return min(_table_lengths(model), default=None)
-
-
-def _table_lengths(model: nn.Module) -> Iterator[int]:
-    for table in _tables(model):
-        yield table.num_embeddings - max(
-            _entries_of_padding(table), getattr(table, "offset", 0)
-        )  # offset: in BART, OPT
-    for name, buffer in model.named_buffers():
-        if buffer.dim() == 2 and _is_of_positions(
-            name
-        ):  # GPT-J's angles [positions, 2], BERT's position_ids [1, positions]
-            yield buffer.shape[0 if buffer.is_floating_point() else 1]
-    if (
-        getattr(getattr(model, "config", None), "model_type", None) == "mpt"
-    ):  # its alibi is made for these positions alone
-        yield model.config.max_seq_len
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) == "mpt":  # its alibi is made for these positions alone
+        yield config.max_seq_len
 
 
 def _tables(model: nn.Module) -> Iterator[nn.Embedding]:

@@ -1,0 +1,133 @@
+"""Padding moves nothing: on either side, for every kind of positions, in `step` and in `generate`."""
+
+import pytest
+import test_limits
+import tiny_models
+import torch
+import transformers
+from tiny_models import EOS, PAD, VOCAB
+
+import ppo_ext
+
+TOKENS = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS, "vocab_size": VOCAB}
+SIZES = {**test_limits.SIZES, **TOKENS, "max_position_embeddings": 48}
+SEQ2SEQ = {**test_limits.SEQ2SEQ, **TOKENS, "max_position_embeddings": 48}
+
+
+def bart_decoder():
+    return transformers.BartForCausalLM(transformers.BartConfig(**SEQ2SEQ))
+
+
+def roberta():
+    return transformers.RobertaForCausalLM(transformers.RobertaConfig(**{**SIZES, "pad_token_id": 0}, is_decoder=True))
+
+
+CAUSAL = {
+    "GPT-2, learned": tiny_models.gpt2,
+    "Llama, rotary": tiny_models.llama,
+    "OPT, learned": lambda: test_limits.build("OPT", **SIZES, ffn_dim=24, word_embed_proj_dim=16),
+    "BLOOM, alibi, no position_ids": lambda: test_limits.build("Bloom", **TOKENS, hidden_size=16, n_layer=1, n_head=2),
+    "BART, learned, no position_ids": bart_decoder,
+    "RWKV, a state": lambda: test_limits.build(
+        "Rwkv", **TOKENS, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16
+    ),
+}
+ENCODER_DECODER = {
+    "BART, learned": lambda: test_limits.build("Bart", **SEQ2SEQ),
+    "Pegasus-X, computed": lambda: transformers.PegasusXForConditionalGeneration(
+        transformers.PegasusXConfig(**SEQ2SEQ)
+    ),
+    "T5, relative": lambda: test_limits.build("T5", **SEQ2SEQ),
+}
+MODELS = {**CAUSAL, "RoBERTa, counting from 1": roberta, **ENCODER_DECODER}
+
+
+def make_trainer(name, side, **arguments):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    head = (
+        ppo_ext.AutoModelForSeq2SeqLMWithValueHead
+        if name in ENCODER_DECODER
+        else ppo_ext.AutoModelForCausalLMWithValueHead
+    )
+    config = ppo_ext.PPOConfig(batch_size=4, mini_batch_size=4)
+    return ppo_ext.PPOTrainer(config, head.from_pretrained(model), None, tiny_models.tokenizer(side), **arguments)
+
+
+def forward(trainer, queries, responses):
+    """Log-probabilities and values of the tokens that count, one row after another."""
+    inputs = trainer.prepare_model_inputs(queries, responses)
+    with torch.no_grad():
+        logprobs, _, values, mask = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+    return torch.cat([logprobs[mask != 0], values[mask != 0]]), inputs
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_gives_what_each_sample_gives_alone(name, side):
+    trainer = make_trainer(name, side)
+    queries, responses, _ = tiny_models.batch(4, 3, start_token=PAD if name in ENCODER_DECODER else None)
+    together, inputs = forward(trainer, queries, responses)
+    assert (inputs["attention_mask"] == 0).any()
+    alone = [
+        forward(trainer, [query], [response])[0].chunk(2) for query, response in zip(queries, responses, strict=True)
+    ]
+    torch.testing.assert_close(
+        together, torch.cat([torch.cat(part) for part in zip(*alone, strict=True)]), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", [*CAUSAL, *ENCODER_DECODER])
+def test_greedy_responses_of_a_batch_are_those_of_each_query_alone(name, side):
+    trainer = make_trainer(name, side)
+    queries, _, _ = tiny_models.batch(4, 3)
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": PAD, "return_prompt": False}
+    together = trainer.generate(queries, batch_size=4, **options)
+    for query, response in zip(queries, together, strict=True):
+        assert torch.equal(trainer.generate(query, **options)[0], response)
+    assert trainer.tokenizer.padding_side == side
+
+
+def test_queries_that_padding_would_move_are_generated_by_length():
+    trainer = make_trainer("BART, learned, no position_ids", "left")
+    widths = []
+    generate = trainer.model.pretrained_model.generate
+    trainer.model.pretrained_model.generate = lambda **inputs: (
+        widths.append(inputs["input_ids"].shape) or generate(**inputs)
+    )
+    queries = [torch.full((length,), 5) for length in (3, 2, 3, 4)]
+    trainer.generate(queries, batch_size=4, max_new_tokens=1, pad_to_multiple_of=8)
+    assert widths == [(2, 3), (1, 2), (1, 4)]
+
+
+def left_collator(samples):
+    return tiny_models.tokenizer("left").pad(samples, return_tensors="pt")
+
+
+def test_a_collator_of_the_users_own_may_pad_on_the_left():
+    """Whatever the tokenizer's side; only a model that takes no position_ids refuses it, before any weight has changed."""
+    queries, responses, scores = tiny_models.batch(4, 3)
+    own = make_trainer("GPT-2, learned", "right", training_data_collator=left_collator)
+    expected, _ = forward(make_trainer("GPT-2, learned", "right"), queries, responses)
+    torch.testing.assert_close(forward(own, queries, responses)[0], expected, atol=1e-4, rtol=1e-4)
+    refused = make_trainer("BART, learned, no position_ids", "right", training_data_collator=left_collator)
+    before = tiny_models.weights(refused)
+    with pytest.raises(
+        ValueError, match=r"training_data_collator must pad on the right for a model that cannot be told pos"
+    ):
+        refused.step(queries, responses, scores)
+    tiny_models.assert_unmoved(before, refused)
+
+
+def test_float64_is_padded_on_the_right():
+    """In float64 BLOOM gives NaN behind padding."""
+    trainer = make_trainer("BLOOM, alibi, no position_ids", "left")
+    trainer.model.double()
+    wide = ppo_ext.PPOTrainer(trainer.config, trainer.model, None, trainer.tokenizer)
+    queries, responses, _ = tiny_models.batch(4, 3)
+    result, inputs = forward(wide, queries, responses)
+    assert inputs["attention_mask"][:, 0].all() and torch.isfinite(result).all()
