@@ -29,7 +29,7 @@ CAUSAL = {
     "BLOOM, alibi, no position_ids": lambda: test_limits.build("Bloom", **TOKENS, hidden_size=16, n_layer=1, n_head=2),
     "BART, learned, no position_ids": bart_decoder,
     "RWKV, a state": lambda: test_limits.build(
-        "Rwkv", **TOKENS, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16
+        "Rwkv", **TOKENS, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16
     ),
 }
 ENCODER_DECODER = {

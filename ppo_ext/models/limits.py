@@ -1,4 +1,4 @@
-"""What a model can read: the longest row of tokens and the ids of its vocabulary."""
+"""What a model can read: the longest row of tokens and the ids of its vocabulary; and how it counts positions."""
 
 import re
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-# the names of tables of positions: wpe, embed_positions, position_embeddings, pos_encoding, positions_embed, ...
+# names of what makes positions: wpe, embed_positions, position_embeddings, pos_encoding, positions_embed, ...
 _POSITIONS = re.compile(r"^wpe$|(^|_)pos(ition(al|s)?)?(_|$)")
-_OTHERS = re.compile(r"(^|_)rel(ative)?(_|$)|vision|visual|image|audio|speech|patch")  # of distances, or not of tokens
+# names of what is about distances, or about something else than tokens
+_OTHERS = re.compile(r"(^|_)rel(ative)?(_|$)|vision|visual|image|audio|speech|patch")
 
 
 class Limits(NamedTuple):
@@ -41,6 +42,38 @@ def limits_of(model: Any) -> Limits:
     """
     model = getattr(model, "pretrained_model", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return Limits(_longest(model.get_decoder()), _longest(model.get_encoder()), _vocabulary(model))
+    return Limits(_longest(model), None, _vocabulary(model))
+
+
+def smallest(a: int | None, b: int | None) -> int | None:
+    """The smaller one of two limits."""
+    return min((limit for limit in (a, b) if limit is not None), default=None)
+
+
+def has_absolute_positions(model: nn.Module) -> bool:
+    """Whether the model adds something to its embeddings that depends on where in a row a token stands."""
+    return any(_is_of_positions(name) for name, _ in model.named_modules())
+
+
+def first_position(model: nn.Module) -> int:
+    """What the model's position_ids begin with: 0, or the entry after that of the padding, as in RoBERTa."""
+    return max((_entries_of_padding(table) for table in _tables(model)), default=0)
+
+
+def _longest(model: nn.Module) -> int | None:
+    return min(_table_lengths(model), default=None)
+
+
+def _table_lengths(model: nn.Module) -> Iterator[int]:
+    for table in _tables(model):
+        unused = max(_entries_of_padding(table), getattr(table, "offset", 0))  # BART and OPT have the attribute offset
+        yield table.num_embeddings - unused
+    for name, buffer in model.named_buffers():
+        # GPT-J's angles [positions, 2] and BERT's position_ids [1, positions]; XGLM's table "weights" grows by itself
+        if buffer.dim() == 2 and _is_of_positions(name) and _POSITIONS.search(name.rpartition(".")[2]):
+            yield buffer.shape[0 if buffer.is_floating_point() else 1]
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) == "mpt":  # its alibi is made for these positions alone
         yield config.max_seq_len
