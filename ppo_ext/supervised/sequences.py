@@ -91,14 +91,19 @@ def convert_dataset(
     Args:
         dataset: a list of dicts and a `datasets.Dataset` are converted here, so that a bad example is reported before
             training starts; a torch dataset with a length, and a `datasets.IterableDataset`, while they are read.
-            A dict of datasets is converted one by one; None stays None.
+            A dict of datasets to evaluate on is converted one by one; None stays None.
         num_proc: number of processes that convert a `datasets.Dataset`.
     Raises:
         ValueError: the dataset is empty.
-        TypeError: it is none of these.
+        TypeError: it is none of these, or several to train on.
     """
     if dataset is None:
         return None
+    if isinstance(dataset, dict) and name.endswith("train_dataset"):
+        raise TypeError(
+            f"{name} must be one split, such as train_dataset[{next(iter(dataset), 'train')!r}], got "
+            f"{type(dataset).__name__} with {list(dataset)}"
+        )
     if isinstance(dataset, dict):
         return {key: convert_dataset(f"{name}[{key!r}]", part, convert, num_proc) for key, part in dataset.items()}
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
