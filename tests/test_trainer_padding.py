@@ -1,4 +1,4 @@
-"""Padding moves nothing: on either side, for every kind of positions, in `step` and in `generate`."""
+"""Every kind of positions in `step` and `generate`: padding moves nothing, and only tables of positions have an end."""
 
 import pytest
 import test_limits
@@ -131,3 +131,59 @@ def test_float64_is_padded_on_the_right():
     queries, responses, _ = tiny_models.batch(4, 3)
     result, inputs = forward(wide, queries, responses)
     assert inputs["attention_mask"][:, 0].all() and torch.isfinite(result).all()
+
+
+ENDLESS = {
+    "Llama, rotary": lambda: tiny_models.llama(max_position_embeddings=6),
+    "Qwen2, YaRN": lambda: test_limits.build(
+        "Qwen2", **{**SIZES, "max_position_embeddings": 6}, num_key_value_heads=1, rope_parameters=test_limits.YARN
+    ),
+    "BLOOM, alibi, no position_ids": MODELS["BLOOM, alibi, no position_ids"],
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_model_without_an_end_trains_on_what_it_generates(name, monkeypatch):
+    monkeypatch.setitem(MODELS, name, ENDLESS[name])
+    trainer = make_trainer(name, "left")
+    queries, _, scores = tiny_models.batch(4, 3)
+    options = {"max_new_tokens": 60, "min_new_tokens": 60, "pad_token_id": PAD, "do_sample": True, "top_k": 0}
+    responses = trainer.generate(queries, return_prompt=False, **options)
+    before = tiny_models.weights(trainer)
+    stats = trainer.step(queries, responses, scores)
+    assert all(len(response) == 60 for response in responses) and abs(stats["objective/kl"]) < 1e-4
+    assert any(not torch.equal(parameter, before[n]) for n, parameter in tiny_models.weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    "name, query, response, text",
+    [
+        (
+            "OPT, learned",
+            20,
+            29,
+            r"queries\[1\] and responses\[1\] must together fit the model's context of 48 tokens, got 20",
+        ),
+        ("RoBERTa, counting from 1", 20, 28, r"together fit the model's context of 47 tokens, got 20 \+ 28 = 48"),
+        ("BART, learned", 49, 4, r"queries\[1\] must fit the model's context of 48 tokens, got 49"),
+        ("BART, learned", 4, 49, r"responses\[1\] must fit the model's context of 48 tokens, got 49"),
+    ],
+)
+def test_a_sample_beyond_a_table_is_refused(name, query, response, text):
+    trainer = make_trainer(name, "right")
+    queries, responses, scores = tiny_models.batch(4, 3, start_token=PAD if name in ENCODER_DECODER else None)
+    queries[1], responses[1] = torch.full((query,), 5), torch.full((response,), 5)
+    before = tiny_models.weights(trainer)
+    with pytest.raises(ValueError, match=text):
+        trainer.step(queries, responses, scores)
+    tiny_models.assert_unmoved(before, trainer)
+
+
+def test_an_encoder_decoder_generates_as_far_as_its_tables_go():
+    trainer = make_trainer("BART, learned", "right")
+    query, options = torch.full((48,), 5), {"pad_token_id": PAD}
+    assert len(trainer.generate(query, max_new_tokens=47, min_new_tokens=47, **options)[0]) == 48
+    for long, new, text in ((query, 48, r"query_tensor and max_new_tokens .* 48 tokens, got 1 \+ 48 = 49"),
+                            (torch.full((49,), 5), 2, "query_tensor must fit the model's context of 48 tokens, got 49")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            trainer.generate(long, max_new_tokens=new, **options)
