@@ -367,7 +367,7 @@ LONG[0] = [i % 11 for i in LONG[0]]
          r"reward_scores: model must be a sequence classifier, got the language model GPT2LMHeadModel; load it with Auto"),
         (lambda: RewardTrainer(language_model(num_labels=2), None, train_dataset=pairs()),
          r"RewardTrainer: model must be a sequence classifier, got the language model GPT2LMHeadModel; load it with Auto"),
-        (lambda: RewardTrainer(None, None, model_init=lambda: language_model()), "must be a sequence classifier, got the language"),
+        (lambda: RewardTrainer(None, None, model_init=lambda: language_model()), "must be a sequence classifier, got"),
         (lambda: reward_scores(ScorePerToken(), CHOSEN),
          r"reward_scores: model must give one score per sequence, logits \[4, 1\], got \[4, 4, 1\]"),
         (lambda: RewardTrainer(ScorePerToken(), None).compute_loss(ScorePerToken(),

@@ -28,9 +28,7 @@ CAUSAL = {
     "OPT, learned": lambda: test_limits.build("OPT", **SIZES, ffn_dim=24, word_embed_proj_dim=16),
     "BLOOM, alibi, no position_ids": lambda: test_limits.build("Bloom", **TOKENS, hidden_size=16, n_layer=1, n_head=2),
     "BART, learned, no position_ids": bart_decoder,
-    "RWKV, a state": lambda: test_limits.build(
-        "Rwkv", **TOKENS, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16
-    ),
+    "RecurrentGemma, a state": lambda: test_limits.build("RecurrentGemma", **SIZES, num_key_value_heads=1, head_dim=8),
 }
 ENCODER_DECODER = {
     "BART, learned": lambda: test_limits.build("Bart", **SEQ2SEQ),
@@ -183,7 +181,7 @@ def test_an_encoder_decoder_generates_as_far_as_its_tables_go():
     trainer = make_trainer("BART, learned", "right")
     query, options = torch.full((48,), 5), {"pad_token_id": PAD}
     assert len(trainer.generate(query, max_new_tokens=47, min_new_tokens=47, **options)[0]) == 48
-    for long, new, text in ((query, 48, r"query_tensor and max_new_tokens .* 48 tokens, got 1 \+ 48 = 49"),
-                            (torch.full((49,), 5), 2, "query_tensor must fit the model's context of 48 tokens, got 49")):  # fmt: skip
-        with pytest.raises(ValueError, match=text):
-            trainer.generate(long, max_new_tokens=new, **options)
+    with pytest.raises(ValueError, match=r"query_tensor and max_new_tokens .* 48 tokens, got 1 \+ 48 = 49"):
+        trainer.generate(query, max_new_tokens=48, **options)
+    with pytest.raises(ValueError, match="query_tensor must fit the model's context of 48 tokens, got 49"):
+        trainer.generate(torch.full((49,), 5), max_new_tokens=2, **options)
