@@ -10,6 +10,7 @@ import torch
 from transformers.utils import cached_file
 
 from . import checkpoint, lora
+from .staging import complete
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,11 @@ def load_pretrained(
     of other shapes than the config says.
     """
     check_source(source)
+    complete(source)
     adapter_found = lora.find_adapter(source, kwargs)
     base = lora.base_model_of(source, kwargs) if adapter_found else source
     check_source(base)
+    complete(base)
     if os.path.isdir(base):
         _check_folder(base, kwargs)
     model = _load_backbone(auto_class, base, model_args, kwargs)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from torch import nn
 
 from . import checkpoint, lora
+from .staging import staged
 from .value_head import ValueHead
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class SavingMixin(nn.Module):
         return self.pretrained_model.load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes config and weights, v_head.* in the same file(s), as safetensors and JSON; see `checkpoint.staged`.
+        """Writes config and weights, v_head.* in the same file(s), as safetensors and JSON; see `staging`.
 
         A peft model is saved as adapter_config.json, adapter_model.safetensors, and model.safetensors with v_head.* only.
 
@@ -70,7 +71,7 @@ class SavingMixin(nn.Module):
         if not kwargs.pop("is_main_process", PartialState().is_main_process):
             return
         checkpoint.check_target(os.fspath(save_directory), self.is_peft_model)
-        with checkpoint.staged(os.fspath(save_directory)) as staging:
+        with staged(os.fspath(save_directory)) as staging:
             if self.is_peft_model:
                 checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), prefixed(v_head))
                 lora.save(self.pretrained_model, staging, backbone, self.rm_adapter_name, kwargs)

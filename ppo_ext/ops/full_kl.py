@@ -7,11 +7,11 @@ from . import _native, check, reference
 
 _forward, _forward_name = _native.define(
     "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature)"
-    " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)"
+    " -> (Tensor kl, Tensor row_max, Tensor row_sum, Tensor ref_at_max, Tensor mean_gap)"
 )
 _GRADIENT_ARGUMENTS = (
-    "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
-    " Tensor ref_row_max, Tensor ref_log_sum, float temperature"
+    "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor ref_at_max,"
+    " Tensor mean_gap, float temperature"
 )
 _backward, _backward_name = _native.define(f"_full_kl_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
@@ -40,7 +40,7 @@ class _FullKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, mask, temperature, inplace_backward):
         kl, *row_stats = _forward(logits, ref_logits, mask, temperature)
-        ctx.save_for_backward(logits, ref_logits, mask, kl, *row_stats)
+        ctx.save_for_backward(logits, ref_logits, mask, *row_stats)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return kl
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.limits import limits_of
+from ..models.modes import evaluating
 from .sequences import Sample, encode, right_pad
 
 
@@ -22,7 +23,7 @@ def reward_scores(
     Gain and bias are fields of the model's config, set by `normalize_rewards`; 1 and 0 where the config has none.
 
     Args:
-        model: a sequence classifier with num_labels=1; its mode (train or eval) is restored.
+        model: a sequence classifier with num_labels=1; the modes of its modules are restored.
         sequences: texts (needs `tokenizer`) or token ids; none of them empty.
         tokenizer: a transformers tokenizer; not needed for token ids.
         batch_size: sequences per forward pass.
@@ -34,12 +35,10 @@ def reward_scores(
     """
     check_reward_model("reward_scores", model)
     encoded = encode("reward_scores: sequences", sequences, tokenizer, limits_of(model))
-    was_training = model.training
-    model.eval()
-    rewards = torch.cat([_rewards(model, encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)])
-    model.train(was_training)
+    with evaluating(model):
+        parts = [_rewards(model, encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
     config: Any = model.config
-    scores = getattr(config, "reward_gain", 1.0) * rewards + getattr(config, "reward_bias", 0.0)
+    scores = getattr(config, "reward_gain", 1.0) * torch.cat(parts) + getattr(config, "reward_bias", 0.0)
     if not torch.isfinite(scores).all():
         bad = int((~torch.isfinite(scores)).nonzero()[0])
         raise ValueError(f"reward_scores: sequences[{bad}] must get a finite score, got {scores[bad].item()}")
@@ -51,7 +50,8 @@ def normalize_rewards(
 ) -> tuple[float, float]:
     """Sets gain and bias so that `reward_scores` of these reference sequences have mean 0 and standard deviation 1.
 
-    Both are written to model.config (reward_gain, reward_bias), so save_pretrained and from_pretrained keep them.
+    Both are written to model.config (reward_gain, reward_bias), so save_pretrained and from_pretrained keep them. If it
+    raises, they are as before.
 
     Returns:
         (gain, bias).
@@ -60,8 +60,13 @@ def normalize_rewards(
     Source: Ziegler et al. 2019, section 2.1, which normalises the reward model by a gain and a bias.
     """
     config: Any = model.config
+    before = {name: getattr(config, name) for name in ("reward_gain", "reward_bias") if hasattr(config, name)}
     config.reward_gain, config.reward_bias = 1.0, 0.0
-    rewards = reward_scores(model, sequences, tokenizer=tokenizer, batch_size=batch_size).double()
+    try:
+        rewards = reward_scores(model, sequences, tokenizer=tokenizer, batch_size=batch_size).double()
+    finally:
+        del config.reward_gain, config.reward_bias
+        config.update(before)
     std = rewards.std().item() if len(rewards) > 1 else 0.0
     if std == 0.0:
         raise ValueError(

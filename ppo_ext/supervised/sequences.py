@@ -7,17 +7,25 @@ import torch
 from torch.utils.data import Dataset
 
 from ..models.limits import Limits, smallest
+from ..ops import check
 
 Sample = str | Sequence[int] | torch.Tensor
 Example = dict[str, Any]
 
 
 def check_row(name: str, ids: Sequence[int] | torch.Tensor, min_length: int = 1) -> torch.Tensor:
-    """`ids` as an int64 tensor [T]; ValueError unless it is one row of at least `min_length` tokens."""
-    row = torch.as_tensor(ids, dtype=torch.long)
+    """`ids` as an int64 tensor [T]; ValueError or TypeError unless it is one row of at least `min_length` integers."""
+    try:
+        row = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be one row of token ids, got {type(ids).__name__}: {error}") from None
+    owner, _, argument = name.rpartition(": ")
+    check.values(owner, argument, row)
+    if row.numel() and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
+        raise TypeError(f"{name} must hold integer token ids, got {row.dtype}")
     if row.ndim != 1 or len(row) < min_length:
         raise ValueError(f"{name} must be one row of at least {min_length} tokens, got shape {list(row.shape)}")
-    return row
+    return row.long()
 
 
 def check_readable(name: str, ids: torch.Tensor, limits: Limits, remedy: str = "cut it") -> None:

@@ -18,8 +18,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     accelerator = Accelerator(
         log_with=config.log_with,
         gradient_accumulation_plugin=accumulation,
-        project_config=ProjectConfiguration(**as_dict(config.project_kwargs)),
-        **as_dict(config.accelerator_kwargs),
+        project_config=ProjectConfiguration(**as_dict("project_kwargs", config.project_kwargs)),
+        **as_dict("accelerator_kwargs", config.accelerator_kwargs),
     )
     if accelerator.dataloader_config.dispatch_batches is None:
         # else the main process reads a streaming dataset for all, and accelerate can cut batches of tensors only

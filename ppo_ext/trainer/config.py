@@ -144,7 +144,7 @@ class PPOConfig:
             self.optimize_device_cache = self.optimize_cuda_cache
         self.world_size = None
         for name in _JSON_DICTS:
-            setattr(self, name, as_dict(getattr(self, name)))
+            setattr(self, name, as_dict(name, getattr(self, name)))
         if self.log_with == "wandb":
             _require_wandb()
         self.check()
@@ -217,10 +217,19 @@ def _plain(value: Any) -> Plain:
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def as_dict(value: dict | str | None) -> dict[str, Any]:
+def as_dict(name: str, value: Any) -> dict[str, Any]:
     """A field of keyword arguments as a dict: command lines hand over JSON text, and None means none."""
-    if value is None or isinstance(value, str):
-        return json.loads(value) if value else {}
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"PPOConfig: {name} must be a dict or its JSON text, got {value!r:.80}: {error}") from None
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"PPOConfig: {name} must be a dict or its JSON text, got {value!r:.80} ({type(value).__name__})"
+        )
     return value
 
 

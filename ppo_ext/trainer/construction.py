@@ -127,7 +127,7 @@ class ConstructionMixin(TrainerBase):
         self.running = RunningMoments(self.accelerator)
         self._ratio_guard = RatioGuard()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
-        best_kwargs = as_dict(config.push_to_hub_if_best_kwargs)
+        best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
             raise ValueError(f"PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got {sorted(best_kwargs)}")
         if best_kwargs:  # TRL's `step` takes the presence of these two as the sign that the best model is pushed

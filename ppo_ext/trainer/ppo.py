@@ -61,39 +61,42 @@ class PPOTrainer(
         queries, responses, checked_scores, response_masks = self._step_safety_checker(
             self.config.batch_size, queries, responses, scores, response_masks
         )
-        all_scores = self._scale_scores(torch.stack(checked_scores))
-        self._push_if_best(all_scores)
-        with clock("forward_pass"):
-            model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
-            policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
-        with clock("compute_rewards"):
-            rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
-        with clock("compute_advantages"):
-            values, advantages, returns = self.compute_advantages(policy.values, rewards, policy.mask)
-        with clock("optimize_step"):
-            batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
-            rollout = Rollout(*batch, advantages, returns)
-            train_stats = self._train(rollout)
-        with clock("calc_stats"):
-            stats = self._record(
-                rollout,
-                train_stats,
-                scores=all_scores,
-                ref_logprobs=reference.logprobs,
-                non_score_reward=non_score_reward,
-                kls=kls,
-            )
-        self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
-        return {**stats, **clock.total()}
+        with self._interruptible():
+            all_scores = self._scale_scores(torch.stack(checked_scores))
+            self._push_if_best(all_scores)
+            with clock("forward_pass"):
+                model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
+                policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
+            with clock("compute_rewards"):
+                rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
+            with clock("compute_advantages"):
+                values, advantages, returns = self.compute_advantages(policy.values, rewards, policy.mask)
+            with clock("optimize_step"):
+                batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
+                rollout = Rollout(*batch, advantages, returns)
+                train_stats = self._train(rollout)
+            with clock("calc_stats"):
+                stats = self._record(
+                    rollout,
+                    train_stats,
+                    scores=all_scores,
+                    ref_logprobs=reference.logprobs,
+                    non_score_reward=non_score_reward,
+                    kls=kls,
+                )
+            self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            return {**stats, **clock.total()}
 
     # ---- before the first forward pass -----------------------------------------------------------------------------
 
     def _start_step(self) -> None:
-        """Takes up config fields that may have been set since the last step."""
+        """Takes up config fields that may have been set since the last step, and drops what an interrupted step left."""
+        self._discard_unfinished_step()
         self.config.check()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
+        self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
 
     def _step_safety_checker(
         self,
@@ -150,7 +153,7 @@ class PPOTrainer(
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
-        with self.accelerator.accumulate(self.model):
+        with torch.enable_grad(), self.accelerator.accumulate(self.model):
             if is_overridden(self, "batched_forward_pass", "_forward_pass", "train_minibatch", "loss"):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
                     *inputs, return_logits=True, response_masks=batch.response_masks
@@ -259,8 +262,9 @@ class PPOTrainer(
         if update:
             if self.config.max_grad_norm is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            self.optimizer.step()
+            self._update_optimizer()
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
 
     def _early_stop(self, policykl: torch.Tensor) -> bool:
         """Whether the policy has moved further than 1.5 * config.target_kl, on average over the processes."""

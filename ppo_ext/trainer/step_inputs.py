@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..models.limits import Limits
+from ..ops import check
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Scores: TypeAlias = Sequence[torch.Tensor | float]
@@ -42,6 +43,7 @@ def token_ids(
     for i, item in enumerate(items):
         if not isinstance(item, torch.Tensor):
             fail(f"{name}[{i}]", "be a 1-D tensor of token ids", type(item).__name__, TypeError, where)
+        check.values(where, f"{name}[{i}]", item)
         if item.dtype not in _INTEGERS:
             fail(f"{name}[{i}]", "hold integer token ids", item.dtype, TypeError, where)
         if item.dim() != 1:
@@ -58,16 +60,24 @@ def score_tensors(scores: Scores, device: torch.device) -> list[torch.Tensor]:
         if isinstance(score, (np.generic, np.ndarray)) and score.dtype.kind in "biufc":
             score = torch.as_tensor(score if score.dtype.kind == "c" else np.asarray(score, dtype=np.float64))
         if isinstance(score, torch.Tensor):
+            check.values("PPOTrainer.step", f"scores[{i}]", score)
             if score.dim() > 1 or score.numel() != 1:
                 fail(f"scores[{i}]", "be a single number", f"a tensor of shape {list(score.shape)}")
             if score.is_complex():
                 fail(f"scores[{i}]", "be a real number", score.dtype, TypeError)
             result.append(score.detach().reshape(()).to(device=device, dtype=torch.float32))
         elif isinstance(score, Real):
-            result.append(torch.tensor(float(score), device=device))
+            result.append(torch.tensor(_finite_float(i, score), dtype=torch.float32, device=device))
         else:
             fail(f"scores[{i}]", "be a number or a tensor of one element", type(score).__name__, TypeError)
     return result
+
+
+def _finite_float(i: int, score: Real) -> float:
+    try:
+        return float(score)
+    except (OverflowError, ValueError) as error:  # 10**400, for example
+        fail(f"scores[{i}]", "be finite in float32", error)
 
 
 def mask_tensors(masks: Tensors | None, responses: Tensors, device: torch.device) -> list[torch.Tensor] | None:
@@ -77,6 +87,7 @@ def mask_tensors(masks: Tensors | None, responses: Tensors, device: torch.device
     for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
         if not isinstance(mask, torch.Tensor):
             fail(f"response_masks[{i}]", "be a 1-D tensor", type(mask).__name__, TypeError)
+        check.values("PPOTrainer.step", f"response_masks[{i}]", mask)
         if mask.shape != response.shape:
             fail(f"response_masks[{i}]", f"have the shape {list(response.shape)} of responses[{i}]", list(mask.shape))
     return [mask.to(device) for mask in masks]

@@ -1,5 +1,5 @@
-// binding.cpp: the Python module `layer`. It is part of the library that holds the kernels, so that it sets and reads
-// the layer that runs them.
+// binding.cpp: the Python module `layer`. It is linked into the library of the kernels, so it
+// configures and reads the same copy of the host layer that runs them.
 #include <pybind11/pybind11.h>
 
 #include "layer.h"

@@ -1,5 +1,5 @@
-// cuda_on_host.h: CUDA's keywords, built-in variables and primitives for kernels that g++ compiles for the host. What
-// they do is in layer.h and the files named there; what is not declared here, no kernel may use.
+// cuda_on_host.h: declares CUDA's keywords, built-in variables and primitives, so that g++ compiles the kernels for the
+// host. The files named in layer.h implement them. A kernel that uses anything else of CUDA does not compile here.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static thread_local  // so that the linker puts all of it in one place, shared_memory.cpp
+#define __shared__ static thread_local  // one region for all of them: see shared_memory.cpp
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 
@@ -25,13 +25,13 @@ struct Index {
   unsigned x;
 };
 
-// Constant for the code of one thread of one block, which is all that calls them.
+// Declared const, as they do not change within one thread; it lets g++ reuse the result.
 __attribute__((const)) unsigned thread_index();
 __attribute__((const)) unsigned block_index();
 __attribute__((const)) unsigned block_size();
 __attribute__((const)) unsigned grid_size();
 
-// A line of the kernels' sources.
+// A line of the source of a kernel.
 struct Place {
   const char* file;
   int line;
@@ -44,16 +44,16 @@ enum class Intrinsic { shfl, shfl_down, shfl_up, shfl_xor, any, all, ballot, syn
 
 void block_barrier(Place place);
 
-// What `intrinsic` gives this lane, once all lanes of the mask have called it.
+// Waits until all lanes of the mask have called `intrinsic`; returns this lane's result.
 uint64_t call_together(Intrinsic intrinsic, unsigned mask, uint64_t value, int lane, Place place);
 
-// Says that the running thread is about to change *p atomically.
+// Reports an atomic access of *p by the running thread to the race check.
 void touch_atomically(void* p, size_t size);
 
-// How many blocks a grid may have, at most CUDA's own 2147483647.
+// The largest grid, for tests of kernels that loop over blocks; CUDA's own limit is 2147483647.
 int64_t max_blocks();
 
-// Runs the kernel of operator `op` in every thread of every block.
+// Runs a kernel: calls it once for every thread of every block. `op` names it in errors.
 void run_on_host(const char* op, int64_t blocks, int threads, const std::function<void()>& kernel);
 
 template <class T>
@@ -71,7 +71,7 @@ constexpr bool is_atomic =
     std::is_same<T, int>::value || std::is_same<T, unsigned>::value || std::is_same<T, unsigned long long>::value ||
     std::is_same<T, float>::value || std::is_same<T, double>::value;
 
-// One thread runs at a time and only these primitives pass the turn on, so that a plain update is atomic.
+// Only one thread runs at a time, and switches happen only inside these primitives, so a plain update is atomic.
 template <class T, class Update>
 __attribute__((noinline, no_sanitize("thread"))) T update_atomically(T* p, const Update& update) {
   static_assert(is_atomic<T>, "as in CUDA");
@@ -82,7 +82,7 @@ __attribute__((noinline, no_sanitize("thread"))) T update_atomically(T* p, const
 }
 
 template <class T>
-using same = typename std::common_type<T>::type;  // keeps an argument from taking part in finding T
+using same = typename std::common_type<T>::type;  // excludes this argument from the deduction of T
 
 }  // namespace cuda_on_host
 
@@ -91,7 +91,7 @@ using same = typename std::common_type<T>::type;  // keeps an argument from taki
 #define blockDim (cuda_on_host::Index{cuda_on_host::block_size()})
 #define gridDim (cuda_on_host::Index{cuda_on_host::grid_size()})
 
-// Each primitive knows the line that calls it, which CUDA's do not take.
+// The macros add the calling line as an argument, for error messages.
 #define PPO_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(PPO_PLACE) { cuda_on_host::block_barrier({file, line}); }
@@ -144,6 +144,6 @@ T atomicCAS(T* p, cuda_on_host::same<T> expected, cuda_on_host::same<T> x) {
   static_assert(std::is_integral<T>::value, "as in CUDA");
   return cuda_on_host::update_atomically(p, [=](T old) { return old == expected ? x : old; });
 }
-inline void __threadfence() {}  // memory is written in the order of the source here
+inline void __threadfence() {}  // one thread runs at a time, so memory is always up to date
 
 #undef PPO_PLACE

@@ -9,7 +9,8 @@ extern "C" {
 void __attribute__((weak)) __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 void __attribute__((weak)) __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
 
-// Saves what a call must keep on the stack it leaves and takes it from the stack it enters: no system call.
+// Pushes the callee-saved registers on the stack that is left and pops them from the stack that is entered; no system
+// call.
 void cuda_on_host_switch(void** leave, void* enter);
 }
 
@@ -31,7 +32,7 @@ namespace {
 
 constexpr size_t kGuard = 4096;
 
-Stack* main_stack = nullptr;  // if it has just been left
+Stack* main_stack = nullptr;  // set while switching away from the main stack
 
 // Tells AddressSanitizer, where it is active, which stack is in use now.
 void arrive(void* fake_stack) {
@@ -53,9 +54,9 @@ Stack new_stack() {
 
 void prepare(Stack& stack, void (*run)()) {
   void** top = reinterpret_cast<void**>(stack.bottom + stack.size);
-  *--top = nullptr;  // where `run` would return to, if it did
+  *--top = nullptr;  // the return address of `run`, which never returns
   *--top = reinterpret_cast<void*>(run);
-  stack.pointer = top - 6;  // as if it had been left at the first instruction of `run`
+  stack.pointer = top - 6;  // the first switch to this stack then starts `run`
 }
 
 void arrive_first() { arrive(nullptr); }

@@ -1,4 +1,4 @@
-// fibers.h: stacks to run functions on, and the switch from one to another.
+// fibers.h: separate stacks to run functions on, and switching between them.
 #pragma once
 
 #include <cstddef>
@@ -8,24 +8,24 @@ namespace cuda_on_host {
 constexpr size_t kStack = 128 * 1024;  // bytes
 
 struct Stack {
-  char* bottom;  // its lowest address
+  char* bottom;  // lowest address
   size_t size;
-  void* pointer;  // where it was left
+  void* pointer;  // the saved stack pointer
 };
 
-// A stack of kStack bytes, below which lies a page that cannot be touched.
+// Allocates a stack of kStack bytes with a guard page below it.
 Stack new_stack();
 
-// The next switch to `stack` calls `run`, which must never return.
+// Makes the next switch to `stack` call `run`, which must not return.
 void prepare(Stack& stack, void (*run)());
 
-// To be called first by what `prepare` is given.
+// Must be the first call in the function given to `prepare`.
 void arrive_first();
 
-// Leaves the stack that is in use, until something switches back to it.
+// Switches from one stack to another; returns when something switches back.
 void switch_stacks(Stack& from, const Stack& to);
 
-// The same, from the stack of the CPU thread that runs all this; `from` then describes it.
+// The same, but from the CPU thread's own stack, which `from` is set to describe.
 void leave_main_stack(Stack& from, const Stack& to);
 
 }  // namespace cuda_on_host

@@ -1,6 +1,7 @@
-// grids.cpp: every thread of a block is a fiber. A barrier or shuffle passes the turn to the waiting thread that comes
-// first in an order drawn anew, from the seed, at each block and each block barrier: as in probabilistic concurrency
-// testing (Burckhardt et al., 2010), some threads run as far ahead of the others as the barriers let them.
+// grids.cpp: every thread of a block is a fiber, and one fiber runs at a time. At a barrier or shuffle the ready thread
+// of highest priority continues. The seed draws new priorities at the start of each block and at each block barrier, so
+// that some threads run as far ahead of the others as the barriers allow (probabilistic concurrency testing, Burckhardt
+// et al., 2010).
 #include <cstdio>
 #include <mutex>
 #include <numeric>
@@ -54,13 +55,13 @@ Grid grid;
 
 // ---- order ----
 
-unsigned order[kMaxThreads], place_of[kMaxThreads];  // the threads by precedence, and its inverse
-uint64_t ready[kMaxThreads / 64];                    // by precedence
+unsigned order[kMaxThreads], place_of[kMaxThreads];  // thread by priority, and priority by thread
+uint64_t ready[kMaxThreads / 64];                    // one bit per thread, indexed by priority
 
 void set_ready(unsigned thread) { ready[place_of[thread] / 64] |= uint64_t(1) << place_of[thread] % 64; }
 void clear_ready(unsigned thread) { ready[place_of[thread] / 64] &= ~(uint64_t(1) << place_of[thread] % 64); }
 
-// The ready thread of highest precedence; -1 if none is.
+// The ready thread of highest priority, or -1 if no thread is ready.
 int first_ready() {
   for (unsigned i = 0; i < kMaxThreads / 64; ++i)
     if (ready[i]) return int(order[i * 64 + unsigned(__builtin_ctzll(ready[i]))]);
@@ -72,7 +73,8 @@ void shuffle_numbers(unsigned* numbers, unsigned count) {
   for (unsigned i = count; i > 1; --i) std::swap(numbers[i - 1], numbers[grid.random() % i]);
 }
 
-// Either warp after warp or lane after lane, each shuffled; no thread may be ready yet.
+// Draws new priorities, in shuffled order: either whole warps one after another, or one lane of all warps after
+// another. Call it only while no thread is ready.
 void draw_order() {
   const unsigned threads = running.threads, count = (threads + kWarp - 1) / kWarp;
   unsigned warps[kMaxThreads / kWarp], lanes[kWarp], next = 0;
@@ -105,7 +107,7 @@ std::string text_of(const Fiber& fiber) {
   return std::string("waits at ") + fiber.waits_at + " (" + text_of(fiber.place) + ")";
 }
 
-// Why no thread can go on, although some have not ended.
+// The error text for a deadlock: why the threads that have not ended all wait.
 std::string describe_stuck() {
   if (grid.at_barrier == 0) return describe_stuck_warps();
   unsigned missing = 0;
@@ -115,7 +117,7 @@ std::string describe_stuck() {
          std::to_string(missing) + " " + text_of(fibers[missing]);
 }
 
-// Runs the first ready thread; returns when this one is it again.
+// Switches to the ready thread of highest priority; returns when the calling thread is chosen again.
 void pass_turn() {
   Fiber& from = fibers[running.thread];
   const int next = first_ready();
@@ -165,11 +167,12 @@ void run_block(unsigned block) {
   leave_main_stack(main_stack, fibers[running.thread].stack);
 }
 
-// The lines of the kernels' sources at `pc`, the innermost first, where AddressSanitizer finds them. Files outside the
-// sources, such as torch's headers, have absolute names.
+// The source lines of the code at `pc`, with inlined calls from the innermost to the outermost, as AddressSanitizer
+// reports them. Lines outside csrc/, such as those of torch's headers, are recognized by their absolute paths and left
+// out.
 std::string lines_of(void* pc) {
   if (!pc || !__sanitizer_symbolize_pc) return "";
-  char frames[4096] = "";  // one after the other, each ended by a zero, and another zero at the end
+  char frames[4096] = "";  // strings that end in a zero byte; an empty one ends the list
   __sanitizer_symbolize_pc(pc, "%S", frames, sizeof(frames) - 1);
   std::string result;
   for (const char* frame = frames; *frame; frame += std::strlen(frame) + 1)
@@ -178,7 +181,7 @@ std::string lines_of(void* pc) {
 }
 
 [[noreturn]] void throw_error() {
-  for (Fiber& fiber : fibers) prepare(fiber.stack, run_fiber);  // what they were about is given up
+  for (Fiber& fiber : fibers) prepare(fiber.stack, run_fiber);  // the fibers of a failed grid start anew
   std::fill(std::begin(ready), std::end(ready), 0);
   const std::string lines = lines_of(grid.error.pc), where = lines.empty() ? grid.error.line : lines;
   throw KernelError(std::string(grid.op) + ", block " + std::to_string(running.block) + ", thread " +

@@ -1,13 +1,5 @@
-// layer.h: what the parts of the host layer share.
-//   fibers.h           stacks and the switch between them
-//   grids.cpp          threads as fibers, the order in which they advance, grids, block barriers, errors
-//   warps.cpp          shuffles, votes and warp barriers with their masks
-//   memory.cpp         every load and store of a kernel: allocated? aligned? ordered?
-//   races.cpp          who touched which byte since the last barrier
-//   shared_memory.cpp  __shared__ variables: their garbage at the start of a block, their size
-//   undefined.cpp      undefined behaviour that g++ instruments
-//   binding.cpp        the Python module `layer`, by which tests set and read all this
-// One grid runs at a time, one thread of it at a time.
+// layer.h: the declarations that the files of the host layer share.
+// Only one grid, and only one of its threads, runs at a time.
 #pragma once
 
 #include <cstdint>
@@ -25,12 +17,12 @@ constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxSharedBytes = 48 * 1024;
 struct Settings {
   unsigned seed = 0;
   int64_t max_blocks = 2147483647;
-  bool races = true;  // whether accesses that no barrier orders are errors
+  bool races = true;  // whether a data race is an error
 };
 
 struct Counters {
   uint64_t grids, blocks, switches, loads, stores, vector_accesses;
-  size_t shared_bytes;  // the most that a grid's blocks wrote
+  size_t shared_bytes;  // largest number of bytes that a block wrote
 };
 
 extern Settings settings;
@@ -42,8 +34,8 @@ class KernelError : public std::runtime_error {
 
 // ---- grids.cpp ----
 
-// The thread that runs now. `interval` counts block barriers and blocks over all grids, so that it is never the same in
-// two blocks; `grid_began` and `block_began` are the first ones of the running grid and block.
+// The running thread. `interval` is increased at each block barrier and each new block and is never reset, so it
+// differs between blocks; `grid_began` and `block_began` are its values at the start of the running grid and block.
 struct Running {
   bool in_kernel;
   unsigned thread, block, blocks, threads;
@@ -52,12 +44,12 @@ struct Running {
 };
 extern Running running;
 
-// Lets others run until `wake` has been called for the running thread.
+// Suspends the running thread until `wake` is called for it.
 void wait_at(const char* what, Place place);
 void wake(unsigned thread);
 
-// Ends the running kernel: run_on_host throws a KernelError that names operator, block, thread and the lines at `pc`,
-// or `line` where they cannot be found.
+// Aborts the running kernel: run_on_host throws a KernelError with the operator, block, thread and the source lines at
+// `pc`, or `line` if those are unknown.
 [[noreturn]] void fail(const std::string& sentence, void* pc = nullptr, const std::string& line = "");
 
 std::string text_of(Place place);
@@ -65,15 +57,15 @@ std::string text_of(Place place);
 // ---- warps.cpp ----
 
 void reset_warps();
-uint16_t warp_interval(unsigned warp);  // counts the warp's own barriers
+uint16_t warp_interval(unsigned warp);  // the number of the warp's barriers so far
 
-// Why lanes wait in vain for others; empty if none does.
+// The error text if lanes of a warp wait for lanes that have ended; otherwise empty.
 std::string describe_stuck_warps();
 
 // ---- shared_memory.cpp ----
 
 void poison_shared(bool negative);
-size_t written_shared_bytes();  // since it was poisoned
+size_t written_shared_bytes();  // since the region was filled with garbage
 bool is_shared(uintptr_t address);
 
 // ---- races.cpp ----
@@ -81,7 +73,7 @@ bool is_shared(uintptr_t address);
 enum class Access { load, store, atomic };
 
 void check_order(uintptr_t address, size_t size, Access access, void* pc);
-void forget_accesses();  // of earlier grids, if they take up too much memory
+void forget_accesses();  // clears the table of earlier grids if it has become large
 
 // ---- memory.cpp ----
 
@@ -91,7 +83,7 @@ bool address_sanitizer_is_active();
 
 using TestKernel = void (*)(int* data, int n);
 
-// By name.
+// The kernels by name.
 std::map<std::string, TestKernel>& test_kernels();
 
 bool add_test_kernels(const std::map<std::string, TestKernel>& kernels);

@@ -1,7 +1,7 @@
-// memory.cpp: g++ -fsanitize=thread compiles a call into kernels at every load and store. Here these calls ask
-// AddressSanitizer, whose allocator hands out all of torch's memory, whether the bytes are allocated, and races.cpp
-// whether other threads are done with them; both before the access happens. (g++ does not combine the two sanitizers,
-// and ThreadSanitizer itself knows threads only, not fibers.)
+// memory.cpp: g++ -fsanitize=thread inserts a call before every load and store of the kernels. This file implements
+// these calls: it checks with AddressSanitizer, whose allocator provides all of torch's memory, that the bytes are
+// allocated, and with races.cpp that no other thread accesses them at the same time. (g++ cannot combine the two
+// sanitizers, and ThreadSanitizer's own runtime does not know fibers.)
 #include "fibers.h"
 #include "layer.h"
 
@@ -16,8 +16,8 @@ namespace {
 
 constexpr uintptr_t kNullPage = 65536;
 
-// The first byte that no one may touch; null if there is none. AddressSanitizer's map has a byte for each 8, which is 0
-// where all of them may be touched.
+// The first byte of the range that is not allocated, or null. AddressSanitizer's shadow memory has one byte for every 8
+// bytes; it is 0 where all 8 are allocated.
 void* poisoned_byte(uintptr_t address, size_t size) {
   static size_t scale = 0, offset = 0;
   if (offset == 0) __asan_get_shadow_mapping(&scale, &offset);
@@ -89,7 +89,7 @@ PPO_ACCESSES(16)
 void __tsan_read_range(void* p, size_t size) { check(p, size, Access::load, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t size) { check(p, size, Access::store, __builtin_return_address(0)); }
 
-// Nothing of these is needed here. The last is torch's reference count, in code before and after a kernel.
+// g++ inserts calls of these as well; they need no check. The atomic addition is torch's reference count, in host code.
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

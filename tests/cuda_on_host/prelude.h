@@ -1,5 +1,5 @@
-// prelude.h: included before every .cu file. Torch's headers first, as they are; after them the kernels register for
-// the CPU, and the device guard does nothing.
+// prelude.h: included before every .cu file. After torch's own headers, it makes the kernels register for the CPU and
+// the device guard do nothing.
 #pragma once
 
 #include <algorithm>

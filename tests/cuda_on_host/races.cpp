@@ -1,5 +1,6 @@
-// races.cpp: for each byte that a kernel touches, who stored to it last and who loaded it since. Two threads that touch
-// one byte, at least one of them storing, must have a barrier between them, whatever order they happened to run in.
+// races.cpp: finds data races. For each byte it keeps the last store and the loads since then. Two accesses of one byte
+// by different threads, at least one of them a store, must be separated by a barrier, even if this run ordered them
+// correctly.
 #include <sys/mman.h>
 
 #include <unordered_map>
@@ -9,7 +10,7 @@
 namespace cuda_on_host {
 namespace {
 
-// An access: in which interval between block barriers, by which thread, in which interval of its warp.
+// An access: the thread, and between which barriers of its block and of its warp it happened (their interval numbers).
 struct Mark {
   uint32_t interval;
   uint16_t thread, warp_interval;
@@ -23,11 +24,11 @@ struct Byte {
 constexpr uintptr_t kPage = 4096;
 constexpr size_t kMostPages = 65536, kUsualPages = 4096;  // at most 256 MiB of tensors, usually 16 MiB
 
-// ---- the bytes' table ----
+// ---- the table of bytes ----
 
 std::unordered_map<uintptr_t, Byte*> pages;
 Byte* table = nullptr;
-constexpr size_t kTableBytes = kMostPages * kPage * sizeof(Byte);  // reserved; used as far as it is touched
+constexpr size_t kTableBytes = kMostPages * kPage * sizeof(Byte);  // address space; pages become real when first used
 
 struct Recent {
   uintptr_t page;
@@ -49,7 +50,8 @@ Byte* find_page(uintptr_t page) {
     if (p == MAP_FAILED) fail("the table of accesses must fit into memory, got no room for it");
     table = static_cast<Byte*>(p);
   }
-  if (pages.size() == kMostPages) forget_all();  // some races of this grid may be missed
+  if (pages.size() == kMostPages)
+    forget_all();  // too many pages: accesses so far are forgotten, so races with them are missed
   Byte*& bytes = pages[page];
   if (!bytes) bytes = table + (pages.size() - 1) * kPage;
   slot = {page, bytes};
@@ -58,10 +60,11 @@ Byte* find_page(uintptr_t page) {
 
 // ---- order ----
 
-// The interval in which the block began that last met an atomic access of another one: it may rely on what that wrote.
+// The first interval of the block that last saw another block's atomic access: that block may read what the other
+// wrote.
 uint32_t passed_on_to = 0;
 
-// Whether an access like `mine` may come before or after that one, as the order happens to be.
+// Whether no barrier orders the two accesses.
 bool is_unordered(const Mark& other, const Mark& mine, bool shared) {
   if (other.interval < running.grid_began) return false;
   if (other.interval < running.block_began) return !shared && passed_on_to != running.block_began;

@@ -1,5 +1,6 @@
-// shared_memory.cpp: __shared__ variables. All kernels' are thread_local, so that the linker gathers them, those of
-// templates as well; compiled twice and linked before and after the kernels, this file gives the two ends.
+// shared_memory.cpp: the __shared__ variables. They are compiled as thread_local, so the linker places those of all
+// kernels, templates included, in one region. This file is compiled twice and linked before and after the kernels: its
+// two variables mark the ends of the region.
 #include "layer.h"
 
 #if defined(PPO_SHARED_BEGIN)
@@ -12,11 +13,11 @@ namespace cuda_on_host {
 namespace {
 
 uint32_t poison;
-uint32_t *first, *last;  // those of the CPU thread that runs the grid
+uint32_t *first, *last;  // the ends, in the CPU thread that runs the grid
 
 }  // namespace
 
-// A NaN in every floating-point type, and a large or a negative number in every integer type.
+// The garbage at the start of a block: NaN as any floating-point type, large or negative as any integer type.
 void poison_shared(bool negative) {
   first = reinterpret_cast<uint32_t*>(shared_begin);
   last = reinterpret_cast<uint32_t*>(shared_end);

@@ -1,4 +1,5 @@
-// undefined.cpp: what g++ -fsanitize=alignment,bounds,... calls. Every report starts with its line in the source.
+// undefined.cpp: the functions that code compiled with g++ -fsanitize=alignment,bounds,... calls when it finds an
+// error. The first member of every report is the source line.
 #include "layer.h"
 
 namespace cuda_on_host {

@@ -1,5 +1,5 @@
-// warps.cpp: shuffles, votes and warp barriers. The lanes that a mask names meet; the last one to come works out what
-// each of them gets. Anything that CUDA leaves undefined is an error.
+// warps.cpp: shuffles, votes and warp barriers. Each lane of the mask waits until all lanes of it have called; the last
+// one computes every lane's result. What CUDA leaves undefined is an error.
 #include "layer.h"
 
 namespace cuda_on_host {
@@ -9,12 +9,12 @@ struct Call {
   Intrinsic intrinsic;
   unsigned mask;
   uint64_t value;
-  int lane;  // the source, or the distance to it
+  int lane;  // the source lane or the offset to it, depending on the shuffle
   Place place;
 };
 
 struct Warp {
-  unsigned waiting;  // lanes whose call is not answered yet
+  unsigned waiting;  // lanes that have called and wait for their result
   uint16_t interval;
   Call calls[kWarp];
   uint64_t results[kWarp];
@@ -42,7 +42,7 @@ bool same_call(const Call& a, const Call& b) {
   return a.intrinsic == b.intrinsic && a.mask == b.mask && a.place == b.place;
 }
 
-// The lane that `lane` reads; itself where a shift leaves the warp.
+// The lane whose value `lane` receives; `lane` itself if the shift goes past the end of the warp.
 int source_of(const Call& call, int lane) {
   const int source = call.intrinsic == Intrinsic::shfl        ? call.lane
                      : call.intrinsic == Intrinsic::shfl_down ? lane + call.lane
@@ -82,7 +82,7 @@ uint64_t result_of(const Warp& warp, int lane) {
 void answer(Warp& warp, unsigned mask, unsigned first_thread) {
   for (unsigned lane = 0; lane < kWarp; ++lane)
     if (mask >> lane & 1) warp.results[lane] = result_of(warp, int(lane));
-  // Every lane of the warp was there, so what each did before is done for the others.
+  // All lanes of the warp took part, so this orders their memory accesses as __syncwarp does.
   warp.interval += mask == 0xffffffffu && warp.calls[0].intrinsic == Intrinsic::syncwarp;
   warp.waiting &= ~mask;
   for (unsigned lane = 0; lane < kWarp; ++lane)

@@ -1,5 +1,5 @@
 // right.cu: small kernels that use each primitive of the host layer as CUDA allows.
-#include "layer.h"  // first: it defines the words of CUDA
+#include "layer.h"  // first: it defines CUDA's keywords
 
 #include "common/load.cuh"
 
@@ -14,7 +14,7 @@ __global__ void indices(int* data, int) {
   data[place()] = int(blockIdx.x * 10000 + threadIdx.x) + int(gridDim.x * 1000);
 }
 
-// data[i] becomes the number of the i-th thread that came this far; data[n] counts.
+// Each thread takes the next place i from the counter data[n] and stores its own number in data[i].
 __global__ void arrivals(int* data, int n) { data[atomicAdd(data + n, 1)] = place(); }
 
 __global__ void neighbour(int* data, int) {
@@ -31,7 +31,7 @@ __global__ void neighbour_in_warp(int* data, int) {
   data[place()] = shared[threadIdx.x ^ 1];
 }
 
-// Lane `n` gives, `n` lanes further, and so on; 4 results a thread.
+// The four shuffles (from lane n, down, up and xor by n); 4 results per thread.
 __global__ void shuffles(int* data, int n) {
   const int x = 100 + int(threadIdx.x);
   int* const out = data + 4 * place();
@@ -41,7 +41,7 @@ __global__ void shuffles(int* data, int n) {
   out[3] = int(__shfl_xor_sync(kAll, double(x), n));
 }
 
-// Each half of a warp on its own, one after the other or as the order has it.
+// The two halves of a warp call different primitives, in any order.
 __global__ void halves(int* data, int) {
   int x = int(threadIdx.x);
   if (threadIdx.x % 32 < 16) {
@@ -73,7 +73,7 @@ __global__ void atomics(int* data, int) {
   atomicCAS(data + 5, 77, i);
 }
 
-// The block that finishes last adds up what all have written, as the ticket says.
+// The block that draws the last ticket is the last to finish; it adds up what all blocks have written.
 __global__ void last_block_adds(int* data, int n) {
   data[blockIdx.x] = int(blockIdx.x);
   __threadfence();

@@ -1,4 +1,4 @@
-// wrong.cu: small kernels with one fault each that the host layer must see. `n` is often a number that makes it one.
+// wrong.cu: small kernels with one fault each, which the host layer must report. Often the fault is a bad value of `n`.
 #include "layer.h"
 
 namespace cuda_on_host {
