@@ -189,7 +189,7 @@ def test_predictions_are_the_logits(config):
         ([], {}, "SFTTrainer: train_dataset must hold at least one example, got none"),
         ([{"input_ids": [1, 2]}, {"input_ids": [3]}], {},
          r"SFTTrainer: train_dataset\[1\] must be one row of at least 2 tokens, got shape \[1\]"),
-        ([{"input_ids": torch.ones(2, 2)}], {}, r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
+        ([{"input_ids": torch.ones(2, 2, dtype=torch.long)}], {}, r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
         ([{"input_ids": [1, 2], "labels": [1]}], {},
          r"train_dataset\[0\]: labels must have 2 entries as input_ids, got 1"),
         (TEXTS, {}, r"train_dataset\[0\] must hold input_ids, got the columns \['by', 'text'\]; give dataset_text_field"),

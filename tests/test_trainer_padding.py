@@ -28,7 +28,9 @@ CAUSAL = {
     "OPT, learned": lambda: test_limits.build("OPT", **SIZES, ffn_dim=24, word_embed_proj_dim=16),
     "BLOOM, alibi, no position_ids": lambda: test_limits.build("Bloom", **TOKENS, hidden_size=16, n_layer=1, n_head=2),
     "BART, learned, no position_ids": bart_decoder,
-    "RecurrentGemma, a state": lambda: test_limits.build("RecurrentGemma", **SIZES, num_key_value_heads=1, head_dim=8),
+    "RecurrentGemma, a state": lambda: test_limits.build(
+        "RecurrentGemma", **{**SIZES, "num_hidden_layers": 3}, num_key_value_heads=1, head_dim=8
+    ),
 }
 ENCODER_DECODER = {
     "BART, learned": lambda: test_limits.build("Bart", **SEQ2SEQ),
