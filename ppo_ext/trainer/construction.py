@@ -13,11 +13,13 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from ..models import lora
 from ..models.auto import create_reference_model
+from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, optimizers, policy_checks
+from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
+from .padding import PaddingWatch, left_padding_is_harmless
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
 
@@ -46,7 +48,8 @@ class ConstructionMixin(TrainerBase):
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
                 model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
             tokenizer: pads inputs, on its padding_side.
-            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size.
+            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size; a
+                streaming one (IterableDataset) in its own order.
             optimizer: None: Adam with config.learning_rate, fused where torch has that kernel.
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
             num_shared_layers: first layers that are frozen and shared with the reference made here. pattern: their name,
@@ -62,11 +65,12 @@ class ConstructionMixin(TrainerBase):
         constructor_inputs.check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert config is not None and model is not None and tokenizer is not None  # check_types has refused None
         self.config = config
-        set_seed(config.seed)
+        set_seed(int(config.seed))  # random takes no numpy integer
         self.accelerator = acceleration.make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
         self._init_models(model, ref_model, num_shared_layers, pattern)
         self.tokenizer = tokenizer
+        self._padding_watch = PaddingWatch(tokenizer, model.pretrained_model)
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         device = self.accelerator.device
@@ -104,8 +108,11 @@ class ConstructionMixin(TrainerBase):
         self.model_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.model_params:
             raise ValueError("PPOTrainer: model must have weights that require a gradient, got none")
-        self._vocab_size = vocab_size_of(model.pretrained_model)
-        self._context = context_of(model.pretrained_model)
+        self._limits = limits_of(model.pretrained_model)
+        if ref_model is not None:
+            self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
+        self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
         self.dataset = dataset
@@ -161,16 +168,17 @@ class ConstructionMixin(TrainerBase):
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader[Any]:
-        """A shuffled dataloader of whole batches of config.batch_size.
+        """A shuffled dataloader of whole batches of config.batch_size; a streaming dataset keeps its own order.
 
         Columns of a datasets.Dataset that the model's forward does not take are dropped, except label, query and
         response; config.remove_unused_columns=False keeps all.
+
+        Raises: TypeError for several splits, ValueError for fewer samples than one batch for every process.
         """
+        datasets.check_dataset(dataset)
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset)
-        return torch.utils.data.DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
-        )
+        return datasets.whole_batches(dataset, self.config.batch_size, self.accelerator.num_processes, data_collator)
 
     def _filter_kwargs(self, kwargs: Mapping[str, Any], target_func: Callable[..., Any]) -> dict[str, Any]:
         """The keyword arguments that target_func names as parameters. Nothing here calls it; subclasses of TRL's do."""
@@ -186,16 +194,5 @@ class ConstructionMixin(TrainerBase):
             return dataset
         self._set_signature_columns_if_needed()
         kept = self._signature_columns or []
-        return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
-
-
-def vocab_size_of(pretrained_model: Any) -> int | None:
-    """Rows of the embedding; None if the model does not say."""
-    embedding = pretrained_model.get_input_embeddings()
-    return getattr(embedding, "num_embeddings", None) or getattr(pretrained_model.config, "vocab_size", None)
-
-
-def context_of(pretrained_model: Any) -> int | None:
-    """Longest sequence the config allows, in tokens; None if it sets no limit, as for relative positions."""
-    config = pretrained_model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+        columns = dataset.column_names or []  # None: a stream that does not know them before it is read
+        return dataset.remove_columns([name for name in columns if name not in kept])

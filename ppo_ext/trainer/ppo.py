@@ -12,6 +12,7 @@ from .forward import ForwardMixin, hooks_see_logits
 from .generation import GenerationMixin
 from .loss_terms import mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
+from .padding import check_padding_id
 from .reporting import ReportingMixin, stack_train_stats
 from .resume import ResumeMixin
 from .rewards import RewardsMixin
@@ -113,11 +114,15 @@ class PPOTrainer(
         responses = step_inputs.token_ids("responses", responses, device)
         checked_scores = step_inputs.score_tensors(scores, device)
         checked_masks = step_inputs.mask_tensors(masks, responses, device)
-        if self._context is not None:
-            step_inputs.check_context(queries, responses, self._context, self.is_encoder_decoder)
-        step_inputs.check_contents(
-            queries, responses, checked_scores, checked_masks, self._vocab_size, self.is_encoder_decoder
+        step_inputs.check_context(queries, responses, self._limits, self.is_encoder_decoder)
+        lengths = [[*map(len, queries)], [*map(len, responses)]]  # of what is padded
+        for rows in lengths if self.is_encoder_decoder else [[q + r for q, r in zip(*lengths, strict=True)]]:
+            check_padding_id("PPOTrainer.step", self.tokenizer, self._limits, rows)
+        padding = self._padding_watch.count(queries, responses, checked_masks)
+        padding_counts = step_inputs.check_contents(
+            queries, responses, checked_scores, checked_masks, self._limits, self.is_encoder_decoder, padding
         )
+        self._padding_watch.warn("PPOTrainer.step", *padding_counts)
         return queries, responses, checked_scores, checked_masks
 
     # ---- training --------------------------------------------------------------------------------------------------
