@@ -89,6 +89,8 @@ def full_kl(
     Notes:
         0 log 0 = 0: an entry that has no probability under the policy adds nothing. An entry that has probability under
         the policy and none under the reference makes the result of its row +inf. Empty input gives an empty result.
+        The two may differ in scale or in a common offset: neither loses precision by the other. A row whose
+        probability is all at one entry has a gradient of exactly 0.
         Both logits are read once in the forward and once in the backward pass. Sums run in float32 in a fixed order:
         same bits on every run and for any number of threads.
 
