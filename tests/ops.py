@@ -197,12 +197,13 @@ def _incoming(output, grad):
 
 # ---- the list -------------------------------------------------------------------------------------------------------
 
+LARGEST = torch.finfo(torch.float32).max
 _ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
 _LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG}
 _FROM_LOGITS = {
     "scope": TOKEN,
     "differentiable": ("logits",),
-    "choices": {"temperature": (0.25, 1.0, 1.7)},
+    "choices": {"temperature": (0.25, 1.0, 1.7, 1e-20, 1e30)},
     "variants": {"in place": {"inplace_backward": True, "temperature": 0.7}},
 }
 _FROM_HIDDEN = {
@@ -283,7 +284,7 @@ _LIST = (
         scope=SEQUENCE,
         rank=2,
         required={"kl_coef": 0.2},
-        choices={"kl_coef": (0.2, -1.0), "kl_penalty": ("kl", "abs", "mse", "full")},
+        choices={"kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST), "kl_penalty": ("kl", "abs", "mse", "full")},
         only_with={"kls": ("kl_penalty", "full")},
     ),
     Op(
@@ -293,7 +294,10 @@ _LIST = (
         {"advantages": PER_TOKEN, "returns": PER_TOKEN},
         scope=SEQUENCE,
         rank=2,
-        choices={"gamma": (0.0, 0.97, 1.0), "lam": (0.0, 0.9, 1.0)},
+        choices={
+            "gamma": (0.0, 0.97, 1.0, -1.0, 1e-38, 4.0),
+            "lam": (0.0, 0.9, 1.0, -1.0, 1e-38, 4.0),
+        },
     ),
     Op(
         "masked_mean",
@@ -343,10 +347,10 @@ _LIST = (
         scope=BATCH,
         differentiable=("logprobs", "vpreds"),
         choices={
-            "cliprange": (0.1, 0.2, 0.5),
-            "cliprange_value": (0.0, 0.2),
-            "vf_coef": (0.1, -1.0),
-            "ratio_threshold": (10.0, float("inf")),
+            "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
+            "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
+            "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
+            "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
         },
         coarse=("logprobs", "old_logprobs"),
     ),

@@ -36,6 +36,14 @@ def tensor(op: str, argument: str, x: Any) -> None:
         fail(op, argument, "be a dense tensor", "a nested one" if x.is_nested else x.layout, TypeError)
 
 
+def values(op: str, argument: str, x: Any) -> None:
+    """`x` must be a tensor whose values the host can read: dense, not quantized, and not on the meta device."""
+    tensor(op, argument, x)
+    if x.is_quantized or x.device.type == "meta":
+        got = "a quantized one" if x.is_quantized else "one on the meta device"
+        fail(op, argument, "be a dense tensor with values", got, TypeError)
+
+
 def floating(op: str, argument: str, x: Any) -> None:
     """`x` must be a tensor of one of the four floating dtypes."""
     tensor(op, argument, x)
