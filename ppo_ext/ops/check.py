@@ -114,7 +114,8 @@ def _first(wrong: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Size) -
         wrong = wrong & mask.reshape(-1)
     if not wrong.any():
         return None
-    rest, position = int(wrong.nonzero()[0]), []
+    rest = int(wrong.nonzero()[0])
+    position: list[int] = []
     for size in reversed(tokens):
         position.insert(0, rest % size)
         rest //= size
