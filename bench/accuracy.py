@@ -150,7 +150,7 @@ def _results(name, tensors, function):
     """{name: result} of a function that computes the op, gradients first. Masked entries are replaced by 0, as TRL
     fills them in."""
     op, benchmark = OPS[name], _benchmark(name)
-    names = [f"grad {leaf}" for leaf in benchmark.leaves]
+    names = [f"grad {leaf}" for leaf in op.differentiable[: len(benchmark.leaves)]]
     names += [result for result, kind in op.results.items() if kind is not STATS]
     results = benchmark.results(BOTH if benchmark.leaves else FORWARD, tensors, function)
     if "mask" in tensors:

@@ -286,7 +286,7 @@ MUTANTS = (
     Mutant(
         "the sums are not rescaled to a larger maximum",
         CUDA,
-        "csrc/logprobs_cuda.cu",
+        "csrc/logprobs_cuda.cuh",
         "if (top > state.max) state = softmax_rescale(state, top, inv_temperature);",
         "if (top > state.max) state.max = top;",
         "test_logprobs.py",
@@ -294,9 +294,9 @@ MUTANTS = (
     Mutant(
         "the gradient of the entropy is relative to the wrong sum",
         CUDA,
-        "csrc/logprobs_cuda.cu",
-        "share * (row.alpha + row.beta * log_sum)",
-        "share * row.alpha",
+        "csrc/logprobs_cuda.cuh",
+        "share * (grad.alpha + grad.beta * log_sum)",
+        "share * grad.alpha",
         "test_logprobs.py",
     ),
     Mutant(
