@@ -46,7 +46,7 @@ class NativeBuild:
         self.tools = tools
         self._strict = options.require_native == "1"
         kind = ["debug" if options.debug else "release"]
-        kind += ["strict"] * self._strict + ["manylinux"] * options.manylinux
+        kind += ["strict"] * self._strict  # not manylinux: that links differently, from the same objects
         self.folder = root / "build" / "-".join(kind)
         self.facts: dict = {"torch_target": TORCH_TARGET, "debug": options.debug}
 
@@ -124,8 +124,8 @@ class NativeBuild:
         self.facts["nvcc_flags"] = " ".join(flags)
         host = [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []
         compile = [str(cuda.nvcc), *host, *flags, *gencode_flags(sass, ptx), *self._includes(torch)]
-        if self.tools.cuda:  # nvcc looks for another machine's headers in a folder that this machine's toolkit lacks
-            compile += ["-isystem", str(cuda.include)]
+        if self.tools.cuda:  # nvcc looks for another machine's headers in folders that this machine's toolkit lacks
+            compile += ["-isystem", str(cuda.include), "-isystem", str(cuda.include / "cccl")]
         # nvcc splits what it hands on at blanks and commas
         compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it

@@ -35,7 +35,25 @@ from .trl_baseline import NAME
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (2, 7, 1000, 32000, 50257, 128256, 151936)
 SCALES, OFFSETS = (1.0, 3.0, 30.0), (0.0, 1e4)
-_ROWS, _TOKENS = 4, (16, 257)
+# (scale, reference's scale, offset, reference's offset) of logits and reference logits that differ in magnitude, and
+# those of them that float16 can hold
+DIFFERENCES = (
+    (1e3, 1.0, 0.0, 0.0),
+    (1.0, 1e3, 0.0, 0.0),
+    (1.0, 1.0, 1e4, -1e4),
+    (1e5, 1.0, 0.0, 0.0),
+    (1e5, 1e3, 0.0, 0.0),
+    (1e-3, 1e5, 0.0, 0.0),
+    (1e20, 1.0, 0.0, 0.0),
+    (1.0, 1.0, -3e7, 0.0),
+    (1.0, 1.0, 0.0, -3e7),
+    (1.0, 1.0, 3e7, -3e7),
+)
+DIFFERENCES_OF = {torch.float32: DIFFERENCES, torch.bfloat16: DIFFERENCES, torch.float16: DIFFERENCES[:3]}
+_ROWS, _TOKENS, _HIDDEN = 4, (16, 257), 16
+_MOST_OF_HIDDEN = (
+    50257  # the largest vocabulary of the ops on hidden states, whose gradients have _HIDDEN times its size
+)
 _LEVELS = {
     "x86-64-v4": ("4", "3", "1"),
     "x86-64-v3": ("3", "1"),
@@ -47,13 +65,15 @@ _LEVELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """`vocabulary`, `scale` and `offset` are None for the ops on per-token tensors."""
+    """All but op and dtype are None for the ops on per-token tensors, and the reference's for those without one."""
 
     op: str
     dtype: torch.dtype
     vocabulary: int | None = None
     scale: float | None = None
     offset: float | None = None
+    ref_scale: float | None = None
+    ref_offset: float | None = None
 
     @property
     def key(self):
@@ -63,6 +83,8 @@ class Input:
             "V": self.vocabulary,
             "scale": self.scale,
             "offset": self.offset,
+            "ref_scale": self.ref_scale,
+            "ref_offset": self.ref_offset,
         }
 
     def tensors(self):
@@ -70,12 +92,24 @@ class Input:
         if self.vocabulary is None:
             inputs = token_inputs(_TOKENS) | {"incoming": torch.randn(_TOKENS)}
             return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        if OPS[self.op].on_hidden:  # a logit is a sum of _HIDDEN terms
+            hidden, weight = torch.randn(_ROWS, _HIDDEN), torch.randn(self.vocabulary, _HIDDEN)
+            return {
+                "hidden": (self.scale / _HIDDEN**0.5 * hidden).to(self.dtype),
+                "weight": weight.to(self.dtype),
+                "labels": torch.randint(self.vocabulary, (_ROWS,)),
+                "grad_logprobs": torch.randn(_ROWS),
+                "grad_entropy": torch.randn(_ROWS),
+            }
         shape = _ROWS, self.vocabulary
-        logits = self.scale * torch.randn(shape)
-        ref_logits = logits + 0.1 * self.scale * torch.randn(shape)
-        return {
-            "logits": (logits + self.offset).to(self.dtype),
-            "ref_logits": (ref_logits + self.offset).to(self.dtype),
+        logits = torch.randn(shape)
+        ref_logits = logits + 0.1 * torch.randn(shape)
+        if self.ref_scale is None:
+            tensors = {}
+        else:
+            tensors = {"ref_logits": (self.ref_scale * ref_logits + self.ref_offset).to(self.dtype)}
+        return tensors | {
+            "logits": (self.scale * logits + self.offset).to(self.dtype),
             "labels": torch.randint(self.vocabulary, shape[:1]),
             "grad_logprobs": torch.randn(_ROWS),
             "grad_entropy": torch.randn(_ROWS),
@@ -85,11 +119,23 @@ class Input:
 def all_inputs(vocabularies=VOCABULARIES, names=tuple(OPS)):
     """The inputs of the ops of these names: first for those on logits, then for those on per-token tensors."""
     on_logits = [name for name in names if OPS[name].on_logits]
-    others = [name for name in names if not OPS[name].on_logits]
+    on_hidden = [name for name in names if OPS[name].on_hidden]
+    others = [name for name in names if not OPS[name].has_vocabulary]
+    fewer = [vocabulary for vocabulary in vocabularies if vocabulary <= _MOST_OF_HIDDEN]
     return [
-        *(Input(*chosen) for chosen in itertools.product(on_logits, DTYPES, vocabularies, SCALES, OFFSETS)),
+        *(input for name in on_logits for input in _inputs_on_logits(name, vocabularies)),
+        *(Input(*chosen) for chosen in itertools.product(on_hidden, DTYPES, fewer, SCALES, OFFSETS[:1])),
         *(Input(*chosen) for chosen in itertools.product(others, DTYPES)),
     ]
+
+
+def _inputs_on_logits(name, vocabularies):
+    with_reference = "ref_logits" in OPS[name].arguments
+    for dtype, V, scale, offset in itertools.product(DTYPES, vocabularies, SCALES, OFFSETS):
+        yield Input(name, dtype, V, scale, offset, *((scale, offset) if with_reference else ()))
+    for dtype, V in itertools.product(DTYPES if with_reference else (), vocabularies):
+        for scale, ref_scale, offset, ref_offset in DIFFERENCES_OF[dtype]:
+            yield Input(name, dtype, V, scale, offset, ref_scale, ref_offset)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -104,7 +150,7 @@ def _results(name, tensors, function):
     """{name: result} of a function that computes the op, gradients first. Masked entries are replaced by 0, as TRL
     fills them in."""
     op, benchmark = OPS[name], _benchmark(name)
-    names = [f"grad {leaf}" for leaf in op.differentiable]
+    names = [f"grad {leaf}" for leaf in op.differentiable[: len(benchmark.leaves)]]
     names += [result for result, kind in op.results.items() if kind is not STATS]
     results = benchmark.results(BOTH if benchmark.leaves else FORWARD, tensors, function)
     if "mask" in tensors:

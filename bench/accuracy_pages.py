@@ -11,6 +11,7 @@ EVIDENCE = pathlib.Path(__file__).parent / "evidence"
 TORCH = "torch float32"
 GROWTH = 1.1
 _HEADER = ("op", "result", "dtype", "ours: largest", "mean", "torch: largest", "mean", "TRL: largest", "mean")
+_INPUT = ("op", "dtype", "V", "scale", "offset", "ref_scale", "ref_offset")  # what names the input of a row
 _PLOTTED = (("logprobs", "logprobs"), ("logprobs_and_entropy", "entropy"), ("full_kl", "kl"))
 _LARGEST, _MEAN = 0, 1
 
@@ -51,7 +52,7 @@ def growth(measured, kept, level):
     On another machine another entry may have the largest error, so half a unit in the last place of the largest value
     is added to the limit for the largest error, and a hundredth of a unit to that for the mean.
     """
-    fields = ("op", "result", "dtype", "V", "scale", "offset")
+    fields = ("result", *_INPUT)
     before = {tuple(row[field] for field in fields): row for row in kept}
     for row in measured:
         old = before[tuple(row[field] for field in fields)]
@@ -60,7 +61,7 @@ def growth(measured, kept, level):
         for name, i, units in (("largest", _LARGEST, 0.5), ("mean", _MEAN, 0.01)):
             limit = GROWTH * old["errors"][level][i] + units * old["unit"]
             if not row["errors"][level][i] <= limit:
-                where = ", ".join(str(row[field]) for field in ("op", "result", "dtype", "V", "scale", "offset"))
+                where = ", ".join(str(row[field]) for field in ("op", *(name for name in fields if name != "op")))
                 yield f"{where}: {name} error {row['errors'][level][i]:.3g}, kept {old['errors'][level][i]:.3g}"
 
 
@@ -90,11 +91,26 @@ def _by_size(rows):
     return _table(("result", "V", "scale", "offset", *_HEADER[3:]), lines)
 
 
+def differs(row):
+    """Whether policy and reference logits have different scales or offsets."""
+    return row["ref_scale"] is not None and (row["ref_scale"], row["ref_offset"]) != (row["scale"], row["offset"])
+
+
+def _by_difference(rows):
+    fields = ("result", "dtype", "scale", "ref_scale", "offset", "ref_offset")
+    lines = [
+        (name, dtype, *(f"{x:g}" for x in numbers), *_cells(aggregate(group)))
+        for (name, dtype, *numbers), group in grouped(rows, *fields).items()
+    ]
+    header = ("result", "dtype", "scale", "reference's", "offset", "reference's", *_HEADER[3:])
+    return _table(header, lines)
+
+
 def markdown(figures):
     """The page of these figures."""
     stamp, rows = figures["stamp"], figures["rows"]
     levels = [who for who in rows[0]["errors"] if is_ours(who)]
-    on_logits = [row for row in rows if row["V"] is not None]
+    on_logits = [row for row in rows if row["V"] is not None and not differs(row)]
     parts = [
         "# How far each op is from float64",
         f"{len(rows)} results of ops on inputs of every dtype, each at {', '.join(levels)}; {stamp['date']}, commit "
@@ -111,10 +127,13 @@ def markdown(figures):
         "## The same with 10,000 added to all logits",
         "In half precision little but the offset is left of the logits.",
         _by_op([row for row in on_logits if row["offset"] != 0]),
+        "## Policy and reference of different scale or offset",
+        "full_kl, over the same V. Each side is a standard normal times its scale, plus its offset.",
+        _by_difference([row for row in rows if differs(row)]),
         "## Ops on per-token tensors",
         _by_op([row for row in rows if row["V"] is None]),
         "## By size, scale and offset, float32",
-        _by_size(rows),
+        _by_size([row for row in rows if not differs(row)]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -132,7 +151,10 @@ def plot(figures, path):
         rows = [
             row
             for row in figures["rows"]
-            if (row["op"], row["result"]) == (op, result) and row["dtype"] == "float32" and row["offset"] == 0
+            if (row["op"], row["result"]) == (op, result)
+            and row["dtype"] == "float32"
+            and row["offset"] == 0
+            and not differs(row)
         ]
         curves = {V: aggregate(group) for (V,), group in grouped(rows, "V").items()}
         for who in styles:

@@ -23,7 +23,7 @@ OPERATORS = {
         lambda x: torch.ops.ppo_ext._full_kl.default(x["logits"], x["ref_logits"], None, None, 1.0),
         1,
         lambda x, out: torch.ops.ppo_ext._full_kl_backward.default(
-            x["logits"], x["ref_logits"], x["grad_logprobs"], None, *out, None, 1.0
+            x["logits"], x["ref_logits"], x["grad_logprobs"], None, *out[1:], None, 1.0
         ),
     )
 }

@@ -1,9 +1,11 @@
 """Log-probabilities straight from the hidden states [N, H] and the language model's head [V, H].
 
-There is no kernel of ours for this yet: ours is torch's matrix product followed by `logprobs`, which holds the logits
-in memory; some peers never do. Measured are the time and the peak memory, in buffers of the logits' size. The
-arithmetic of the matrix product takes longer than moving the bytes, so there is no memory floor.
+The arithmetic of the matrix products takes longer than moving the bytes. So the floor is the products alone, timed in the
+same rounds: one for the forward pass; four for both, as the backward pass computes the logits again, and then the
+gradients of hidden and weight from theirs. Peak memory is in buffers of the logits, which ours never holds.
 """
+
+import functools
 
 import torch
 
@@ -11,24 +13,60 @@ import ppo_ext
 from ppo_ext.ops import reference
 
 from . import cases, peers
-from .passes import BOTH, FORWARD, Op
-from .suite import OURS, OURS_IN_PLACE, Case, in_float64
+from .passes import BOTH, FORWARD, Op, Operators
+from .suite import OURS, Case, in_float64
 
-OP = Op(
-    lambda inputs, op: op(inputs["hidden"], inputs["weight"], inputs["labels"]), ("hidden", "weight"), ("incoming",)
-)
+_LEAVES = ("hidden", "weight")
+_GRADS = ("grad_logprobs", "grad_entropy")
 
 
-def ours(hidden, weight, labels):
+def _call(inputs, op):
+    return op(*(inputs[name] for name in ("hidden", "weight", "labels")))
+
+
+def _call_masked(inputs, op):
+    return op(*(inputs[name] for name in ("hidden", "weight", "labels")), mask=inputs["mask"])
+
+
+OPS = {
+    "linear_logprobs": Op(_call, _LEAVES, _GRADS[:1]),
+    "linear_logprobs_and_entropy": Op(_call, _LEAVES, _GRADS),
+    "linear_statistics": Op(_call, _LEAVES, _GRADS),
+}
+MASKED = "linear_logprobs+mask"  # three rows in four do not count
+_MASKED_OP = Op(_call_masked, _LEAVES, _GRADS[:1])
+_NUMBERS = (None, None, None, 1.0, 1.0, 0.0)  # no bias, mask or temperatures; temperature, scale, no softcap
+
+
+def _forward(inputs, with_entropy, with_statistics):
+    tensors = (inputs["hidden"], inputs["weight"], inputs["labels"])
+    return torch.ops.ppo_ext._linear_logprobs.default(*tensors, *_NUMBERS, with_entropy, with_statistics, None)
+
+
+def _backward(inputs, outputs, with_entropy):
+    tensors = (inputs["hidden"], inputs["weight"], inputs["labels"])
+    grads = (inputs["grad_logprobs"], inputs["grad_entropy"] if with_entropy else None)
+    needs = (True, True, False)
+    return torch.ops.ppo_ext._linear_logprobs_backward.default(*tensors, *_NUMBERS, *grads, *outputs[1:4], *needs)[:2]
+
+
+def _operators(with_entropy, with_statistics):
+    return Operators(
+        functools.partial(_forward, with_entropy=with_entropy, with_statistics=with_statistics),
+        2 if with_entropy else 1,
+        functools.partial(_backward, with_entropy=with_entropy),
+    )
+
+
+OPERATORS = {
+    "linear_logprobs": _operators(False, False),
+    "linear_logprobs_and_entropy": _operators(True, False),
+    "linear_statistics": _operators(True, True),
+}
+
+
+def of_all_logits(hidden, weight, labels):
     return ppo_ext.logprobs(hidden @ weight.T, labels)
-
-
-def ours_in_place(hidden, weight, labels):
-    return ppo_ext.logprobs(hidden @ weight.T, labels, inplace_backward=True)
-
-
-def exact(hidden, weight, labels):
-    return reference.logprobs(hidden @ weight.T, labels)
 
 
 def _inputs(shape, dtype, device):
@@ -37,32 +75,72 @@ def _inputs(shape, dtype, device):
         "hidden": torch.randn(rows, hidden, device=device).to(dtype),
         "weight": (torch.randn(vocabulary, hidden, device=device) * 3.0 / hidden**0.5).to(dtype),
         "labels": torch.randint(vocabulary, (rows,), device=device),
-        "incoming": torch.randn(rows, device=device),
+        "mask": torch.arange(rows, device=device) % 4 == 0,
+        "grad_logprobs": torch.randn(rows, device=device),
+        "grad_entropy": torch.randn(rows, device=device),
     }
 
 
-def case(shape, dtype, pass_name, device):
-    implementations = {OURS: OP.implementation(pass_name, ours)}
-    if pass_name == BOTH:
-        implementations[OURS_IN_PLACE] = OP.implementation(pass_name, ours_in_place)
+def products(inputs, pass_name):
+    """The products that a pass cannot do without, in memory that is there already."""
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run():
+        torch.mm(hidden, weight.t(), out=logits)
+        if pass_name == BOTH:
+            torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return run
+
+
+def _counted(inputs):
+    """The inputs of the rows that count."""
+    return {name: x if name == "weight" else x[inputs["mask"]] for name, x in inputs.items()}
+
+
+def case(name, shape, dtype, pass_name, device, *, kind="speed", with_compiled=True):
+    masked = name == MASKED
+    op, public = (_MASKED_OP, "linear_logprobs") if masked else (OPS[name], name)
+    ours, exact = getattr(ppo_ext, public), getattr(reference, public)
+    implementations = {OURS: op.implementation(pass_name, ours)}
+    if name == "linear_logprobs":
+        implementations["logprobs of all logits"] = op.implementation(pass_name, of_all_logits)
+    speed = kind == "speed"
     return Case(
-        "linear_logprobs",
+        name,
         pass_name,
         shape,
         dtype,
         make=lambda device: _inputs(shape, dtype, device),
-        reference=lambda inputs: OP.results(pass_name, in_float64(inputs), exact),
-        implementations=implementations | peers.implementations("linear_logprobs", OP, pass_name, device, dtype),
+        reference=lambda inputs: op.results(pass_name, in_float64(inputs), exact),
+        implementations=implementations | peers.implementations(name, op, pass_name, device, dtype, with_compiled),
         traffic=None,
-        buffer_bytes=shape[0] * shape[2] * dtype.itemsize,
+        products=(lambda inputs: products(_counted(inputs) if masked else inputs, pass_name)) if speed else None,
+        kind=kind,
+        buffer_bytes=shape[0] * shape[2] * dtype.itemsize if speed else None,
         capturable=True,
     )
 
 
 def suite(device, full):
-    low = (
-        torch.bfloat16 if device.type == "cuda" else torch.float32
-    )  # the dtype in which a head of that size is trained
-    for dtype in cases.LOGIT_DTYPES if full else (low,):
+    half = torch.bfloat16
+    low = half if device.type == "cuda" else torch.float32  # the dtype in which a head of that size is trained
+    shapes = cases.linear_shapes(device, full)
+    for shape in shapes:
         for pass_name in (FORWARD, BOTH) if full else (BOTH,):
-            yield case(cases.linear_shape(device), dtype, pass_name, device)
+            for dtype in (low, half) if full and low != half and shape == shapes[0] else (low,):
+                yield case("linear_logprobs", shape, dtype, pass_name, device)
+    yield case(MASKED, shapes[0], low, BOTH, device)
+    if full:
+        yield case("linear_logprobs_and_entropy", shapes[0], low, BOTH, device)
+        yield case("linear_statistics", shapes[0], low, FORWARD, device)
+
+
+def tiny_cases(device):
+    for name in OPS:
+        for pass_name in (FORWARD, BOTH):
+            yield case(name, cases.TINY_LINEAR, torch.float32, pass_name, device, **cases.OVERHEAD)

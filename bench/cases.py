@@ -15,7 +15,7 @@ __all__ = [
     "STEPS",
     "Step",
     "head_shape",
-    "linear_shape",
+    "linear_shapes",
     "logits_inputs",
     "logits_shapes",
     "token_inputs",
@@ -31,9 +31,13 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16)
 # [sequences, tokens, vocabulary] of a training minibatch's loss head
 HEAD = {"cpu": (8, 32, GPT2), "cuda": (16, 512, LLAMA)}
 # [rows, hidden size, vocabulary] of the head of the language model
-LINEAR = {"cpu": (128, 256, GPT2), "cuda": (8192, 2048, LLAMA)}
-# for the cost of a call before any arithmetic: [sequences, tokens], [rows, vocabulary], and the options of such a case
-TINY_TOKENS, TINY_LOGITS = (8, 128), (1, 8)
+LINEAR = {
+    "cpu": ([(256, 768, GPT2)], [(256, 768, GPT2), (1024, 768, GPT2), (256, 256, LLAMA)]),
+    "cuda": ([(8192, 2048, LLAMA)], [(8192, 2048, LLAMA), (8192, 4096, LLAMA), (1024, 768, GPT2)]),
+}
+# for the cost of a call before any arithmetic: [sequences, tokens], [rows, vocabulary], [rows, hidden size,
+# vocabulary], and the options of such a case
+TINY_TOKENS, TINY_LOGITS, TINY_LINEAR = (8, 128), (1, 8), (1, 8, 8)
 OVERHEAD = {"kind": "overhead", "with_compiled": False}
 # {letter: (the fixed size, sizes of the varied one)}; the upper half of each range does not fit into a CPU's caches
 SWEEPS = {
@@ -86,5 +90,5 @@ def head_shape(device):
     return HEAD[device.type]
 
 
-def linear_shape(device):
-    return LINEAR[device.type]
+def linear_shapes(device, full):
+    return LINEAR[device.type][full]

@@ -16,7 +16,7 @@ from tests.ops import STEMS
 from . import machine, rows, table
 from .rows import RESULTS
 
-MODULES = (*STEMS, "loss_head", "linear_logprobs", "step", "overhead", "binding_overhead", "sweeps")
+MODULES = (*STEMS, "loss_head", "step", "overhead", "binding_overhead", "sweeps")
 # Upper estimates of the time of a case on 2 cores or a GPU: to make its inputs and float64 reference; for each
 # implementation, to check it, to warm it up and to exceed the requested seconds; and for torch.compile.
 _CASE_SECONDS, _IMPLEMENTATION_SECONDS, _COMPILE_SECONDS = 1.0, 0.6, 4.0

@@ -16,7 +16,6 @@ ROOT = RESULTS.parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs/performance.md"
 # README is also shown on package indexes, where a relative link leads nowhere. pyproject.toml has the address.
 REPOSITORY = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _HEAD = ("op", "pass", "shape", "dtype", "ours")
 _TAIL = ("memory floor / ours", "TRL", "ours vs TRL", "ours vs the fastest other", "max error, ours / TRL")
 _NOTHING = {
@@ -194,13 +193,14 @@ def machine_page(rows, plots):
     return "\n\n".join(parts) + "\n"
 
 
-def replace_block(text, block):
-    """`text` with what stands between the markers replaced."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def replace_block(text, block, name="bench"):
+    """`text` with what stands between the two markers of that name replaced."""
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"render: the page must hold the markers {BEGIN} and {END}, got none")
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+        raise ValueError(f"render: the page must hold the markers {first} and {last}, got none")
+    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
 def main(results=RESULTS, readme=README, performance=PERFORMANCE):

@@ -7,7 +7,7 @@ import re
 from tests.ops import OPS
 
 from . import fit
-from .suite import FLOOR, OURS
+from .suite import FLOOR, OURS, PRODUCTS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _BEFORE = {
@@ -17,7 +17,7 @@ _BEFORE = {
     "mode": "eager",
     "version": "",
 }  # fields that the oldest rows lack
-_ORDER = (*OPS, "loss_head", "linear_logprobs", "step", "overhead", "sweep")
+_ORDER = (*OPS, "loss_head", "step", "overhead", "sweep")
 
 
 def folder_of(row):
@@ -93,7 +93,7 @@ def is_ours(row):
 
 
 def is_floor(row):
-    return row["implementation"].startswith(FLOOR)
+    return row["implementation"].startswith((FLOOR, PRODUCTS))
 
 
 def ours(group):

@@ -14,6 +14,7 @@ from .timing import Setting
 OURS = "ppo_ext"
 OURS_IN_PLACE = "ppo_ext, in place"
 FLOOR = "memory floor"
+PRODUCTS = "matrix products"  # the floor of what is bound by them
 # Relative error (sum of |difference| over sum of |reference|) above which a result is WRONG. Wide enough for an honest
 # implementation that computes in the inputs' dtype, far below what a wrong sign, mask or scale gives.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -56,7 +57,8 @@ class Case:
     make: collections.abc.Callable  # device -> inputs, a dict of tensors
     reference: collections.abc.Callable  # inputs -> the right tensors in float64
     implementations: dict
-    traffic: timing.Traffic | None  # None where no floor says anything
+    traffic: timing.Traffic | None  # None where no floor of memory says anything
+    products: collections.abc.Callable | None = None  # inputs -> a call that does the matrix products alone
     select: collections.abc.Callable = lambda inputs, outputs: outputs  # what of the outputs is defined, for the check
     kind: str = "speed"  # speed, overhead, or sweep over what
     buffer_bytes: int | None = None  # the unit of peak memory; None: it is not taken
@@ -79,6 +81,8 @@ class Case:
             for name, implementation in self.implementations.items()
         }
         del expected
+        if self.products:
+            attempts[PRODUCTS] = Attempt(self.products(inputs), None, "")
         common = {
             "kind": self.kind,
             "op": self.op,
@@ -96,7 +100,7 @@ class Case:
         for setting in others:
             right = {name: attempt for name, attempt in attempts.items() if attempt.call}
             rows += [{**common, **row, "shown": False} for row in self._timed(right, device, setting, seconds)]
-        right = [name for name, attempt in attempts.items() if attempt.call]
+        right = [name for name, attempt in attempts.items() if attempt.call and name != PRODUCTS]
         return rows + [{**common, **row} for row in self.more_rows(inputs, right, device)]
 
     def more_rows(self, inputs, names, device):
@@ -133,7 +137,7 @@ class Case:
     def _timed(self, attempts, device, setting, seconds):
         """The rows of one setting."""
         calls = {name: attempt.call for name, attempt in attempts.items() if attempt.call}
-        traffics = {name: getattr(self.implementations[name], "traffic", None) or self.traffic for name in attempts}
+        traffics = {name: getattr(self.implementations.get(name), "traffic", None) or self.traffic for name in attempts}
         floors = {_floor_name(traffic): traffic for traffic in traffics.values() if traffic is not None}
         calls |= {name: timing.floor_call(traffic, device) for name, traffic in floors.items()}
         notes = {name: attempt.note for name, attempt in attempts.items()}
@@ -231,7 +235,8 @@ def _times(name, traffic, timings):
         return {}
     times = dataclasses.asdict(timings[name])
     if traffic is None:
-        return times
+        floor = timings.get(PRODUCTS)
+        return times | ({"share_of_floor": floor.p50_ms / timings[name].p50_ms} if floor else {})
     return {
         **times,
         "bytes": traffic.bytes,

@@ -1,6 +1,6 @@
 // full_kl_cpu.cpp
 // Computes  see full_kl.h
-// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; from memory each logit once per pass)
+// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 20N   (s = size of a logit; from memory each logit once per pass)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
 // Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
 // Limits    masked rows are not read
@@ -17,25 +17,26 @@ constexpr int64_t kBlock = 2048;  // of fp64 logits
 
 // ---- one row, fp64 arithmetic ----
 
-KLState<double> row_state(const LogitRowPair<double>& row, double inv_temperature) {
+KLState<double> row_state(const LogitRowPair<double>& row, const GapScale<double>& scale) {
   KLState<double> state = kl_empty<double>();
   const auto logit = [&](int64_t v) { return row.logits[v * row.stride]; };
   const auto ref_logit = [&](int64_t v) { return row.ref_logits[v * row.ref_stride]; };
   for (int64_t v = 0; v < row.V; ++v) {
-    state.max = logit(v) > state.max ? logit(v) : state.max;
+    if (logit(v) > state.max) {
+      state.max = logit(v);
+      state.ref_at_max = kl_pivot(ref_logit(v));
+    }
     state.ref_max = ref_logit(v) > state.ref_max ? ref_logit(v) : state.ref_max;
   }
   const double origin = state.max == -INFINITY ? 0.0 : state.max,
                ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-    double sum = 0, ref_sum = 0,
-           weighted = 0;  // of a block, so that rounding errors grow with the block and not with V
+    double sum = 0, ref_sum = 0, weighted = 0;  // of a block: rounding errors grow with the block and not with V
     for (int64_t v = begin; v < std::min(begin + kBlock, row.V); ++v) {
-      const double y = (logit(v) - origin) * inv_temperature, ref_y = (ref_logit(v) - ref_origin) * inv_temperature;
-      const double e = std::exp(y);
+      const double d = logit(v) - origin, e = std::exp(d * scale.inverse);
       sum += e;
-      ref_sum += std::exp(ref_y);
-      weighted += e == 0.0 ? 0.0 : e * (y - ref_y);
+      ref_sum += std::exp((ref_logit(v) - ref_origin) * scale.inverse);
+      weighted += e == 0.0 ? 0.0 : e * kl_gap(d, ref_logit(v), state.ref_at_max * scale.shrink, scale.shrink);
     }
     state.sum += sum;
     state.ref_sum += ref_sum;
@@ -46,19 +47,16 @@ KLState<double> row_state(const LogitRowPair<double>& row, double inv_temperatur
 
 void fill_gradient(const LogitRowPair<double>& row, const KLRowGrad<double>& grad, double* out, int64_t out_stride) {
   for (int64_t v = 0; v < row.V; ++v) {
-    const double log_p = token_logprob(row.logits[v * row.stride], grad.max, grad.log_sum, grad.inv_temperature);
-    const double log_q =
-        token_logprob(row.ref_logits[v * row.ref_stride], grad.ref_max, grad.ref_log_sum, grad.inv_temperature);
-    const double p = std::exp(log_p);
-    out[v * out_stride] = p == 0.0 ? 0.0 : kl_logit_grad(p, log_p, log_q, grad.kl, grad.grad_over_temperature);
+    const double d = row.logits[v * row.stride] - grad.max;
+    out[v * out_stride] = kl_logit_grad(std::exp(d * grad.scale.inverse), d, row.ref_logits[v * row.ref_stride], grad);
   }
 }
 
 // ---- one row, fp32 arithmetic ----
 
 template <class T>
-KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature) {
-  return PPO_AT_LEVEL(row_state, row, inv_temperature);
+KLState<double> row_state(const LogitRowPair<T>& row, const GapScale<float>& scale) {
+  return PPO_AT_LEVEL(row_state, row, scale);
 }
 
 template <class T>
@@ -80,21 +78,20 @@ LogitRowPair<T> row_of(const KLInputs<T, A>& in, int64_t n) {
 }
 
 template <class T, class A>
-void forward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& out, int64_t begin, int64_t end) {
+void forward_rows(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
+    const GapScale<A> scale = GapScale<A>::of(in.inv_temperature.of(n));
     KLState<double> state{};
-    A kl = 0, log_sum = 0, ref_log_sum = 0;
+    KLRow<double> result{};
     if (!in.mask || in.mask[n]) {
-      state = row_state(row_of(in, n), in.inv_temperature.of(n));
-      log_sum = A(softmax_log_sum(state.sum));
-      ref_log_sum = A(softmax_log_sum(state.ref_sum));
-      kl = A(row_kl(state));
+      state = row_state(row_of(in, n), scale);
+      result = kl_of_row(state, GapScale<double>::of(scale.inverse));
     }
-    out.kl[n] = kl;
+    kl[n] = A(result.kl);
     out.max[n] = A(state.max);
-    out.log_sum[n] = log_sum;
-    out.ref_max[n] = A(state.ref_max);
-    out.ref_log_sum[n] = ref_log_sum;
+    out.sum[n] = A(state.sum);
+    out.ref_at_max[n] = A(state.ref_at_max);
+    out.mean_gap[n] = A(result.mean_gap);
   }
 }
 
@@ -107,23 +104,18 @@ void backward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const K
       for (int64_t v = 0; v < in.rows.V; ++v) row[v * out.rows.stride_v] = T(0);
       continue;
     }
-    KLRowGrad<A> grad;
-    grad.max = saved.max[n];
-    grad.log_sum = saved.log_sum[n];
-    grad.ref_max = saved.ref_max[n];
-    grad.ref_log_sum = saved.ref_log_sum[n];
-    grad.kl = saved.kl[n];
-    grad.inv_temperature = in.inv_temperature.of(n);
-    grad.grad_over_temperature = out.grad_kl[n] * grad.inv_temperature;
+    const KLRowGrad<A> grad = kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n],
+                                             saved.mean_gap[n], GapScale<A>::of(in.inv_temperature.of(n)));
     fill_gradient(row_of(in, n), grad, row, out.rows.stride_v);
   }
 }
 
 struct OnCPU {
   template <class T, class A>
-  static void forward(const KLInputs<T, A>& in, const KLRowStats<A>& out, const Tensor& logits) {
+  static void forward(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, const Tensor& logits) {
     check_temperatures("full_kl", in.inv_temperature, in.mask, in.rows.rows, logits, logits.dim() - 1);
-    parallel_rows(in.rows.rows, 2 * in.rows.V, [&](int64_t begin, int64_t end) { forward_rows(in, out, begin, end); });
+    parallel_rows(in.rows.rows, 2 * in.rows.V,
+                  [&](int64_t begin, int64_t end) { forward_rows(in, kl, out, begin, end); });
   }
 
   template <class T, class A>

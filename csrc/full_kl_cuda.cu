@@ -1,6 +1,6 @@
 // full_kl_cuda.cu
 // Computes  see full_kl.h
-// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 24N   (s = size of a logit; each logit once per pass)
+// Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 20N   (s = size of a logit; each logit once per pass)
 // Launch    forward one block of 256 threads per row, one warp per row up to V = 1024; backward one block per 64 KiB of
 //           a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
 // Sums      online maxima and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
@@ -34,56 +34,60 @@ __device__ __forceinline__ A finite_origin(A max) {
 
 template <class A, int kCount>
 __device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kCount], const A (&top)[2],
-                                           A inv_temperature) {
+                                           GapScale<A> scale) {
   if (top[0] > state.max || top[1] > state.ref_max) {
-    const A max = top[0] > state.max ? top[0] : state.max, ref_max = top[1] > state.ref_max ? top[1] : state.ref_max;
-    state = kl_rescale(state, max, ref_max, inv_temperature);
+    A max = state.max, ref_at_max = state.ref_at_max;
+    if (top[0] > state.max) {
+      max = top[0];
+#pragma unroll
+      for (int k = kCount - 1; k >= 0; --k) ref_at_max = x[0][k] == max ? x[1][k] : ref_at_max;
+      ref_at_max = kl_pivot(ref_at_max);
+    }
+    state = kl_rescale(state, max, ref_at_max, top[1] > state.ref_max ? top[1] : state.ref_max, scale);
   }
   const A origin = finite_origin(state.max), ref_origin = finite_origin(state.ref_max);
-  const A scale = inv_temperature * A(kLog2E);
+  const A shrunk_pivot = state.ref_at_max * scale.shrink, to_log2 = scale.inverse * A(kLog2E);
   A sum = 0, ref_sum = 0, weighted = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const A y = (x[0][k] - origin) * scale, ref_y = (x[1][k] - ref_origin) * scale;
-    const A e = exp2_of(y);
+    const A d = x[0][k] - origin;
+    const A e = exp2_of(d * to_log2);
     sum += e;
-    ref_sum += exp2_of(ref_y);
+    ref_sum += exp2_of((x[1][k] - ref_origin) * to_log2);
     // Where the policy's probability is 0 the term is 0, even if the reference's logit is -inf. A NaN remains NaN.
-    weighted += e == A(0) ? A(0) : e * (y - ref_y);
+    weighted += e == A(0) ? A(0) : e * kl_gap(d, x[1][k], shrunk_pivot, scale.shrink);
   }
   state.sum += sum;
   state.ref_sum += ref_sum;
-  state.weighted += A(kLn2) * weighted;
+  state.weighted += weighted;
 }
 
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, class T, class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
-    forward_kernel(const KLInputs<T, A> in, const KLRowStats<A> out) {
+    forward_kernel(const KLInputs<T, A> in, A* kl, const KLRowStats<A> out) {
   constexpr int kGroups = kBlock / kThreads;
   for (int64_t n = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; n < in.rows.rows;
        n += int64_t(gridDim.x) * kGroups) {
-    const A c = in.inv_temperature.of(n);
+    const GapScale<A> scale = GapScale<A>::of(in.inv_temperature.of(n));
     KLState<A> state = kl_empty<A>();
-    A kl = 0, log_sum = 0, ref_log_sum = 0;
+    KLRow<A> result{};
     if (!in.mask || in.mask[n]) {
       read_rows<kThreads, kAligned>(rows_of(in, n),
-                                    [&](const auto& x, const auto& top) { add_logits(state, x, top, c); });
-      state =
-          reduce_group<kThreads>(state, [c](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, c); });
-      log_sum = softmax_log_sum(state.sum);
-      ref_log_sum = softmax_log_sum(state.ref_sum);
-      kl = row_kl(state);
+                                    [&](const auto& x, const auto& top) { add_logits(state, x, top, scale); });
+      state = reduce_group<kThreads>(
+          state, [scale](const KLState<A>& a, const KLState<A>& b) { return kl_merge(a, b, scale); });
+      result = kl_of_row(state, scale);
     } else {
-      state.max = state.ref_max = 0;
+      state.max = 0;
     }
     if (thread_of_group<kThreads>() != 0) continue;
-    out.kl[n] = kl;
+    kl[n] = result.kl;
     out.max[n] = state.max;
-    out.log_sum[n] = log_sum;
-    out.ref_max[n] = state.ref_max;
-    out.ref_log_sum[n] = ref_log_sum;
+    out.sum[n] = state.sum;
+    out.ref_at_max[n] = state.ref_at_max;
+    out.mean_gap[n] = result.mean_gap;
   }
 }
 
@@ -97,15 +101,13 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
       zero_tile<kBlock>(row, out.rows.stride_v, in.rows.V, tile);
       continue;
     }
-    const A log_sum = saved.log_sum[n], max = saved.max[n], ref_max = saved.ref_max[n], c = in.inv_temperature.of(n),
-            scale = c * A(kLog2E);
-    // p (log p - log q - kl) in terms of y = log2(p * sum of the row), and of the same for q.
-    const A share = out.grad_kl[n] * c * A(exp(-log_sum));
-    const A at_zero = share * ((saved.ref_log_sum[n] - log_sum) - saved.kl[n]), slope = share * A(kLn2);
+    const A c = in.inv_temperature.of(n);
+    const KLRowGrad<A> grad = kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n],
+                                             saved.mean_gap[n], GapScale<A>::of(c));
+    const A to_log2 = c * A(kLog2E);
     const auto grad_of = [=](const A(&x)[2]) {
-      const A y = (x[0] - max) * scale, ref_y = (x[1] - ref_max) * scale;
-      const A e = exp2_of(y);
-      return e == A(0) ? A(0) : e * (at_zero + slope * (y - ref_y));
+      const A d = x[0] - grad.max;
+      return kl_logit_grad(exp2_of(d * to_log2), d, x[1], grad);
     };
     write_tile<kBlock, kAligned>(rows_of(in, n), row, out.rows.stride_v, tile, grad_of, -1, [](A x) { return x; });
   }
@@ -115,15 +117,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
 
 struct OnCUDA {
   template <class T, class A>
-  static void forward(const KLInputs<T, A>& in, const KLRowStats<A>& out, const Tensor& like) {
+  static void forward(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, const Tensor& like) {
     const Launcher launch("full_kl", like);
     if (in.rows.V <= kWarpPerRow) {
-      launch(forward_kernel<kWarp, false, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, out);
+      launch(forward_kernel<kWarp, false, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, kl, out);
       return;
     }
     const bool aligned = all_aligned(in.logits, in.rows) && all_aligned(in.ref_logits, in.ref_rows);
     launch(aligned ? forward_kernel<kBlock, true, T, A> : forward_kernel<kBlock, false, T, A>, in.rows.rows, kBlock, in,
-           out);
+           kl, out);
   }
 
   template <class T, class A>

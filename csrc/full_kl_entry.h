@@ -35,16 +35,15 @@ KLInputs<T, A> kl_inputs(const Tensor& logits, const Tensor& ref_logits, const s
 
 // One tensor for each member of KLRowStats.
 struct KLRowStatTensors {
-  const Tensor &kl, &max, &log_sum, &ref_max, &ref_log_sum;
+  const Tensor &max, &sum, &ref_at_max, &mean_gap;
 
   template <class A>
   KLRowStats<A> pointers() const {
     KLRowStats<A> stats;
-    stats.kl = pointer<A>(kl);
     stats.max = pointer<A>(max);
-    stats.log_sum = pointer<A>(log_sum);
-    stats.ref_max = pointer<A>(ref_max);
-    stats.ref_log_sum = pointer<A>(ref_log_sum);
+    stats.sum = pointer<A>(sum);
+    stats.ref_at_max = pointer<A>(ref_at_max);
+    stats.mean_gap = pointer<A>(mean_gap);
     return stats;
   }
 };
@@ -53,15 +52,16 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> full_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
                                                            std::optional<Tensor> temperatures, double temperature) {
   check_full_kl(logits, ref_logits, mask, temperatures, temperature);
-  Tensor kl = new_row_tensor(logits), max = new_row_tensor(logits), log_sum = new_row_tensor(logits),
-         ref_max = new_row_tensor(logits), ref_log_sum = new_row_tensor(logits);
-  const KLRowStatTensors stats{kl, max, log_sum, ref_max, ref_log_sum};
+  Tensor kl = new_row_tensor(logits), max = new_row_tensor(logits), sum = new_row_tensor(logits),
+         ref_at_max = new_row_tensor(logits), mean_gap = new_row_tensor(logits);
+  const KLRowStatTensors stats{max, sum, ref_at_max, mean_gap};
   dispatch_logits(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    Backend::forward(kl_inputs<T, A>(logits, ref_logits, mask, temperatures, temperature), stats.pointers<A>(), logits);
+    Backend::forward(kl_inputs<T, A>(logits, ref_logits, mask, temperatures, temperature), pointer<A>(kl),
+                     stats.pointers<A>(), logits);
   });
-  return {kl, max, log_sum, ref_max, ref_log_sum};
+  return {kl, max, sum, ref_at_max, mean_gap};
 }
 
 // ---- backward ----
@@ -74,11 +74,10 @@ void run_full_kl_backward(const Tensor& logits, const Tensor& ref_logits, const 
   check_full_kl(logits, ref_logits, mask, temperatures, temperature);
   require_row_tensors("full_kl", logits,
                       {{"grad_kl", grad_kl},
-                       {"kl", saved.kl},
                        {"row_max", saved.max},
-                       {"log_sum", saved.log_sum},
-                       {"ref_row_max", saved.ref_max},
-                       {"ref_log_sum", saved.ref_log_sum}});
+                       {"row_sum", saved.sum},
+                       {"ref_at_max", saved.ref_at_max},
+                       {"mean_gap", saved.mean_gap}});
   dispatch_logits(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
@@ -92,22 +91,22 @@ void run_full_kl_backward(const Tensor& logits, const Tensor& ref_logits, const 
 }
 
 template <class Backend>
-Tensor full_kl_backward(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                        Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
-                        std::optional<Tensor> temperatures, double temperature) {
+Tensor full_kl_backward(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor max,
+                        Tensor sum, Tensor ref_at_max, Tensor mean_gap, std::optional<Tensor> temperatures,
+                        double temperature) {
   Tensor grad = new_dense_like(logits);
-  run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum},
-                                temperatures, temperature, grad);
+  run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {max, sum, ref_at_max, mean_gap}, temperatures,
+                                temperature, grad);
   return grad;
 }
 
 template <class Backend>
-void full_kl_backward_inplace(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor kl,
-                              Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum,
-                              std::optional<Tensor> temperatures, double temperature) {
+void full_kl_backward_inplace(Tensor logits, Tensor ref_logits, Tensor grad_kl, std::optional<Tensor> mask, Tensor max,
+                              Tensor sum, Tensor ref_at_max, Tensor mean_gap, std::optional<Tensor> temperatures,
+                              double temperature) {
   require_no_overlap("full_kl", "logits", logits);
-  run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {kl, max, log_sum, ref_max, ref_log_sum},
-                                temperatures, temperature, logits);
+  run_full_kl_backward<Backend>(logits, ref_logits, grad_kl, mask, {max, sum, ref_at_max, mean_gap}, temperatures,
+                                temperature, logits);
 }
 
 }  // namespace ppo_ext

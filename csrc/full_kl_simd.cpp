@@ -14,13 +14,14 @@ constexpr double kLargestSum = 4096;
 
 // ---- forward ----
 
-// The policy's and the reference's origins, and the powers of 2 of distances to them.
+// What distances are relative to: the policy's pivot, the reference's logit there times `shrink`, and a number near the
+// reference's largest logit.
 struct Origins {
-  float policy, ref;
+  float policy, shrunk_pivot, ref, shrink;
   Powers powers;
 };
 
-// Sums over some vectors in fp32: of e, e' and e (d - d'), where d = x - origin and e = 2^(d scale).
+// Sums over some vectors in fp32: of e, e' and e gap.
 struct VectorSums {
   f32v power, ref_power, weighted;
 };
@@ -29,10 +30,10 @@ struct VectorSums {
 template <bool kBounds>
 PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, VectorSums& sums) {
   const Powers& powers = origin.powers;
-  const Power e = powers.of_bounded(powers.bounded<kBounds>(x - origin.policy));
+  const f32v d = x - origin.policy;
+  const Power e = powers.of_bounded(powers.bounded<kBounds>(d));
   const Power ref_e = powers.of_bounded(powers.bounded<kBounds>(ref_x - origin.ref));
-  // d - d' by way of x - x', which is exact where the two are close.
-  const f32v gap = (x - ref_x) - (origin.policy - origin.ref);
+  const f32v gap = kl_gap(d, ref_x, origin.shrunk_pivot, origin.shrink);
   // Where the policy's probability is 0 the term is 0, even if the reference's logit is -inf. A NaN remains NaN.
   constexpr bool kInfinityIsPossible = kBounds || !Powers::kBoundsAreOptional;
   sums.power = e.plus(sums.power);
@@ -71,35 +72,38 @@ PPO_INLINE Sums block_sums(const T* x, const T* ref_x, int n, const Origins& ori
   return sums;
 }
 
-// A float near the logarithm of the row's sum. What is saved for the backward pass is relative to it, so that log p is
-// there the difference of small numbers. It is a whole number above the origin: a constant that is added to all logits
-// moves it by as much, and changes nothing else that is saved.
-PPO_INLINE double near_log_sum(double origin, double sum, float inv_temperature) {
-  const double distance = std::round(std::log(sum) / inv_temperature);
-  return std::isfinite(distance) ? float(origin + distance) : origin;
+// Moves the pivot to the largest of n logits if that is larger, and the reference's maximum likewise.
+template <class T>
+PPO_INLINE KLState<double> with_larger_origins(const KLState<double>& state, const T* x, const T* ref_x, int n,
+                                               const GapScale<double>& scale) {
+  const float top = block_max(x, n), ref_top = block_max(ref_x, n);
+  const bool larger = top > state.max;
+  const double ref_at_max = larger ? kl_pivot(float(ref_x[first_equal(x, n, top)])) : state.ref_at_max;
+  return kl_rescale(state, larger ? top : state.max, ref_at_max, ref_top > state.ref_max ? ref_top : state.ref_max,
+                    scale);
 }
 
 // The sums are relative to origins near the largest logits so far, which move if a block has much larger ones. This
 // reads each logit from memory once, where a search for the maxima would be a second time.
 template <class T>
-PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_temperature) {
+PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, const GapScale<float>& scale) {
   T buffer[kBlock], ref_buffer[kBlock];
-  const float scale = inv_temperature * float(kLog2E);
-  const Powers powers(scale);
-  KLState<double> state = kl_empty<double>();  // its maxima are the origins
-  bool bounds = !Powers::kBoundsAreOptional;   // becomes true when sums without them are NaN
+  const Powers powers(scale.inverse * float(kLog2E));
+  const GapScale<double> wide_scale = GapScale<double>::of(scale.inverse);
+  KLState<double> state = kl_empty<double>();
+  bool bounds = !Powers::kBoundsAreOptional;  // becomes true when sums without them are NaN
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
     const T* ref_x = contiguous_block(row.ref_logits, begin, n, row.ref_stride, ref_buffer);
-    if (state.max == -INFINITY) state.max = block_max(x, n);
-    if (state.ref_max == -INFINITY) state.ref_max = block_max(ref_x, n);
+    if (state.max == -INFINITY || state.ref_max == -INFINITY)
+      state = with_larger_origins(state, x, ref_x, n, wide_scale);
     const auto read_block = [&]() PPO_INLINE_LAMBDA {
-      const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max),
-                           state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), powers};
+      const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max), float(state.ref_at_max) * scale.shrink,
+                           state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), scale.shrink, powers};
       const auto totals = [&](const Sums& sums) PPO_INLINE_LAMBDA {
-        return KLState<double>{state.max, sums.power.total(), state.ref_max, sums.ref_power.total(),
-                               kLn2 * scale * sums.weighted.total()};
+        return KLState<double>{state.max,     state.ref_at_max,      sums.power.total(), sums.weighted.total(),
+                               state.ref_max, sums.ref_power.total()};
       };
       if (!bounds) {
         const KLState<double> block = totals(block_sums<false>(x, ref_x, n, origin));
@@ -111,10 +115,9 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
     };
     KLState<double> block = read_block();
     if (!(block.sum <= kLargestSum && block.ref_sum <= kLargestSum)) {
-      const double top = block_max(x, n), ref_top = block_max(ref_x, n);
-      if (top > state.max || ref_top > state.ref_max) {
-        state = kl_rescale(state, top > state.max ? top : state.max, ref_top > state.ref_max ? ref_top : state.ref_max,
-                           double(inv_temperature));
+      const KLState<double> moved = with_larger_origins(state, x, ref_x, n, wide_scale);
+      if (moved.max > state.max || moved.ref_max > state.ref_max) {
+        state = moved;
         block = read_block();
       }
     }
@@ -122,26 +125,22 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, float inv_te
     state.ref_sum += block.ref_sum;
     state.weighted += block.weighted;
   }
-  return kl_rescale(state, near_log_sum(state.max, state.sum, inv_temperature),
-                    near_log_sum(state.ref_max, state.ref_sum, inv_temperature), double(inv_temperature));
+  return state;
 }
 
 // ---- backward ----
 
-PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& r, const Powers& powers) {
-  const f32v log_p = (x - r.max) * r.inv_temperature - r.log_sum;
-  const f32v log_q = (ref_x - r.ref_max) * r.inv_temperature - r.ref_log_sum;
-  const f32v p = powers.of(log_p).value();
-  return p == splat(0.0f) ? splat(0.0f) : kl_logit_grad(p, log_p, log_q, splat(r.kl), splat(r.grad_over_temperature));
+PPO_INLINE f32v gradient_of(f32v x, f32v ref_x, const KLRowGrad<float>& row, const Powers& powers) {
+  const f32v d = x - row.max;
+  return kl_logit_grad(powers.of(d).value(), d, ref_x, row);
 }
 
 template <class T>
 PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& given, T* out, int64_t out_stride) {
   T buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock];
-  const KLRowGrad<float> grad{clean(given.max),         clean(given.log_sum), clean(given.ref_max),
-                              clean(given.ref_log_sum), clean(given.kl),      clean(given.grad_over_temperature),
-                              given.inv_temperature};
-  const Powers powers{float(kLog2E)};
+  const KLRowGrad<float> grad{clean(given.max), clean(given.shrunk_pivot), clean(given.mean_gap), clean(given.share),
+                              given.scale};
+  const Powers powers(grad.scale.inverse * float(kLog2E));
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.V - begin < kBlock ? int(row.V - begin) : kBlock;
     const T* x = contiguous_block(row.logits, begin, n, row.stride, buffer);
@@ -164,8 +163,8 @@ PPO_INLINE void fill_row(const LogitRowPair<T>& row, const KLRowGrad<float>& giv
 }  // namespace
 
 #define PPO_DEFINE_FOR(T)                                                                                    \
-  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature) {                             \
-    return row_state_of(row, inv_temperature);                                                               \
+  KLState<double> row_state(const LogitRowPair<T>& row, const GapScale<float>& scale) {                      \
+    return row_state_of(row, scale);                                                                         \
   }                                                                                                          \
   void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride) { \
     fill_row(row, grad, out, out_stride);                                                                    \

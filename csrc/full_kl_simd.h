@@ -15,13 +15,8 @@ struct LogitRowPair {
   int64_t stride, ref_stride, V;
 };
 
-template <class A>
-struct KLRowGrad {
-  A max, log_sum, ref_max, ref_log_sum, kl, grad_over_temperature, inv_temperature;
-};
-
-#define PPO_DECLARE_FOR(T)                                                      \
-  KLState<double> row_state(const LogitRowPair<T>& row, float inv_temperature); \
+#define PPO_DECLARE_FOR(T)                                                             \
+  KLState<double> row_state(const LogitRowPair<T>& row, const GapScale<float>& scale); \
   void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride);
 #define PPO_DECLARE(level)                     \
   namespace level {                            \

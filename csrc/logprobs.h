@@ -84,9 +84,10 @@ PPO_HD A softmax_bounded(A y) {
   return y < A(-1e4) ? A(-1e4) : y;
 }
 
+// Halves, as the difference of two finite logits may be too large for A where its quotient by the temperature is not.
 template <class A>
 PPO_HD A token_logprob(A x, A max, A log_sum, A inv_temperature) {
-  return (x - max) * inv_temperature - log_sum;
+  return (x * A(0.5) - max * A(0.5)) * (inv_temperature * A(2)) - log_sum;
 }
 
 template <class A>

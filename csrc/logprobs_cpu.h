@@ -50,8 +50,7 @@ template <class T>
 inline void fill_gradient(const LogitRow<T>& row, const LogitGrad<float>& grad, float max, float log_sum,
                           float inv_temperature, T* out, int64_t out_stride) {
   const double share = std::exp(-double(log_sum)), at_zero = share * (grad.alpha + double(grad.beta) * log_sum);
-  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero),
-                         float(share * grad.beta * inv_temperature)};
+  const RowGrad from_max{max, inv_temperature * float(kLog2E), float(at_zero), float(share * grad.beta * kLn2)};
   PPO_AT_LEVEL(fill_gradient, row, from_max, out, out_stride);
 }
 

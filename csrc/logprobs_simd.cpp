@@ -101,7 +101,7 @@ PPO_INLINE SoftmaxState<double> row_state_of(const LogitRow<T>& row, float inv_t
 template <bool kEntropy>
 PPO_INLINE f32v gradient_of(f32v x, const RowGrad& row, const Powers& powers) {
   const f32v d = powers.bounded(x - row.max), e = powers.of_bounded(d).value();
-  return kEntropy ? e * (row.at_zero - row.slope * d) : e * row.at_zero;
+  return kEntropy ? e * (row.at_zero - row.slope * (d * row.scale)) : e * row.at_zero;
 }
 
 template <bool kEntropy, class T>

@@ -15,7 +15,7 @@ struct LogitRow {
   int64_t stride, V;
 };
 
-// The gradient of a column is e (at_zero - slope d), d = x - max, e = 2^(d scale). The caller corrects the label's
+// The gradient of a column is e (at_zero - slope y), y = (x - max) scale, e = 2^y. The caller corrects the label's
 // column.
 struct RowGrad {
   float max, scale, at_zero, slope;

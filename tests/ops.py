@@ -143,11 +143,6 @@ class Op:
         return self.on_logits or self.on_hidden
 
     @property
-    def of_tokens(self):
-        """The names of the tensors that have the tokens' dimensions, or their first."""
-        return [name for name in self.tensors if self.arguments[name] not in (HEAD, BIAS)]
-
-    @property
     def per_token(self):
         """The names of the results of the tokens' shape."""
         return [name for name, shape in self.results.items() if shape in (PER_TOKEN, CONSTANT)]
@@ -202,12 +197,13 @@ def _incoming(output, grad):
 
 # ---- the list -------------------------------------------------------------------------------------------------------
 
+LARGEST = torch.finfo(torch.float32).max
 _ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
 _LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG}
 _FROM_LOGITS = {
     "scope": TOKEN,
     "differentiable": ("logits",),
-    "choices": {"temperature": (0.25, 1.0, 1.7)},
+    "choices": {"temperature": (0.25, 1.0, 1.7, 1e-20, 1e30)},
     "variants": {"in place": {"inplace_backward": True, "temperature": 0.7}},
 }
 _FROM_HIDDEN = {
@@ -288,7 +284,7 @@ _LIST = (
         scope=SEQUENCE,
         rank=2,
         required={"kl_coef": 0.2},
-        choices={"kl_coef": (0.2, -1.0), "kl_penalty": ("kl", "abs", "mse", "full")},
+        choices={"kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST), "kl_penalty": ("kl", "abs", "mse", "full")},
         only_with={"kls": ("kl_penalty", "full")},
     ),
     Op(
@@ -298,7 +294,10 @@ _LIST = (
         {"advantages": PER_TOKEN, "returns": PER_TOKEN},
         scope=SEQUENCE,
         rank=2,
-        choices={"gamma": (0.0, 0.97, 1.0), "lam": (0.0, 0.9, 1.0)},
+        choices={
+            "gamma": (0.0, 0.97, 1.0, -1.0, 1e-38, 4.0),
+            "lam": (0.0, 0.9, 1.0, -1.0, 1e-38, 4.0),
+        },
     ),
     Op(
         "masked_mean",
@@ -348,16 +347,18 @@ _LIST = (
         scope=BATCH,
         differentiable=("logprobs", "vpreds"),
         choices={
-            "cliprange": (0.1, 0.2, 0.5),
-            "cliprange_value": (0.0, 0.2),
-            "vf_coef": (0.1, -1.0),
-            "ratio_threshold": (10.0, float("inf")),
+            "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
+            "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
+            "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
+            "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
         },
         coarse=("logprobs", "old_logprobs"),
     ),
 )
 
 OPS = {op.name: op for op in _LIST}
+# The names of the tensors that do not have the tokens' dimensions.
+OF_HEAD = {name for op in _LIST for name, role in op.arguments.items() if role in (HEAD, BIAS)}
 STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
 OP_TESTS = tuple(f"test_{stem}.py" for stem in STEMS)
 

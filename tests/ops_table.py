@@ -7,11 +7,12 @@ import inspect
 import pathlib
 
 import ppo_ext
+from bench.render import replace_block
 
 from .ops import OPS
 
 ROOT = pathlib.Path(__file__).parent.parent
-BEGIN, END = "<!-- ops:begin -->", "<!-- ops:end -->"
+BEGIN = "<!-- ops:begin -->"
 
 
 def row(op):
@@ -37,8 +38,7 @@ def page():
 
 def with_table(text):
     """`text` with the table between the markers."""
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return replace_block(text, table(), "ops")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 import torch
 from cases import FLOATS
 from hypothesis import strategies as st
-from ops import LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TOKENS, WEIGHTS
+from ops import BIAS, HEAD, HIDDEN, HIDDEN_SIZE, LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TEMPERATURE, TOKENS, WEIGHTS
 
 KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # of entries; zeros have both signs
 LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
@@ -109,6 +109,13 @@ def arguments(op, case, device="cpu", draw=numbers):
             if draw is numbers:  # the largest logits are anywhere, in the last block, or in the first
                 slope = _pick(generator, 0.0, 40.0, -40.0)
                 made[name] = (made[name] + torch.linspace(0, slope, case.vocabulary)).to(case.dtype)
+        elif role in (HIDDEN, HEAD, BIAS):
+            shapes = {HIDDEN: (*shape, HIDDEN_SIZE), HEAD: (case.vocabulary, HIDDEN_SIZE), BIAS: (case.vocabulary,)}
+            # only a bias bars a token; an infinite number elsewhere makes its rows NaN, or all
+            kinds = case.kinds if role is BIAS else tuple(kind for kind in case.kinds if kind != "-inf") or ("normal",)
+            made[name] = draw(shapes[role], dataclasses.replace(case, kinds=kinds), generator)
+        elif role is TEMPERATURE and _pick(generator, True, False):
+            made[name] = 0.25 + 2 * torch.rand(shape, generator=generator)
         elif role is LABELS:
             made[name] = torch.randint(case.vocabulary, shape, generator=generator)
         elif role in (MASK, WEIGHTS):

@@ -79,7 +79,7 @@ def run_calls(device):
     """Runs every call of every_op.py once; returns the number of runs."""
     for call in CALLS.values():
         inputs = call.make("cpu")
-        dtype = inputs["logits"].dtype if "logits" in inputs else torch.float32
+        dtype = next((inputs[name].dtype for name in ("logits", "hidden") if name in inputs), torch.float32)
         close(call.run({name: x.to(device) for name, x in inputs.items()}), call.run(inputs), dtype)
     return len(CALLS)
 

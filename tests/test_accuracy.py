@@ -52,7 +52,7 @@ def test_a_result_that_is_no_number_is_seen(measured, kept):
 
 
 def test_every_op_dtype_and_size_is_kept(kept):
-    found = {tuple(row[name] for name in ("op", "dtype", "V", "scale", "offset")) for row in kept}
+    found = {tuple(row[name] for name in accuracy.all_inputs()[0].key) for row in kept}
     assert found == {tuple(input.key.values()) for input in accuracy.all_inputs()}
 
 
@@ -60,7 +60,11 @@ def test_no_error_is_beyond_torchs(kept):
     """Over all inputs of a result and dtype, our largest and mean error are torch's at most, within one unit in the
     last place. The error of a single number is chance; its unit is that of the terms it is the sum of, which are of
     order one."""
-    for key, rows in accuracy_pages.grouped(kept, "op", "result", "dtype", "offset").items():
+    groups = accuracy_pages.grouped(
+        [row | {"sides": (row["scale"], row["ref_scale"]) if accuracy_pages.differs(row) else None} for row in kept],
+        *("op", "result", "dtype", "offset", "ref_offset", "sides"),
+    )
+    for key, rows in groups.items():
         everyone, unit = accuracy_pages.aggregate(rows), max(row["unit"] for row in rows)
         unit = max(unit, 1.2e-7) if key[1] in ("loss", "mean", "var") else unit
         ours, torchs = everyone["ours"], everyone[accuracy_pages.TORCH]

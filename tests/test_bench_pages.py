@@ -172,7 +172,7 @@ def _pages_after(results):
     """What README and docs/performance.md hold after rendering these results."""
     pages = results.with_suffix(".readme.md"), results.with_suffix(".performance.md")
     for page in pages:
-        page.write_text(f"before\n{render.BEGIN}\nbygone\n{render.END}\nafter\n")
+        page.write_text("before\n<!-- bench:begin -->\nbygone\n<!-- bench:end -->\nafter\n")
     render.main(results, *pages)
     texts = [page.read_text() for page in pages]
     assert all(text.startswith("before\n") and text.endswith("after\n") and "bygone" not in text for text in texts)

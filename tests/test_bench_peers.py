@@ -20,7 +20,7 @@ def tiny_shapes(monkeypatch):
     for shapes in (cases.LOGITS, cases.LOGITS_WITH_GRADIENT):
         monkeypatch.setitem(shapes, "cpu", ([(16, 37)], [(16, 37)]))
     monkeypatch.setitem(cases.HEAD, "cpu", (4, 16, 37))
-    monkeypatch.setitem(cases.LINEAR, "cpu", (16, 8, 37))
+    monkeypatch.setitem(cases.LINEAR, "cpu", ([(16, 8, 37)], [(16, 8, 37)]))
     monkeypatch.setitem(cases.SWEEPS, "cpu", {"V": (8, (37,)), "N": (37, (1, 8)), "T": (4, (16,))})
     monkeypatch.setattr(cases, "STEPS", (cases.Step("small", 4, 16, 67, 32, 2, 4),))
     for module in MODULES:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ppo_ext.models import checkpoint
+from ppo_ext.models.staging import staged
 
 
 def fill(folder, value, shards):
@@ -61,7 +62,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         checkpoint.write_json(path, {"step": object()})
     assert checkpoint.read_json(path) == {"step": 1}
     fill(tmp_path, 1.0, 3)
-    with pytest.raises(ZeroDivisionError), checkpoint.staged(tmp_path) as staging:
+    with pytest.raises(ZeroDivisionError), staged(tmp_path) as staging:
         fill(staging, 2.0, 1)
         raise ZeroDivisionError
     assert value_of(tmp_path) == 1.0
@@ -72,9 +73,9 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 @pytest.mark.parametrize("old", [1, 3])
 def test_kill_at_any_step_leaves_the_old_or_the_new_checkpoint(old, new, tmp_path):
     seen = []
-    for steps in range(40):
+    for steps in range(80):
         folder = tmp_path / str(steps)
-        with checkpoint.staged(folder) as staging:
+        with staged(folder) as staging:
             fill(staging, 1.0, old)
         child = os.fork()
         if child == 0:
@@ -88,7 +89,7 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_checkpoint(old, new, tmp_pat
     assert seen == sorted(seen) and {seen[0], seen[-1]} == {1.0, 2.0}
     weights = [name for name in os.listdir(folder) if "model" in name]
     assert len(weights) == (1 if new == 1 else new + 1)
-    with checkpoint.staged(tmp_path / "1") as staging:
+    with staged(tmp_path / "1") as staging:
         fill(staging, 3.0, new)
     assert value_of(tmp_path / "1") == 3.0
 
@@ -107,9 +108,10 @@ def save_and_die(folder, shards, steps):
         return wrapped
 
     try:
-        with checkpoint.staged(folder) as staging:
+        with staged(folder) as staging:
             fill(staging, 2.0, shards)
-            os.replace, os.remove, os.fsync = dying(os.replace), dying(os.remove), dying(os.fsync)
+            for name in ("replace", "rename", "remove", "rmdir", "mkdir", "chmod", "fsync"):
+                setattr(os, name, dying(getattr(os, name)))
         os._exit(0)
     finally:
         os._exit(1)
@@ -119,7 +121,7 @@ def test_unrelated_files_stay(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model-notes.txt").write_text("mine")
     for shards in (3, 1, 3):
-        with checkpoint.staged(tmp_path) as staging:
+        with staged(tmp_path) as staging:
             fill(staging, 1.0, shards)
             (tmp_path / "sub").mkdir(exist_ok=True)
             os.makedirs(f"{staging}/sub")

@@ -39,6 +39,71 @@ def test_matches_float64(device, V, dtype):
     assert_within_torch_error("grad_logits", ours[1], torchs[1].to(dtype), truth[1])
 
 
+@pytest.mark.parametrize("V", (7, 1000, 4097))
+@pytest.mark.parametrize(
+    "scale, ref_scale, offset, ref_offset, temperature",
+    [
+        (1e3, 1.0, 0.0, 0.0, 1.0),
+        (1e5, 1.0, 0.0, 0.0, 1.0),
+        (1e20, 1e3, 0.0, 0.0, 1.0),
+        (1.0, 1e3, 0.0, 0.0, 1.0),
+        (1e-3, 1e5, 0.0, 0.0, 1.0),
+        (1e30, 1e-30, 0.0, 0.0, 1.0),
+        (1e3, 1.0, 0.0, 0.0, 1e-3),
+        (1e5, 1e3, 0.0, 0.0, 1e4),
+        (1.0, 1.0, -3e7, 0.0, 1.0),
+        (1.0, 1.0, 0.0, 1e6, 1.0),
+        (1.0, 1.0, 3e7, -3e7, 1.3),
+    ],
+)
+def test_each_side_keeps_its_precision(device, V, scale, ref_scale, offset, ref_offset, temperature):
+    inputs = logits_inputs((3, 4, V), torch.float32, device)
+    noise = torch.randn_like(inputs["logits"])
+    inputs["logits"] = scale * (noise - noise[..., :1].clamp(min=0)) + offset
+    inputs["ref_logits"] = ref_scale * (noise + 0.3 * torch.randn_like(noise)) + ref_offset
+    ours, truth = run(inputs, temperature=temperature), exact(inputs, temperature=temperature)
+    torchs = run(inputs, op=reference.full_kl, temperature=temperature)
+    assert_within_torch_error("full_kl", ours[0], torchs[0], truth[0], units=3, scale=1.0)
+    resolution = 2.0**-29 * max(
+        1.0, truth[0].max().item()
+    )  # of float64's own gradient, which cancels terms of that size
+    assert_within_torch_error("grad_logits", ours[1], torchs[1], truth[1], scale=resolution)
+
+
+@pytest.mark.parametrize("V", (40, 2500))
+@pytest.mark.parametrize("position", (0, -1))
+def test_a_saturated_row_has_no_gradient(device, V, position):
+    """Whatever the reference's logits are, and wherever the one with all probability is."""
+    inputs = logits_inputs((6, V), torch.float32, device)
+    inputs["mask"][:] = True
+    inputs["logits"][..., position] += 1e4
+    for ref_scale in (1e-3, 1.0, 1e3, 1e7):
+        inputs["ref_logits"] = ref_scale * torch.randn_like(inputs["logits"])
+        (kl, grad), truth = run(inputs), exact(inputs)
+        assert (grad == 0).all()
+        torch.testing.assert_close(kl, truth[0].float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("V", (40, 2500))
+def test_no_gap_overflows_that_the_temperature_makes_finite(device, dtype, V):
+    inputs = logits_inputs((2, V), torch.float64, device)
+    inputs["mask"][:] = True
+    large, part = torch.finfo(dtype).max, 2.0**-20
+    inputs["ref_logits"] = (0.99 * large * torch.rand_like(inputs["logits"]).mul(2).sub(1)).to(dtype)
+    inputs["ref_logits"][:, :2] = torch.tensor([0.99, -0.99], dtype=torch.float64, device=device) * large
+    inputs["logits"] = (1e3 * inputs["logits"]).to(dtype)
+    kl, grad = run(inputs, temperature=1e3)
+    smaller = dict(inputs, logits=inputs["logits"].double(), ref_logits=inputs["ref_logits"].double() * part)
+    assert kl.isfinite().all() and grad.isfinite().all()
+    scaled = dict(smaller, logits=smaller["logits"] * part)
+    truth = run(scaled, op=reference.full_kl, temperature=1e3 * part)
+    precision = torch.finfo(kl.dtype).eps * 20
+    torch.testing.assert_close(kl.double(), truth[0], rtol=precision, atol=0)
+    largest = truth[1].abs().max() * part
+    assert ((grad.double() - truth[1] * part).abs() <= max(precision, torch.finfo(dtype).eps) * largest).all()
+
+
 def test_gradcheck_float64(device):
     inputs = logits_inputs((2, 3, 9), torch.float64, device)
     logits = inputs["logits"].requires_grad_()
@@ -52,7 +117,7 @@ def test_opcheck(device):
     logits, ref_logits, mask = inputs["logits"], inputs["ref_logits"], inputs["mask"]
     ops = torch.ops.ppo_ext
     torch.library.opcheck(ops._full_kl.default, (logits, ref_logits, mask, None, 0.8))
-    stats = ops._full_kl(logits, ref_logits, mask, None, 0.8)
+    stats = ops._full_kl(logits, ref_logits, mask, None, 0.8)[1:]
     saved = (ref_logits, inputs["grad_logprobs"], mask, *stats, None, 0.8)
     torch.library.opcheck(ops._full_kl_backward.default, (logits, *saved))
     torch.library.opcheck(ops._full_kl_backward_.default, (logits.clone(), *saved))

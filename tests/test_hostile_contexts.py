@@ -23,7 +23,7 @@ without_gradients = each([op for op in OPS.values() if not op.differentiable])
 # The masked ops are autograd functions even where no gradient is asked for, so torch refuses forward mode itself.
 CHECKED_FOR_TANGENTS = [op for op in OPS.values() if op.differentiable and op not in of_stem("masked")]
 # torch has no vmap for autograd functions, nor for operators that write to an argument, as _logprobs to its label note.
-WITHOUT_VMAP = [*of_stem("masked"), *of_stem("logprobs")]
+WITHOUT_VMAP = [*of_stem("masked"), *of_stem("logprobs"), *of_stem("linear_logprobs")]
 
 
 def call(op, arguments):

@@ -381,3 +381,30 @@ def test_log_probability_of_a_sentence():
         log_probs = torch.log_softmax(logits, dim=-1)
     by_hand = sum(log_probs[0, i, token].item() for i, token in enumerate(ids[0, 1:].tolist()))
     assert ours.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("temperature", (1e-30, 1e-20, 1e-10, 1e20, 1e30))
+def test_the_entropy_has_a_gradient_at_any_temperature(device, dtype, temperature):
+    """Logits of the temperature's size, so that no row is saturated."""
+    inputs = logits_inputs((3, 4, 50), torch.float64, device)
+    inputs["logits"], labels = (temperature * torch.randn(3, 4, 50, device=device)).to(dtype), inputs["labels"]
+    results = []
+    for op, wide in ((ppo_ext, False), (reference, False), (reference, True)):
+        logits = inputs["logits"].to(torch.float64 if wide else dtype).requires_grad_()
+        logprobs, entropy = op.logprobs_and_entropy(logits, labels, temperature=temperature)
+        (grad,) = torch.autograd.grad((logprobs + 0.5 * entropy).sum(), logits)
+        results.append((logprobs.detach(), entropy.detach(), grad.detach()))
+    for name, ours, torchs, exact in zip(("logprobs", "entropy", "grad_logits"), *results):
+        assert_within_torch_error(name, ours, torchs, exact, units=3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("temperature", (2.0, 1e3, 1e30))
+def test_no_distance_overflows_that_the_temperature_makes_finite(device, dtype, temperature):
+    largest = torch.finfo(dtype).max
+    logits = torch.tensor([[largest, -largest, 0.0]], dtype=torch.float64, device=device).to(dtype)
+    for op in (ppo_ext, reference):
+        logprobs, entropy = op.logprobs_and_entropy(logits, torch.tensor([1], device=device), temperature=temperature)
+        torch.testing.assert_close(logprobs.double(), logits[:, 1].double() * (2 / temperature), rtol=1e-6, atol=0)
+        assert entropy.item() == 0

@@ -1,6 +1,7 @@
 """What is installed: the wheel, the libraries' symbols and architectures, what an import does."""
 
 import ast
+import email
 import json
 import os
 import re
@@ -164,6 +165,23 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert packed - built <= {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file()}
     assert packed >= built | tracked("ppo_ext")
     assert not [name for name in packed if not name.startswith("ppo_ext/")]
+
+
+@pytest.mark.slow
+def test_wheel_describes_itself_on_a_package_index(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        facts = email.message_from_bytes(archive.read(name))
+    python = "Programming Language :: Python :: 3."
+    minors = sorted(int(row.removeprefix(python)) for row in facts.get_all("Classifier") if row.startswith(python))
+    assert minors == list(range(int(facts["Requires-Python"].removeprefix(">=3.")), minors[-1] + 1))
+    assert sys.version_info.minor in minors
+    addresses = dict(row.split(", ") for row in facts.get_all("Project-URL"))
+    assert {"Repository", "Documentation", "Issues", "Changelog"} <= set(addresses)
+    text = facts.get_payload()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 10 and text.startswith("# ppo_ext")
+    assert not [link for link in [*links, *addresses.values()] if not link.startswith("https://")]
 
 
 @pytest.mark.slow

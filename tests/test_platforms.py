@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "_build")]
 
-from find_tools import OLDEST_TORCH, Torch  # noqa: E402
+from build_options import Options  # noqa: E402
+from find_tools import OLDEST_TORCH, Torch, find_cuda, find_cxx  # noqa: E402
+from native_build import NativeBuild, Tools  # noqa: E402
 
 from tests.platforms import compilers, packages, pages, torches  # noqa: E402
 
@@ -45,12 +47,28 @@ def test_every_compiled_op_is_run_on_every_torch():
     assert packages.OLDEST.startswith(f"{oldest}.")
 
 
+def test_a_torch_brings_the_versions_that_it_depends_on():
+    assert packages.pins(["install", "torch==2.12.1", "numpy"]).splitlines() == [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("numpy==")
+    ]
+
+
+@needs_gxx
+def test_cuda_for_another_machine_finds_all_headers_of_the_toolkit(tmp_path):
+    """torch's headers for CUDA include thrust, which stands in a folder of its own since CUDA 13."""
+    cuda, _ = find_cuda()
+    if cuda is None:
+        pytest.skip("no CUDA toolkit here")
+    build = NativeBuild(ROOT, Options(arch_list="9.0"), Tools(Torch(tmp_path, "2.10.0"), find_cxx(), cuda))
+    folders = [Path(flag) for flag in build.cuda_library().compile if flag.startswith(str(cuda.include))]
+    for header in ("cuda_runtime.h", "thrust/complex.h", "nv/target"):
+        assert [folder for folder in folders if (folder / header).exists()], header
+
+
 def test_the_kept_page_is_of_the_kept_report():
-    path = ROOT / "bench/evidence/platforms.json"
-    if not path.exists():
-        pytest.skip("no report is kept yet; make torch-versions writes one")
-    report = json.loads(path.read_text())
-    assert pages.markdown(report) == (ROOT / "bench/evidence/platforms.md").read_text()
+    report = json.loads((pages.EVIDENCE / "platforms.json").read_text())
+    assert pages.markdown(report) == (pages.EVIDENCE / "platforms.md").read_text()
+    assert pages.in_docs(report, pages.DOCS.read_text()) == pages.DOCS.read_text()
     rows = [row for name in pages.SECTIONS for row in report[name]["rows"]]
     assert rows and not [row for row in rows if row["failures"]]
     assert {row["torch"].partition("+")[0] for row in report["torches"]["rows"]} >= {

@@ -48,3 +48,5 @@ def test_the_committed_runs_all_passed():
     assert [row["name"] for row in kept["runs"]] == [run.name for run in runs.RUNS]
     assert all(row["passed"] and row["difference"] <= report.TOLERANCE for row in kept["runs"])
     assert EVIDENCE.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(kept)
+    page = report.DOCS.read_text(encoding="utf-8")
+    assert page == report.in_docs(kept, page)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -94,6 +95,35 @@ def test_what_is_not_ppo_says_to_stay_with_trl(module, name):
     with pytest.raises(AttributeError, match=sentence):
         getattr(found, name)
     assert not hasattr(found, name) and getattr(found, name, None) is None
+
+
+def test_modules_that_are_not_ppo_say_to_stay_with_trl(evidence):
+    absent = [row["module"] for row in evidence if not row["name"] and not row["here"]]
+    assert len(absent) > 50 and {"trainer.dpo_trainer", "environment.base_environment"} <= set(absent)
+    for module in absent:
+        sentence = "has no module \\w+: it holds what TRL 0.7 to 0.11 have for PPO; keep importing the rest from trl$"
+        with pytest.raises(ModuleNotFoundError, match=sentence):
+            exec(f"import ppo_ext.trl.{module}", {})
+        with pytest.raises(ImportError, match="keep importing the rest from trl$"):
+            exec(f"from ppo_ext.trl.{module} import SomeTrainer", {})
+
+
+def test_a_question_for_an_absent_module_is_no_error():
+    assert importlib.util.find_spec("ppo_ext.trl.trainer.dpo_trainer") is None
+    assert importlib.util.find_spec("ppo_ext.trl.trainer.ppo_trainer") is not None
+
+
+def test_the_sentence_about_modules_is_for_those_of_trl_alone():
+    for module in ("ppo_ext.no_such_module", "no_such_module", "ppo_ext.trlx"):
+        with pytest.raises(ModuleNotFoundError, match=f"^No module named '{module}'$"):
+            importlib.import_module(module)
+
+
+def test_a_second_import_adds_no_second_finder():
+    before = list(sys.meta_path)
+    importlib.reload(ppo_ext.trl._names)
+    importlib.reload(ppo_ext.trl)
+    assert [type(finder).__name__ for finder in sys.meta_path] == [type(finder).__name__ for finder in before]
 
 
 def test_import_utils():

@@ -367,6 +367,30 @@ PPO_INLINE float block_max(const T* x, int n) {
   return max_lanes(max_or_second(a, b));
 }
 
+// Whether the condition holds in any lane.
+PPO_INLINE bool any_lane(i32v condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)condition) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)condition) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= condition[i];
+  return bits != 0;
+#endif
+}
+
+// The first of n elements that equals `value`, which one of them does.
+template <class T>
+PPO_INLINE int first_equal(const T* x, int n, float value) {
+  int i = 0;
+  while (i + kLanes <= n && !any_lane(load(x + i) == value)) i += kLanes;
+  while (float(x[i]) != value) ++i;
+  return i;
+}
+
 // ---- powers ----
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits

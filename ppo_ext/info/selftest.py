@@ -40,7 +40,7 @@ def _run_on(device: str) -> dict[str, Any]:
 def _arguments(function: Callable, device: str) -> dict[str, Any]:
     """The arguments that `function` has no default for, and the mask, by name."""
     generator = torch.Generator().manual_seed(0)
-    B, T, V = 4, 9, 1003
+    B, T, V, H = 4, 9, 1003, 16
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -52,6 +52,8 @@ def _arguments(function: Callable, device: str) -> dict[str, Any]:
         "mask": torch.arange(T) < torch.tensor([[9], [7], [1], [0]]),
         "scores": normal(B),
         "kl_coef": 0.2,
+        "hidden": normal(B, T, H),
+        "weight": normal(V, H),
     }
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():

@@ -1,20 +1,14 @@
-"""Checkpoint files: safetensors and JSON only, written so that a crash never leaves half a file.
+"""Checkpoint files: safetensors and JSON only, written whole or not at all (see `staging`), and checked before use.
 
-A save first writes to a hidden staging folder inside the target folder. Then `os.replace` moves the files into the target
-folder one by one. The file that a loader opens first (the index, or the single weight file) is moved last: until then the
-folder loads as the old checkpoint, afterwards as the new one. There is one exception: an adapter that overwrites another
-has two weight files, and a kill between their moves leaves the new adapter with the old value head. A killed save also
-leaves its `.tmp-*` folder behind.
-
-Every reader checks the whole file before it returns, so a damaged file never changes a part of a model.
+Every reader checks the whole file before it returns, so a damaged file never changes a part of a model. A file with a
+digest, which `write_tensors` adds if asked to, is refused if any bit of it is another one than was written.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+from .staging import WEIGHTS, WEIGHTS_INDEX, Path, complete, json_text, replacing, write_inside
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_OF = {
@@ -31,9 +25,9 @@ PICKLE_OF = {
     ADAPTER_WEIGHTS: ("adapter_model.bin",),
 }
 
-Path = str | os.PathLike[str]
-
-_SHARD = re.compile(r"model-(?:\w+-)?\d{5}-of-\d{5}\.safetensors")
+_DIGEST = "sha256"  # key in the header; while the digest is computed, its hexadecimal digits are zeros
+_NO_DIGEST = "0" * 64
+_DIGEST_IN_HEADER = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -41,51 +35,34 @@ _SHARD = re.compile(r"model-(?:\w+-)?\d{5}-of-\d{5}\.safetensors")
 
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON to `path`; if that fails, a file that was there stays as it was."""
-    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
+    write_text(path, json_text(content))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text to `path`; if that fails, a file that was there stays as it was."""
+    with replacing(path) as temporary:
+        write_inside(temporary, text)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, digest: bool = False
+) -> None:
     """Writes a flat dict of tensors as safetensors to `path`; if that fails, a file that was there stays as it was.
 
     Tensors that share memory are stored separately. metadata: dict of str to str, kept in the file's header.
+    digest: the header also gets the SHA-256 of the file, which `read_tensors` then checks.
     """
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as temporary:
-        save_file(stored, temporary, metadata={"format": "pt", **(metadata or {})})
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """Yields the name of a temporary file, which replaces the one at `path` if the block succeeds."""
-    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(os.path.dirname(os.path.abspath(path)))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-
-
-@contextlib.contextmanager
-def staged(directory: Path) -> Iterator[str]:
-    """Yields an empty folder whose files move into `directory` if the block succeeds; otherwise nothing changes there."""
-    os.makedirs(directory, exist_ok=True)
-    staging = os.path.join(directory, f".tmp-{uuid.uuid4().hex}")
-    os.mkdir(staging)
-    try:
-        yield staging
-        _rename_colliding_shards(staging, directory)
-        _publish(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    header = {"format": "pt", **(metadata or {}), **({_DIGEST: _NO_DIGEST} if digest else {})}
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata=header)
+        if digest:
+            _write_digest(temporary)
 
 
 def check_target(directory: str, is_adapter: bool) -> None:
     """Raises ValueError if a save would put an adapter and a full model into one folder, which would not load."""
+    complete(directory)
     has_adapter = os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
     has_model = not has_adapter and any(
         os.path.exists(os.path.join(directory, name)) for name in (WEIGHTS, WEIGHTS_INDEX)
@@ -96,66 +73,45 @@ def check_target(directory: str, is_adapter: bool) -> None:
         raise ValueError(f"save_pretrained: a full model must go to a folder without an adapter, got {directory}")
 
 
-def _publish(staging: str, directory: Path) -> None:
-    """Moves the files of the staging folder into the target folder, in an order that is safe against a kill."""
-    names = sorted(
-        os.path.relpath(os.path.join(folder, file), staging) for folder, _, files in os.walk(staging) for file in files
-    )
-    names.sort(key=lambda name: _publish_rank(os.path.basename(name)))
-    for name in names:
-        target = os.path.join(directory, name)
-        # peft writes a model card with every save; one that the user has edited must not be overwritten
-        if name == "README.md" and os.path.exists(target):
-            continue
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        _flush(os.path.join(staging, name))
-        os.replace(os.path.join(staging, name), target)
-    _flush(directory)
-    _remove_stale_weights(directory, names)
-    _flush(directory)
+# ---- digests ---------------------------------------------------------------------------------------------------------
 
 
-def _publish_rank(name: str) -> int:
-    """Order of the moves: 2, the last, for the file by which a loader finds the new weights."""
-    if name in (WEIGHTS, WEIGHTS_INDEX):
-        return 2
-    return 1 if name.endswith(".safetensors") else 0
+def _find_digest(path: Path) -> tuple[int, str] | None:
+    """Where the digest stands in a safetensors file, in bytes, and the digest; None if there is none, or more than one."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, os.path.getsize(path)))
+    found = list(_DIGEST_IN_HEADER.finditer(header))
+    return (8 + found[0].start(1), found[0][1].decode()) if len(found) == 1 else None
 
 
-def _rename_colliding_shards(staging: str, directory: Path) -> None:
-    """Renames new shards whose names exist in the target folder, so that the old index still points to old weights."""
-    index_path = os.path.join(staging, WEIGHTS_INDEX)
-    if not os.path.exists(index_path):
-        return
-    with open(index_path, encoding="utf-8") as file:
-        index = json.load(file)
-    shards = set(index["weight_map"].values())
-    if not any(os.path.exists(os.path.join(directory, shard)) for shard in shards):
-        return
-    tag = uuid.uuid4().hex[:8]
-    renamed = {shard: shard.replace("model-", f"model-{tag}-", 1) for shard in shards}
-    for shard, name in renamed.items():
-        os.replace(os.path.join(staging, shard), os.path.join(staging, name))
-    index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
-    write_json(index_path, index)
+def _compute_digest(path: Path, position: int) -> str:
+    """SHA-256 of the file with zeros as the digest at `position`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(position) + _NO_DIGEST.encode())
+        file.seek(len(_NO_DIGEST), os.SEEK_CUR)
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _remove_stale_weights(directory: Path, written: list[str]) -> None:
-    """Removes the weights of an earlier save, which a loader might read instead of the new ones."""
-    if WEIGHTS not in written and WEIGHTS_INDEX not in written:
-        return
-    for name in os.listdir(directory):
-        if name not in written and (name in (WEIGHTS, WEIGHTS_INDEX) or _SHARD.fullmatch(name)):
-            os.remove(os.path.join(directory, name))
+def _write_digest(path: Path) -> None:
+    found = _find_digest(path)
+    assert found is not None  # save_file has just written the zeros
+    digest = _compute_digest(path, found[0])
+    with open(path, "r+b") as file:
+        file.seek(found[0])
+        file.write(digest.encode())
 
 
-def _flush(path: Path) -> None:
-    """Waits until the file or folder is on disk. Without it a power cut may keep the rename and lose the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_digest(path: Path) -> None:
+    """Raises ValueError unless the file at `path` has a digest and is what was written."""
+    found = _find_digest(path)
+    if found is None:
+        raise ValueError(f"checkpoint: {path} must hold the digest that save_run writes, got none; it is damaged")
+    if _compute_digest(path, found[0]) != found[1]:
+        raise ValueError(f"checkpoint: {path} must be as it was written, got another SHA-256; it is damaged")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -205,10 +161,13 @@ def _opened(path: Path) -> Iterator[Any]:
 def weight_files(directory: Path, name: str = WEIGHTS) -> dict[str, str]:
     """Checks every weight file of a local checkpoint and returns {tensor name: file path}; {} if there is none.
 
+    A save that was killed while its files moved into the folder is finished before.
+
     name: WEIGHTS (one file or shards with an index) or ADAPTER_WEIGHTS.
     Raises: ValueError for a missing, truncated or corrupt file, for an index that names files or tensors that do not
     exist, and for weights that exist only as pickle; pickle files are never opened.
     """
+    complete(directory)
     path, index_path = os.path.join(directory, name), os.path.join(directory, WEIGHTS_INDEX)
     if os.path.exists(path):
         return dict.fromkeys(tensor_names(path), path)

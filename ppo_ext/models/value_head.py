@@ -31,7 +31,9 @@ class ValueHead(nn.Module):
             raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
         dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.summary = nn.Linear(_hidden_size(config), 1)
+        # a default of half precision would round the values, which GAE and the value loss amplify
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.summary = nn.Linear(_hidden_size(config), 1, dtype=dtype)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)
@@ -44,11 +46,14 @@ class ValueHead(nn.Module):
 
 
 def _hidden_size(config: Any) -> int:
-    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
+    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width.
+
+    A vision-language config may have a hidden_size of its own, which is not that of its language model.
+    """
     candidates: list[tuple[Any, str]] = [(config, "word_embed_proj_dim")]
     if getattr(config, "is_encoder_decoder", False):
         candidates.append((getattr(config, "decoder", None), "hidden_size"))
-    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
+    candidates += [(getattr(config, "text_config", None), "hidden_size"), (config, "hidden_size")]
     for owner, name in candidates:
         if hasattr(owner, name):
             return getattr(owner, name)
@@ -64,24 +69,38 @@ def run(model: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
     and for a compiled model, which may not call hooks that are registered after compilation.
     """
     kwargs["return_dict"] = True
-    captured: list[torch.Tensor] = []
-
-    def capture(module: nn.Module, inputs: Any, output: Any) -> None:
-        # a decoder that has a language model head of its own outputs logits and no last_hidden_state
-        if hasattr(output, "last_hidden_state"):
-            captured.append(output.last_hidden_state)
-
-    handles = [module.register_forward_hook(capture) for module in _backbones(model)]
+    capture, handles = _Capture(), []
     try:
+        for module in _backbones(model):
+            handles.append(module.register_forward_hook(capture))
         output = model(**kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    if not captured:
+    if not capture.hidden_states:
         output = model(**{**kwargs, "output_hidden_states": True})
         name = "decoder_hidden_states" if "decoder_hidden_states" in output else "hidden_states"
-        captured.append(output[name][-1])
-    return output, captured[-1]
+        capture.hidden_states.append(output[name][-1])
+    return output, capture.hidden_states[-1]
+
+
+class _Capture:
+    """A forward hook that keeps the last hidden states."""
+
+    def __init__(self) -> None:
+        self.hidden_states: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        # a decoder that has a language model head of its own outputs logits and no last_hidden_state
+        if hasattr(output, "last_hidden_state"):
+            self.hidden_states.append(output.last_hidden_state)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Removes the hooks of a call of `run` that Ctrl-C has interrupted between setting and noting them."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Capture)]:
+            del module._forward_hooks[key]
 
 
 def _backbones(model: Any) -> list[nn.Module]:

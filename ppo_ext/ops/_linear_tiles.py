@@ -43,6 +43,13 @@ _SIZES = {"cpu": (1024, 1 << 20), "cuda": (8192, 1 << 26)}
 _MOST_COLUMNS = 8192
 
 
+def tile_sizes(rows: int, vocabulary: int, device_type: str) -> tuple[int, int]:
+    """The rows and columns of a tile."""
+    most_rows, entries = _SIZES[device_type]
+    tile_rows = max(1, min(rows, most_rows))
+    return tile_rows, min(vocabulary, _MOST_COLUMNS, entries // tile_rows)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +121,10 @@ def _check_numbers(temperature: float, logit_scale: float, softcap: float) -> No
 # ---- the rows that count --------------------------------------------------------------------------------------------
 
 
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Rows:
     """The tokens that count, as rows.
 
@@ -125,7 +136,7 @@ class _Rows:
         self.all = count
         if mask is None:
             return
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(mask):
             self.hidden_mask = mask.flatten()
         else:
             self.index = mask.flatten().nonzero().squeeze(1)
@@ -172,13 +183,11 @@ class _Head:
         self.operand_dtype = torch.bfloat16 if halves else self.dtype
         self.rows = _Rows(mask, labels.numel())
         self.hidden = self.rows.of(hidden.reshape(-1, hidden.shape[-1])).to(self.operand_dtype).contiguous()
-        self.targets = self.of_tokens(labels)
+        self.targets: torch.Tensor = self.rows.of(labels.reshape(-1)).contiguous()
         self.temperatures = self.of_tokens(temperatures)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.count, self.vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        most_rows, entries = _SIZES[hidden.device.type]
-        self.tile_rows = max(1, min(self.count, most_rows))
-        self.tile_columns = min(self.vocabulary, _MOST_COLUMNS, entries // self.tile_rows)
+        self.tile_rows, self.tile_columns = tile_sizes(self.count, self.vocabulary, hidden.device.type)
 
     def of_tokens(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """A number for each token as one for each row."""
@@ -242,10 +251,7 @@ def forward(
         results = _folded(_Head(tensors, numbers), with_entropy, with_statistics)
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(
-        results[:, i].reshape(labels.shape).clone(memory_format=torch.contiguous_format)
-        if want
-        else results.new_empty(0)
-        for i, want in enumerate(wanted)
+        results[:, i].clone().view(labels.shape) if want else results.new_empty(0) for i, want in enumerate(wanted)
     )
 
 
@@ -291,29 +297,30 @@ class _Gradients:
 
     def __init__(self, head: _Head, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
         self.head = head
-        empty, dtype = head.hidden.new_empty, head.dtype
-        self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs_hidden else None
-        self.weight = empty(head.weight.shape, dtype=head.weight.dtype) if needs_weight else None
-        self.bias = empty(head.vocabulary, dtype=dtype) if needs_bias else None
+        empty, zeros, dtype = head.hidden.new_empty, head.hidden.new_zeros, head.dtype
+        new = empty if head.count else zeros
+        self.hidden = zeros(head.hidden.shape, dtype=dtype) if needs_hidden else None
+        self.weight = new(head.weight.shape, dtype=head.weight.dtype) if needs_weight else None
+        self.bias = new(head.vocabulary, dtype=dtype) if needs_bias else None
         direct = self.weight is None or self.weight.dtype == dtype
         self.part = None if direct else empty(head.tile_columns, head.weight.shape[1], dtype=dtype)
 
     def add_all(self, rows: dict[str, Any]) -> None:
         memory = self.head.new_tile()
-        for columns, part in self.head.parts():
-            count = columns.stop - columns.start
-            of_part = (
-                self.part[:count] if self.part is not None else None if self.weight is None else self.weight[columns]
-            )
-            for grad in () if self.head.count else (of_part, self.bias):
-                if grad is not None:
-                    grad.zero_()
+        for columns, part in self.head.parts() if self.head.count else ():
+            grad_part = self._of_weight(columns)
             for block in self.head.blocks():
-                self._add(self.head.fill(memory, block, columns, part), rows, block, columns, part, of_part)
-            if self.part is not None:
-                self.weight[columns] = of_part
+                self._add(self.head.fill(memory, block, columns, part), rows, block, columns, part, grad_part)
+            if self.weight is not None and self.part is not None:
+                self.weight[columns] = grad_part
 
-    def _add(self, tile, rows, block, columns, part, of_part):
+    def _of_weight(self, columns):
+        """Where the gradient of this part of the weight is added up; None if it is not needed."""
+        if self.weight is None:
+            return None
+        return self.weight[columns] if self.part is None else self.part[: columns.stop - columns.start]
+
+    def _add(self, tile, rows, block, columns, part, grad_part):
         names = ("grad_logprobs", "grad_entropy", "entropy", "row_max", "log_sum")
         saved = (None if rows[name] is None else rows[name][block] for name in names)
         _gradient(tile, *self.head.at(block), *saved, *self.head.where(columns))
@@ -323,8 +330,8 @@ class _Gradients:
         grad = tile.to(self.head.operand_dtype)
         if self.hidden is not None:
             _multiply(grad, part, self.hidden[block], add=True)
-        if of_part is not None:
-            _multiply(grad.t(), self.head.hidden[block], of_part, add=later)
+        if grad_part is not None:
+            _multiply(grad.t(), self.head.hidden[block], grad_part, add=later)
 
     def results(self, hidden, weight, bias):
         """In the dtypes and shapes of hidden, weight and bias; empty where none is needed."""

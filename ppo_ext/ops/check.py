@@ -36,6 +36,14 @@ def tensor(op: str, argument: str, x: Any) -> None:
         fail(op, argument, "be a dense tensor", "a nested one" if x.is_nested else x.layout, TypeError)
 
 
+def values(op: str, argument: str, x: Any) -> None:
+    """`x` must be a tensor whose values the host can read: dense, not quantized, and not on the meta device."""
+    tensor(op, argument, x)
+    if x.is_quantized or x.device.type == "meta":
+        got = "a quantized one" if x.is_quantized else "one on the meta device"
+        fail(op, argument, "be a dense tensor with values", got, TypeError)
+
+
 def floating(op: str, argument: str, x: Any) -> None:
     """`x` must be a tensor of one of the four floating dtypes."""
     tensor(op, argument, x)
@@ -91,18 +99,27 @@ def labels(op: str, x: Any, expected: torch.Size, of: str) -> torch.Tensor:
 
 def ids(op: str, labels: torch.Tensor, vocabulary: int, mask: torch.Tensor | None) -> None:
     """Labels that count must be in [0, vocabulary). The host waits for their device."""
-    found = _first((labels < 0) | (labels >= vocabulary), mask)
+    flat = labels.reshape(-1)
+    found = _first((flat < 0) | (flat >= vocabulary), mask, labels.shape)
     if found is not None:
         got = labels[tuple(found)].item()
         hint = "; leave rows without a label out by the mask" if got == -100 else ""
         fail(op, f"labels{found}", f"be an id in [0, {vocabulary})", f"{got}{hint}")
 
 
-def _first(wrong: torch.Tensor, mask: torch.Tensor | None) -> list[int] | None:
-    """The place of the first token that counts where something is wrong; None if there is none."""
+def _first(wrong: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Size) -> list[int] | None:
+    """The place of the first token that counts where something is wrong; None if there is none. `wrong` is flat, as
+    torch compares tensors of up to 64 dimensions only."""
     if mask is not None:
-        wrong = wrong & mask
-    return wrong.nonzero()[0].tolist() if wrong.any() else None
+        wrong = wrong & mask.reshape(-1)
+    if not wrong.any():
+        return None
+    rest = int(wrong.nonzero()[0])
+    position: list[int] = []
+    for size in reversed(tokens):
+        position.insert(0, rest % size)
+        rest //= size
+    return position
 
 
 def no_tangent(op: str, argument: str, x: torch.Tensor) -> None:
@@ -186,7 +203,8 @@ def temperature(
 
 def temperatures(op: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
     """The temperatures of tokens that count must be in their range. The host waits for their device."""
-    found = _first(~((x >= _LEAST) & (x <= _MOST)), mask)
+    flat = x.reshape(-1)
+    found = _first(~((flat >= _LEAST) & (flat <= _MOST)), mask, x.shape)
     if found is not None:
         fail(op, f"temperature{found}", _IN_RANGE, x[tuple(found)].item())
 

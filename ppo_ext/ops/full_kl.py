@@ -7,11 +7,11 @@ from . import _native, check, reference
 
 _forward, _forward_name = _native.define(
     "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature)"
-    " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum)"
+    " -> (Tensor kl, Tensor row_max, Tensor row_sum, Tensor ref_at_max, Tensor mean_gap)"
 )
 _GRADIENT_ARGUMENTS = (
-    "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor kl, Tensor row_max, Tensor log_sum,"
-    " Tensor ref_row_max, Tensor ref_log_sum, Tensor? temperatures, float temperature"
+    "Tensor ref_logits, Tensor grad_kl, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor ref_at_max,"
+    " Tensor mean_gap, Tensor? temperatures, float temperature"
 )
 _backward, _backward_name = _native.define(f"_full_kl_backward(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _backward_inplace, _backward_inplace_name = _native.define(
@@ -41,7 +41,7 @@ class _FullKL(torch.autograd.Function):
     def forward(ctx, logits, ref_logits, mask, temperatures, temperature, inplace_backward):
         inputs = (logits, ref_logits, mask, temperatures)
         kl, *row_stats = _forward(*inputs, temperature)
-        ctx.save_for_backward(*inputs, kl, *row_stats)
+        ctx.save_for_backward(*inputs, *row_stats)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return kl
 
@@ -91,6 +91,8 @@ def full_kl(
     Notes:
         0 log 0 = 0: an entry that has no probability under the policy adds nothing. An entry that has probability under
         the policy and none under the reference makes the result of its row +inf. Empty input gives an empty result.
+        The two may differ in scale or in a common offset: neither loses precision by the other. A row whose
+        probability is all at one entry has a gradient of exactly 0.
         Both logits are read once in the forward and once in the backward pass. Sums run in float32 in a fixed order:
         same bits on every run and for any number of threads.
 

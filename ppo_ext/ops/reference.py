@@ -25,8 +25,9 @@ def _log_softmax(logits, counts, temperature):
     top = rows.amax(-1, keepdim=True)
     if isinstance(temperature, torch.Tensor):
         temperature = torch.where(counts, temperature.to(rows.dtype), 1.0)[..., None]
-    # An infinite maximum is subtracted too: -inf - -inf makes a row NaN in which no entry has probability.
-    return torch.log_softmax((rows - top.detach()) / temperature, dim=-1)
+    # An infinite maximum is subtracted too: -inf - -inf makes a row NaN in which no entry has probability. Halves, as
+    # the difference of two finite logits may be too large for their dtype where its quotient is not.
+    return torch.log_softmax((0.5 * rows - 0.5 * top.detach()) / (0.5 * temperature), dim=-1)
 
 
 def logprobs_and_entropy(logits, labels, *, temperature=1.0, mask=None):

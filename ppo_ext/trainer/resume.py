@@ -1,24 +1,42 @@
 """Saving and loading the state of a run, so that a resumed run has the same bits: one safetensors file, no pickle."""
 
+import copy
 import json
+import math
 import os
-import random
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from ..models import checkpoint
 from ..models.saving import plain_name
 from .base import TrainerBase
+from .fingerprint import fingerprint, first_difference, inner, named
+from .interruption import InterruptionMixin
+from .plain_data import decode, difference, encode
+from .random_state import check_random_state, random_state, set_random_state
 
 STATE_FILE = "trainer_state.safetensors"
 _COUNTERS = ("current_step", "compare_step", "skipped_minibatches")
 _MOMENTS = ("mean", "std", "var", "count")
 
+Result = TypeVar("Result")
 
-class ResumeMixin(TrainerBase):
+
+class SavedRun(NamedTuple):
+    """What a file of `save_run` holds."""
+
+    path: str
+    weights: Mapping[str, torch.Tensor]  # trained
+    buffers: Mapping[str, torch.Tensor]
+    random: Mapping[str, torch.Tensor]  # of every process, [processes, n]
+    state: dict[str, Any]  # optimizer, schedule, ...; see `ResumeMixin._state`
+    fingerprint: dict[str, Any]
+
+
+class ResumeMixin(InterruptionMixin, TrainerBase):
     """`PPOTrainer.save_run` and `load_run`.
 
     They are not called save_state and load_state: in a class that inherits from PPOTrainer and transformers.Trainer they
@@ -28,75 +46,100 @@ class ResumeMixin(TrainerBase):
     def save_run(self, directory: str | os.PathLike[str]) -> None:
         """Write everything that the next `step` depends on to a folder; a killed save leaves the old file whole.
 
-        These are the trained weights, the optimizer, the learning rate schedule, the KL coefficient, the running moments
-        of the scores, and the state of every random generator of every process. Not included are frozen weights, the
-        reference, and the position of a dataloader. All processes must call it; the main one writes.
+        These are the trained weights, the buffers, the optimizer, the learning rate schedule, the KL controller, the
+        running moments of the scores, and the state of every random generator of every process. Not included are frozen
+        weights and the reference, of which the file has checksums, and the position of a dataloader. All processes must
+        call it; the main one writes.
 
-        Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state), and
-        for a schedule whose state is not JSON.
+        Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state); for a
+        state that would not come back equal, such as a function in a schedule; and for a learning rate, KL coefficient
+        or running moment that is not finite. OSError that names the folder if the disk is full.
         """
         self._refuse_sharding("save_run")
-        tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in self._trained().items()}
-        optimizer, groups = _split_optimizer(self.optimizer.state_dict())
-        tensors.update(optimizer)
-        tensors.update({f"random.{name}": self._gather_rows(state) for name, state in _random_state().items()})
-        tensors["highest_reward"] = getattr(self, "highest_reward", torch.tensor(-float("inf"))).reshape(1)
-        tensors["state"] = _to_bytes(
-            {
-                "optimizer": groups,
-                "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-                "kl_coef": self.kl_ctl.value,
-                "running": {name: getattr(self.running, name) for name in _MOMENTS},
-                **{name: getattr(self, name) for name in _COUNTERS},
-            }
-        )
-        if self.accelerator.is_main_process:
-            os.makedirs(directory, exist_ok=True)
-            checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors)
-        self.accelerator.wait_for_everyone()
+        self._discard_unfinished_step()
+        model = self.accelerator.unwrap_model(self.model)
+        tensors: dict[str, torch.Tensor] = {f"model.{name}": p for name, p in named(model) if p.requires_grad}
+        tensors.update({f"buffer.{plain_name(name)}": buffer for name, buffer in model.named_buffers()})
+        tensors.update({f"random.{name}": self._gather_rows(state) for name, state in random_state().items()})
+
+        def write() -> None:
+            state = self._state()
+            _check_numbers("save_run", state)
+            _check_optimizer(inner(self.optimizer, "optimizer"), state["optimizer"])
+            encoded = {name: encode("save_run", value, name, tensors) for name, value in state.items()}
+            text = json.dumps({"fingerprint": fingerprint(self), "state": encoded})
+            tensors["state"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            if self.accelerator.is_main_process:
+                os.makedirs(directory, exist_ok=True)
+                checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors, digest=True)
+
+        self._alike(write)
 
     def load_run(self, directory: str | os.PathLike[str]) -> None:
         """Continue from what `save_run` wrote, in a trainer that is constructed in the same way.
 
-        Raises: ValueError for a damaged file, another model, or another number of processes, before anything changes.
+        Raises: ValueError that names the file, before anything changes: the file is damaged; model, adapter, frozen
+        weights, reference, optimizer, schedule, device, number of processes, or a field of PPOConfig that decides numbers
+        are others than they were.
         """
         self._refuse_sharding("load_run")
         path = os.path.join(directory, STATE_FILE)
-        tensors = checkpoint.read_tensors(path)
-        if "state" not in tensors or "highest_reward" not in tensors:
-            raise ValueError(f"load_run: {path} must be written by save_run, got {len(tensors)} other tensors")
-        state = json.loads(tensors["state"].numpy().tobytes())
-        trained = self._trained()
-        saved = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-        checkpoint.check_fits("load_run", trained, saved)
-        rows = len(tensors["random.torch"])
-        if rows != self.accelerator.num_processes:
-            raise ValueError(f"load_run: the number of processes must be {rows}, got {self.accelerator.num_processes}")
+        run = self._alike(lambda: self._read(path))
+        self._discard_unfinished_step(always=True)
+        self._load_optimizer(run)
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(_join_optimizer(tensors, state["optimizer"]))
-        for loaded, name in ((self.lr_scheduler, "lr_scheduler"), (self.accelerator.scaler, "scaler")):
-            if loaded is not None and state[name] is not None:
-                loaded.load_state_dict(state[name])
-        self.kl_ctl.value = state["kl_coef"]
-        highest_reward = tensors["highest_reward"].reshape(()).to(self.current_device)
-        if hasattr(self, "highest_reward") or highest_reward > -float("inf"):
-            self.highest_reward = highest_reward
+            for name, parameter in named(self.accelerator.unwrap_model(self.model)):
+                if parameter.requires_grad:
+                    parameter.copy_(run.weights[name])
+            for name, buffer in self.accelerator.unwrap_model(self.model).named_buffers():
+                buffer.copy_(run.buffers[plain_name(name)])
+        for name, value in run.state["kl_ctl"].items():
+            setattr(self.kl_ctl, name, value)
         for name in _MOMENTS:
-            setattr(self.running, name, state["running"][name])
+            setattr(self.running, name, run.state["running"][name])
         for name in _COUNTERS:
-            setattr(self, name, state[name])
-        row = self.accelerator.process_index
-        _set_random_state(
-            {name.removeprefix("random."): x[row] for name, x in tensors.items() if name.startswith("random.")}
-        )
+            setattr(self, name, run.state[name])
+        if run.state["highest_reward"] is not None:
+            self.highest_reward = run.state["highest_reward"].to(self.current_device)
+        set_random_state({name: rows[self.accelerator.process_index] for name, rows in run.random.items()})
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {plain_name(name): parameter for name, parameter in trained.items()}
+    def _state(self) -> dict[str, Any]:
+        """What changes from step to step beside the weights."""
+        scaler, scheduler = self.accelerator.scaler, self.lr_scheduler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "kl_ctl": {**vars(self.kl_ctl), "value": self.kl_ctl.value},
+            "running": {name: getattr(self.running, name) for name in _MOMENTS},
+            "highest_reward": getattr(self, "highest_reward", None),
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def _read(self, path: str) -> SavedRun:
+        """The file, checked: it is what was written, and it belongs to this trainer. Changes nothing."""
+        run = _parse(path)
+        found = first_difference(run.fingerprint, fingerprint(self))
+        if found is not None:
+            name, saved, current = found
+            remedy = "; set it before load_run, and to another value after it" if name.startswith("PPOConfig") else ""
+            raise ValueError(f"load_run: {name} must be {saved!s:.200} as in {path}, got {current!s:.200}{remedy}")
+        _check_numbers(f"load_run: {path}", run.state)
+        row = self.accelerator.process_index
+        check_random_state(f"load_run: {path}", {name: rows[row] for name, rows in run.random.items()})
+        return run
+
+    def _load_optimizer(self, run: SavedRun) -> None:
+        """Loads optimizer, schedule and scaler; if one of them refuses, the others get back what they had."""
+        owners = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
+        old = {name: copy.copy(owner.state_dict()) for name, owner in owners.items() if owner is not None}
+        try:
+            for name in old:
+                owners[name].load_state_dict(run.state[name])
+        except Exception as error:
+            for name, state in old.items():
+                owners[name].load_state_dict(state)
+            raise ValueError(f"load_run: {name} must take its state in {run.path}, got {error}") from error
 
     def _gather_rows(self, state: torch.Tensor) -> torch.Tensor:
         """[n] of every process -> [processes, n]."""
@@ -104,6 +147,22 @@ class ResumeMixin(TrainerBase):
             self.accelerator.gather(state[None].to(self.accelerator.device)) if self.is_distributed else state[None]
         )
         return gathered.cpu()
+
+    def _alike(self, action: Callable[[], Result]) -> Result:
+        """Runs the action on every process; an error of one of them is raised by all, so that none waits for ever."""
+        if not self.is_distributed:
+            return action()
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        errors = [text for text in gather_object([None if error is None else str(error)]) if text is not None]
+        if error is not None:
+            raise error
+        if errors:
+            raise ValueError(errors[0])
+        return result  # type: ignore[return-value]  # the action has not raised
 
     def _refuse_sharding(self, method: str) -> None:
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
@@ -113,60 +172,49 @@ class ResumeMixin(TrainerBase):
             )
 
 
-def _split_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors under "optimizer.<parameter>.<name>", and the rest, which JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for index, entries in state_dict["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, {"groups": state_dict["param_groups"], "numbers": numbers}
-
-
-def _join_optimizer(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's state dict from what `_split_optimizer` returned."""
-    state: dict[int, dict[str, Any]] = {}
-    found = {name.removeprefix("optimizer."): x for name, x in tensors.items() if name.startswith("optimizer.")}
-    for key, value in {**found, **rest["numbers"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["groups"]}
-
-
-def _to_bytes(state: Mapping[str, Any]) -> torch.Tensor:
+def _parse(path: str) -> SavedRun:
+    """Reads a file. Raises ValueError that names it if it is missing, damaged, or not by `save_run`."""
+    names = checkpoint.tensor_names(path)
+    if "state" not in names:
+        raise ValueError(f"load_run: {path} must be written by save_run, got {len(names)} other tensors")
+    checkpoint.check_digest(path)
+    tensors = checkpoint.read_tensors(path)
     try:
-        text = json.dumps(state)
-    except TypeError as error:
+        content = json.loads(tensors["state"].numpy().tobytes())
+        state = {name: decode(value, tensors) for name, value in content["state"].items()}
+        weights, buffers, random = (_part(tensors, f"{prefix}.") for prefix in ("model", "buffer", "random"))
+        return SavedRun(path, weights, buffers, random, state, content["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load_run: {path} must be written by save_run, got {type(error).__name__}: {error}") from None
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_numbers(owner: str, state: Mapping[str, Any]) -> None:
+    """Raises ValueError if a number that every step reads is not finite: nothing that is computed from it would be."""
+    numbers = {f"running.{name}": value for name, value in state["running"].items()}
+    numbers["kl_ctl.value"] = state["kl_ctl"]["value"]
+    for i, group in enumerate(state["optimizer"]["param_groups"]):
+        numbers[f"the learning rate of group {i}"] = group.get("lr", 0.0)
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{owner}: {name} must be finite, got {value}")
+
+
+def _check_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Raises ValueError unless the optimizer gets its own state back: some store what they cannot load, or cast it.
+
+    Tried on a shallow copy, which shares the tensors.
+    """
+    trial = copy.copy(optimizer)
+    try:
+        trial.load_state_dict(state)
+    except Exception as error:
         raise ValueError(
-            f"save_run: optimizer and lr_scheduler must have a state that JSON can hold, got {error}"
-        ) from None
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """The states of the random generators of Python, numpy and torch, each as a 1-D tensor."""
-    _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
-        "python": torch.tensor([*words, 0 if gauss is None else 1], dtype=torch.int64),
-        "python_gauss": torch.tensor([gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*cast(Any, keys).tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_state(states: Mapping[str, torch.Tensor]) -> None:
-    *words, has_gauss = states["python"].tolist()
-    random.setstate((3, tuple(words), states["python_gauss"].item() if has_gauss else None))
-    *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
-    torch.set_rng_state(states["torch"].contiguous())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].contiguous())
+            f"save_run: the optimizer must take its own state, got {type(error).__name__}: {error}"
+        ) from error
+    changed = difference(trial.state_dict(), state, "optimizer")
+    if changed is not None:
+        raise ValueError(f"save_run: {changed} must come back equal from the optimizer's load_state_dict, got another")

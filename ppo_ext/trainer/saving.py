@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ..models import lora
+from ..models import checkpoint, lora
 from ..models.auto import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from ..models.staging import complete, staged
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 
@@ -28,7 +30,7 @@ A language model with a value head, fine-tuned with PPO.
 ```python
 from ppo_ext.trl import AutoModelForCausalLMWithValueHead
 
-model = AutoModelForCausalLMWithValueHead.from_pretrained("{path}")
+model = AutoModelForCausalLMWithValueHead.from_pretrained("path or id of this folder")
 ```
 """
 
@@ -59,6 +61,7 @@ class SavingMixin(TrainerBase):
         method of this name from huggingface_hub, which fails for a trainer.)
         """
         source = os.fspath(pretrained_model_name_or_path)
+        complete(source)
         options = {"is_trainable": True, **(model_kwargs or {})}
         base = lora.base_model_of(source, options) if lora.find_adapter(source, options) else source
         encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
@@ -78,20 +81,30 @@ class SavingMixin(TrainerBase):
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save model, value head, tokenizer and a model card to a folder.
+        """Save model, value head, tokenizer and a model card to a folder: all files, or none if it is interrupted.
+
+        A README.md that is there stays as it is.
 
         push_to_hub: also upload that folder; kwargs are then those of `push_to_hub`. Returns the upload's result or None.
         """
-        os.makedirs(save_directory, exist_ok=True)
-        self._save_pretrained(save_directory)
+        with self._staged(save_directory) as folder:
+            self._save_pretrained(folder)
         if not push_to_hub:
             return None
         return self._upload(save_directory, repo_id or os.path.basename(os.path.normpath(save_directory)), **kwargs)
 
+    def _staged(self, directory: str | os.PathLike[str]) -> AbstractContextManager[str]:
+        """On the main process a folder whose files move into `directory` when all of them are written; see `staging`."""
+        if not self.accelerator.is_main_process:
+            return nullcontext(os.fspath(directory))
+        checkpoint.check_target(os.fspath(directory), self.is_peft_model)
+        return staged(directory)
+
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
-        self.tokenizer.save_pretrained(save_directory)
-        self.create_model_card(save_directory)
+        if self.accelerator.is_main_process:
+            self.tokenizer.save_pretrained(save_directory)
+            self.create_model_card(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save to a temporary folder and upload it. kwargs: commit_message, private, token, branch."""
@@ -120,14 +133,12 @@ class SavingMixin(TrainerBase):
         self, path: str | os.PathLike[str], model_name: str | None = "A model trained with ppo_ext"
     ) -> None:
         """Write a short README.md into a folder."""
-        os.makedirs(path, exist_ok=True)
-        with open(os.path.join(path, "README.md"), "w", encoding="utf-8") as file:
-            tags = "\n".join(f"- {tag}" for tag in self._tag_names)
-            file.write(MODEL_CARD.format(model_name=model_name, path=path, tags=tags))
+        tags = "\n".join(f"- {tag}" for tag in self._tag_names)
+        checkpoint.write_text(os.path.join(path, "README.md"), MODEL_CARD.format(model_name=model_name, tags=tags))
 
     def _push_if_best(self, scores: torch.Tensor) -> None:
         """Push to the hub if the mean score is the best so far; compares every config.compare_steps steps."""
-        best_kwargs = as_dict(self.config.push_to_hub_if_best_kwargs)
+        best_kwargs = as_dict("push_to_hub_if_best_kwargs", self.config.push_to_hub_if_best_kwargs)
         if not best_kwargs:
             return
         highest = getattr(self, "highest_reward", -float("inf"))

@@ -1,7 +1,6 @@
 """Statistics of a step: TRL's dict helpers, the running moments of scores, and one transfer to the host."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from ..models import checkpoint
 
 WANDB_PADDING = -1  # fills the shorter rows of stack_dicts, as in TRL
 
@@ -141,11 +142,9 @@ class RunningMoments:
         """Write mean, std, var and count to a file, on the main process."""
         if self.accelerator.is_main_process:
             state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accelerator"}
-            with open(json_path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(state, indent=2, sort_keys=True) + "\n")
+            checkpoint.write_json(json_path, state)
 
     @classmethod
     def load_from_json(cls, accelerator: Any, json_path: str | os.PathLike[str]) -> "RunningMoments":
         """The moments that `save_to_json` wrote to a file."""
-        with open(json_path, encoding="utf-8") as file:
-            return cls(accelerator=accelerator, **json.load(file))
+        return cls(accelerator=accelerator, **checkpoint.read_json(json_path))

@@ -3,13 +3,14 @@
 The modules below have TRL's paths (`ppo_ext.trl.trainer.ppo_trainer`, `ppo_ext.trl.models.modeling_value_head`, ...), so
 that exchanging `trl` for `ppo_ext.trl` is enough. TRL itself is not needed. Names and signatures are those of TRL 0.11.4
 for PPO, supervised fine-tuning and reward models, and those that only 0.7 to 0.10 have; docs/migrating-from-trl.md lists
-where the numbers differ. A name that is not here raises ImportError with one sentence: the rest stays in trl.
+where the numbers differ. A name or a module that is not here raises ImportError with one sentence: the rest stays in
+trl.
 """
 
 from typing import TYPE_CHECKING
 
 from . import core, env_utils, extras, import_utils, models, trainer
-from ._names import module_getattr
+from ._names import AbsentModules, module_getattr
 from .core import set_seed
 from .extras import BestOfNSampler
 from .import_utils import (
@@ -75,6 +76,8 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a type checker would accept any name because of it
     __getattr__ = module_getattr(__name__, LAZY)
+
+AbsentModules(__name__).install()
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,12 @@
-"""Names of a module of `ppo_ext.trl` that are not imported with it: those imported on first use, and those it lacks."""
+"""Names and modules of `ppo_ext.trl` that are not imported with it: those imported on first use, and those it lacks."""
 
 import dis
 import importlib
 import sys
 from collections.abc import Mapping
+from importlib.abc import MetaPathFinder
+
+_THE_REST = "it holds what TRL 0.7 to 0.11 have for PPO; keep importing the rest from trl"
 
 
 def module_getattr(module, lazy: Mapping[str, str] = {}):  # noqa: B006
@@ -17,13 +20,30 @@ def module_getattr(module, lazy: Mapping[str, str] = {}):  # noqa: B006
     def __getattr__(name):
         if name in lazy:
             return getattr(importlib.import_module(lazy[name]), name)
-        message = (
-            f"{module} has no {name}: it holds what TRL 0.7 to 0.11 have for PPO; keep importing the rest from trl"
-        )
+        message = f"{module} has no {name}: {_THE_REST}"
         kind = ImportError if not _is_dunder(name) and _is_from_import(sys._getframe(1)) else AttributeError
         raise kind(message, name=name)
 
     return __getattr__
+
+
+class AbsentModules(MetaPathFinder):
+    """Python asks it last, so for a module of `package` that does not exist. The import's error then says why."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, fullname, path, target=None):
+        # `importlib.util.find_spec`, which asks whether a module is there, gets None as from any other finder
+        is_import = sys._getframe(2).f_code.co_name == "_find_and_load_unlocked"
+        if is_import and fullname.startswith(f"{self.package}."):
+            parent, _, name = fullname.rpartition(".")
+            raise ModuleNotFoundError(f"{parent} has no module {name}: {_THE_REST}", name=fullname)
+
+    def install(self) -> None:
+        """Once for the package, also if it is imported again."""
+        kept = [finder for finder in sys.meta_path if getattr(finder, "package", None) != self.package]
+        sys.meta_path[:] = [*kept, self]
 
 
 def _is_dunder(name):

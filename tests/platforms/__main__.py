@@ -11,16 +11,10 @@ import json
 import pathlib
 import sys
 
-import torch
-
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
-
-from bench import machine  # noqa: E402
 
 from . import compilers, packages, pages, torches  # noqa: E402
 from .aarch64 import check_aarch64  # noqa: E402
-
-EVIDENCE = packages.ROOT / "bench" / "evidence"
 
 
 def compile_sources(options, versions, syntax_only):
@@ -41,15 +35,6 @@ CHECKS = {
     "torches": run_torches,
     "aarch64": lambda options: check_aarch64(),
 }
-
-
-def save(name, rows):
-    """Puts the rows of one check into the kept report, and writes the page anew."""
-    path = EVIDENCE / "platforms.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[name] = {"stamp": machine.stamp(torch.device("cpu")), "rows": rows}
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    (EVIDENCE / "platforms.md").write_text(pages.markdown(kept))
 
 
 def main(argv=None):
@@ -74,8 +59,8 @@ def main(argv=None):
             print(json.dumps(row), flush=True)
             rows.append(row)
             failed |= bool(row["failures"])
-        if options.save:
-            save(name, rows)
+            if options.save:  # each time, as a check may take hours
+                pages.save(name, rows)
     return int(failed)
 
 

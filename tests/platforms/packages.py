@@ -29,12 +29,17 @@ def run(command, cwd="/", **variables):
 
 
 def pip(python, *arguments):
-    """pip with this repository's pins, but for torch, and with no other constraints."""
+    """pip with this repository's pins of the packages that are named, and with no other constraints."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    pins = FOLDER / "constraints.txt"
+    file = FOLDER / "constraints.txt"
+    file.write_text(pins(arguments))
+    return run([python, "-m", "pip", "--disable-pip-version-check", *arguments], PIP_CONSTRAINT=str(file))
+
+
+def pins(arguments):
+    """Not those of what the named packages depend on: torch 2.12 asks for an older setuptools than newer ones do."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins.write_text("\n".join(line for line in lines if not line.startswith("torch==")) + "\n")
-    return run([python, "-m", "pip", "--disable-pip-version-check", *arguments], PIP_CONSTRAINT=str(pins))
+    return "".join(f"{line}\n" for line in lines if line.partition("==")[0] in arguments)
 
 
 def fetch_torch(version, platform=HEADERS, parts=("include/",)):

@@ -1,4 +1,20 @@
-"""The page of the kept report: which torches, compilers and processors were tried, and what failed there."""
+"""The page of the kept report: which torches, compilers and processors were tried, and what failed there.
+
+Its tables also stand in docs/building.md.
+"""
+
+import json
+
+import torch
+
+from bench import machine
+from bench.render import replace_block
+
+from .packages import ROOT
+
+NOT_RUN = "not run"  # in the place of a number of tests
+EVIDENCE = ROOT / "bench" / "evidence"
+DOCS = ROOT / "docs" / "building.md"
 
 SECTIONS = {
     "compilers": (
@@ -22,14 +38,35 @@ SECTIONS = {
 }
 
 
+def save(name, rows):
+    """Puts the rows of one check into the kept report, and writes the page and the tables in docs/ anew."""
+    path = EVIDENCE / "platforms.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[name] = {"stamp": machine.stamp(torch.device("cpu")), "rows": rows}
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    (EVIDENCE / "platforms.md").write_text(markdown(kept))
+    DOCS.write_text(in_docs(kept, DOCS.read_text()))
+
+
 def markdown(report):
-    lines = ["# Where it builds and runs", "", "Written by `make torch-versions`."]
+    return f"# Where it builds and runs\n\nWritten by `make torch-versions`.\n\n{sections(report, '##')}\n"
+
+
+def in_docs(report, text):
+    """The page of docs/ with the tables of the report between its markers."""
+    return replace_block(text, sections(report, "###"), "platforms")
+
+
+def sections(report, level):
+    parts = []
     for name, (title, text, columns) in SECTIONS.items():
         if name in report:
             stamp = report[name]["stamp"]
-            lines += ["", f"## {title}", "", f"{text} Run on {stamp['date'][:10]} at commit {stamp['commit']}.", ""]
-            lines += table(report[name]["rows"], (*columns, "failures"))
-    return "\n".join(lines) + "\n"
+            parts += [f"{level} {title}", f"{text} Run on {stamp['date'][:10]} at commit {stamp['commit']}."]
+            parts.append("\n".join(table(report[name]["rows"], (*columns, "failures"))))
+            if any(row.get("passed") == NOT_RUN for row in report[name]["rows"]):
+                parts.append(f'What is "{NOT_RUN}" has not been run to its end there yet.')
+    return "\n\n".join(parts)
 
 
 def table(rows, columns):

@@ -6,10 +6,12 @@ import subprocess
 import torch
 
 from bench import machine
+from bench.render import replace_block
 
 from .environment import BASELINE, ROOT
 
 EVIDENCE = ROOT / "bench" / "evidence"
+DOCS = ROOT / "docs" / "migrating-from-trl.md"
 TOLERANCE = 1e-4
 _IN_ENVIRONMENT = """
 import importlib.metadata as m, json
@@ -58,20 +60,20 @@ def save(rows, python):
     }
     (EVIDENCE / "third_party.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (EVIDENCE / "third_party.md").write_text(markdown(report), encoding="utf-8")
+    DOCS.write_text(in_docs(report, DOCS.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def markdown(report):
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def in_docs(report, text):
+    """The page of docs/ with the table between its markers."""
+    return replace_block(text, f"{versions(report)}\n\n{table(report)}", "third-party")
+
+
+def versions(report):
+    return f"Versions: {', '.join(f'{name} {version}' for name, version in report['versions'].items())}."
+
+
+def table(report):
     lines = [
-        "# LLaMA-Factory on ppo_ext",
-        "",
-        "`make third-party` runs the PPO and the reward stage of LLaMA-Factory twice, on `trl` and, with its imports",
-        "exchanged, on `ppo_ext.trl`: tiny Llama models, the same data and seeds. Each step samples from the policy that",
-        "the steps before have trained, so equal tokens and losses mean equal training. Clipping is off, as TRL clips",
-        "once in the trainer's life.",
-        "",
-        f"Versions: {versions}.",
-        "",
         "| run | steps | loss of the last step, TRL | ppo_ext | largest difference of a step | files |",
         "|---|---|---|---|---|---|",
     ]
@@ -82,7 +84,21 @@ def markdown(report):
         files = "all" if not row["missing_files"] else "missing: " + ", ".join(row["missing_files"])
         cells = [row["name"], len(row["ours"]), f"{row['theirs'][-1]:.6f}", f"{row['ours'][-1]:.6f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['difference']:.1e}", files])) + " |")
-    lines += [
+    return "\n".join(lines)
+
+
+def markdown(report):
+    lines = [
+        "# LLaMA-Factory on ppo_ext",
+        "",
+        "`make third-party` runs the PPO and the reward stage of LLaMA-Factory twice, on `trl` and, with its imports",
+        "exchanged, on `ppo_ext.trl`: tiny Llama models, the same data and seeds. Each step samples from the policy that",
+        "the steps before have trained, so equal tokens and losses mean equal training. Clipping is off, as TRL clips",
+        "once in the trainer's life.",
+        "",
+        versions(report),
+        "",
+        table(report),
         "",
         "LLaMA-Factory runs PPO under autocast, on a CPU in bfloat16. It is on in `ppo_bf16` only, where the value head of",
         "TRL is kept in float32, as ppo_ext's is under autocast; its own would be in bfloat16.",

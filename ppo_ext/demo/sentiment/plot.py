@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from .metrics import Metrics  # noqa: E402
 from .report import Row, one_line  # noqa: E402
@@ -39,8 +40,8 @@ def draw_picture(path: Path, logs: dict[str, list[dict]], stages: dict, metrics:
         stages: held-out figures, drawn as points with their 95 % intervals.
     """
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(12, 7.4), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1.0])
+        figure = plt.figure(figsize=(12, 6.6), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=[1.6, 1.0])
         axes = top.subplots(1, 3)
         for axis, key, title in zip(
             axes,
@@ -82,15 +83,19 @@ def _curves(axis, key: str, logs: dict[str, list[dict]], stages: dict) -> None:
             step = 0 if stage == "before" else logs[stage][-1]["step"] + 1
             value, color = results[key], COLORS[stage]
             axis.errorbar(step, value, yerr=results[f"{key}_ci"], color=color, marker="o", ms=6, capsize=4, lw=1.6)
-            side = (8, 0) if stage == "before" else (-8, 0)
-            axis.annotate(
-                f"{LABELS[stage]} {value:.2f}", (step, value), side, textcoords="offset points",
-                va="top" if stage == "control" else "bottom",
-                ha="left" if stage == "before" else "right", color=color, fontsize=9, fontweight="bold",
-            )  # fmt: skip
+            text = {"color": color, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
+            if stage == "before":  # below its interval, where no curve runs
+                lower = (step, value - results[f"{key}_ci"])
+                axis.annotate(f"before {value:.2f}", lower, (-6, -6), ha="left", va="top", **text)
+            else:  # right of all curves
+                axis.annotate(f"{LABELS[stage]}\n{value:.2f}", (step, value), (8, 0), ha="left", va="center", **text)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", color="#e8e8e8", lw=0.8)
     axis.set_axisbelow(True)
     axis.margins(x=0.06, y=0.15)
+    if stages:  # room for the labels at the right
+        left, right = axis.get_xlim()
+        axis.set_xlim(left, right + 0.12 * (right - left))
 
 
 def _samples(figure, rows: list[Row]) -> None:
