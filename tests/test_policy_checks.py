@@ -210,7 +210,8 @@ def test_adapters_inside_a_model_that_is_no_peft_model_are_refused(make, tmp_pat
 @pytest.mark.parametrize("setting", [{"temperature": 0.6}, {"top_p": 0.9}, {"num_return_sequences": 3}])
 def test_a_generation_config_that_cannot_be_saved_is_refused(setting):
     model = tiny_models.build("gpt2")
-    model.generation_config.update(**setting)
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
     with pytest.raises(
         ValueError, match="GenerationConfig must be one that save_pretrained can write, got .*do_sample"
     ):
@@ -244,3 +245,45 @@ def test_a_model_that_only_counts_as_quantized_is_saved_and_a_quantized_one_refu
     model.register_buffer("packed", torch.zeros(2, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match="a model without adapters must not be quantized, .* got gguf; .* peft_config"):
         trainer(model)
+
+
+def write_gguf(path):
+    """A tiny Llama whose matrices are in 8-bit blocks."""
+    gguf, width, vocab = pytest.importorskip("gguf"), 32, 64
+    kind, writer = gguf.GGMLQuantizationType.Q8_0, gguf.GGUFWriter(str(path), "llama")
+    for name, value in {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": width,
+        "feed_forward_length": width,
+        "head_count": 2,
+        "head_count_kv": 2,
+        "layer_norm_rms_eps": 1e-5,
+        "vocab_size": vocab,
+        "rope_dimension_count": 16,
+        "tokenizer_model": "llama",
+        "token_list": [f"t{i}" for i in range(vocab)],
+        "token_scores": [0.0] * vocab,
+        "token_types": [1] * vocab,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    rows = {"token_embd": vocab, "output": vocab}
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    rows |= {f"blk.0.{part}": width for part in parts}
+    for name, size in rows.items():
+        writer.add_tensor(
+            f"{name}.weight", gguf.quants.quantize(torch.randn(size, width).numpy(), kind), raw_dtype=kind
+        )
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", torch.ones(width).numpy())
+    for part in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        part()
+
+
+def test_a_model_from_a_gguf_file_trains_and_is_saved(tmp_path):
+    write_gguf(tmp_path / "model.gguf")
+    run = trainer(CausalLM.from_pretrained(tmp_path, gguf_file="model.gguf"))
+    assert first_kl(run) == 0
+    run.save_pretrained(tmp_path / "saved")
+    again = CausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], x) for name, x in run.model.state_dict().items())

@@ -15,7 +15,7 @@ from .tiny import EOS, LAYERS, PAD, SEQ2SEQ, VOCAB
 CHECKS = {}
 SIZE = 4  # samples in a batch
 # peft refuses adapters on these layers of these models, which run past the layers' own forward
-_MAMBAS, _PAST_FORWARD = ("falcon_h1", "mamba", "mamba2", "falcon_mamba"), ("out_proj", "conv1d")
+_MAMBAS, _PAST_FORWARD = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
 
 
 def check(function):
