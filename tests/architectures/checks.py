@@ -138,11 +138,21 @@ def generation(subject):
 @check
 def save(subject):
     model = subject.wrapped()
+    again = _reloaded(model)
+    if all(torch.equal(a, b) for a, b in zip(subject.outputs(model), subject.outputs(again))):
+        return
+    plain = subject.wrapped()
+    plain.pretrained_model = _reloaded(subject.base)
+    same = torch.equal(subject.outputs(plain)[0], subject.outputs(model)[0])
+    raise AssertionError(
+        f"the reloaded model has other bits{'' if same else ', as with save_pretrained of transformers'}"
+    )
+
+
+def _reloaded(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = type(model).from_pretrained(folder)
-    for a, b in zip(subject.outputs(model), subject.outputs(again)):
-        assert torch.equal(a, b), "the reloaded model's outputs have other bits"
+        return type(model).from_pretrained(folder, experts_implementation="eager")  # as tiny.build does
 
 
 @check
