@@ -37,7 +37,7 @@ def markdown(report):
         "| right pads, left pads | a padded batch has each sample's own log-probabilities and values, in float64 |",
         "| step | the first step's KL is 0, and every trainable weight moves that autograd reaches |",
         "| generation | greedy responses to a batch are those to each query alone |",
-        "| save | a saved and reloaded model gives the same bits |",
+        "| save | a saved and reloaded model has the same weights, bit for bit, and the same outputs |",
         "| lora | with LoRA the first step's KL is 0, and adapters and value head move, nothing else |",
         "| checkpointing | a step with gradient checkpointing is the step without |",
         "| shared layers | with `num_shared_layers` the shared weights stay and the others move |",
