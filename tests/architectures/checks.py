@@ -89,8 +89,8 @@ def _step(trainer, subject):
     return stats
 
 
-def _on_pads(subject, padding_side):
-    trainer = subject.trainer(subject.wrapped(torch.float64), padding_side)
+def _on_pads(subject, padding_side, dtype=torch.float64, limit=1e-6):
+    trainer = subject.trainer(subject.wrapped(dtype), padding_side)
     queries, responses, _ = subject.batch()
 
     def passed(rows):
@@ -101,11 +101,15 @@ def _on_pads(subject, padding_side):
             )
         return [(x[m != 0], y[m != 0]) for x, y, m in zip(logprobs, values, mask)]
 
-    worst = 0.0
+    gaps = []
     for i, together in enumerate(passed(slice(None))):
         [alone] = passed(slice(i, i + 1))
-        worst = max(worst, *(float((x - y).abs().max()) for x, y in zip(together, alone)))
-    assert worst < 1e-6, f"{worst:.2g} off the sample alone"
+        gaps += [(x - y).abs().max() for x, y in zip(together, alone)]
+    worst = float(torch.stack(gaps).max())  # NaN if any is
+    if worst != worst and dtype == torch.float64:
+        # transformers' mask of padding is NaN in float64 for models without scaled_dot_product_attention
+        return _on_pads(subject, padding_side, torch.float32, 1e-4)
+    assert worst < limit, f"{worst:.2g} off the sample alone"
 
 
 @check
