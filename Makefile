@@ -17,7 +17,8 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo demo-rlhf test third-party architectures fuzz mutants wheel torch-versions build lint format bench bench-full info clean
+.PHONY: help demo demo-rlhf test third-party architectures fuzz kill-points mutants wheel torch-versions build lint format bench \
+	bench-full info clean
 
 ## print this list
 help:
@@ -39,6 +40,10 @@ test: build
 ## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
 third-party: build
 	$(BIN)/python -m tests.third_party --save $(ARGS)
+
+## processes killed while they step, save and resume, and bits flipped in what they saved (ARGS="--points 4" for fewer)
+kill-points: build
+	$(BIN)/python -m tests.kill_points --save $(ARGS)
 
 ## every model type of the installed transformers in the trainer, tiny; half an hour (ARGS="gpt2 t5" for some)
 architectures: build

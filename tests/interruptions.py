@@ -1,8 +1,9 @@
-"""Raising an error at one chosen line of Python in a call, in whatever package it stands."""
+"""Doing something at one chosen line of Python in a call, in whatever package it stands."""
 
+import functools
 import sys
 
-PACKAGES = ("ppo_ext", "peft", "accelerate", "torch/optim", "torch/amp", "contextlib")
+STEP = ("ppo_ext", "peft", "accelerate", "torch/optim", "torch/amp", "contextlib")  # what runs in a step, by path
 
 
 class Ctrl_C(KeyboardInterrupt):
@@ -10,10 +11,11 @@ class Ctrl_C(KeyboardInterrupt):
 
 
 class Lines:
-    """Calls `action` when line number `at` of the packages above is about to run; counts the lines otherwise."""
+    """Calls `action` when line number `at` of some packages is about to run; counts their lines."""
 
-    def __init__(self, action=None, at=None):
+    def __init__(self, action=None, at=None, packages=STEP):
         self.action, self.at, self.count = action, at, 0
+        self.is_counted = functools.cache(lambda path: any(f"/{name}" in path for name in packages))
 
     def __enter__(self):
         sys.settrace(self._enter)
@@ -23,7 +25,7 @@ class Lines:
         sys.settrace(None)
 
     def _enter(self, frame, event, arg):
-        return self._line if any(f"/{name}" in frame.f_code.co_filename for name in PACKAGES) else None
+        return self._line if self.is_counted(frame.f_code.co_filename) else None
 
     def _line(self, frame, event, arg):
         if event == "line":

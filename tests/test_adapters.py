@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import require_trl
-from head_models import assert_same_outputs, assert_same_state, inputs, lora, tiny, wrapped
+from head_models import VOCAB, assert_same_outputs, assert_same_state, inputs, lora, tiny, wrapped
 
 from ppo_ext.models import auto as models
 
@@ -215,5 +215,90 @@ def test_peft_is_needed_only_for_adapters(base_path, monkeypatch, tmp_path):
 def test_adapter_without_base_model_says_what_to_do(tmp_path):
     model = wrapped(peft_config=lora())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must name its base_model_name_or_path"):
+    with pytest.raises(
+        ValueError, match="must name its base_model_name_or_path, .* give it to from_pretrained as base_model"
+    ):
         type(model).from_pretrained(tmp_path)
+
+
+def loaded(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
+def named(base_path):
+    return pytest.importorskip("peft").get_peft_model(loaded(base_path), lora(), adapter_name="policy")
+
+
+def second_of_two(base_path):
+    model = pytest.importorskip("peft").get_peft_model(loaded(base_path), lora())
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    return model
+
+
+def named_beside_default(base_path):
+    model = named(base_path)
+    model.add_adapter("default", lora())
+    return model
+
+
+def resized(base_path, size=VOCAB + 4, **options):
+    model = loaded(base_path)
+    model.resize_token_embeddings(size)
+    return pytest.importorskip("peft").get_peft_model(model, lora(**options))
+
+
+def merged_and_unloaded(base_path):
+    return pytest.importorskip("peft").get_peft_model(loaded(base_path), lora()).merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        named,
+        second_of_two,
+        named_beside_default,
+        resized,
+        lambda path: resized(path, VOCAB - 4),
+        lambda path: resized(path, modules_to_save=["wte"]),
+        lambda path: resized(path, target_modules=["wte", "c_attn"]),
+        lambda path: resized(path, trainable_token_indices=[VOCAB, VOCAB + 1]),
+        merged_and_unloaded,
+    ],
+)
+def test_the_adapter_that_was_trained_is_the_one_that_is_loaded(make, base_path, tmp_path):
+    model = models.AutoModelForCausalLMWithValueHead.from_pretrained(make(base_path)).eval()
+    model.save_pretrained(tmp_path / "policy")
+    again = models.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy").eval()
+    batch = inputs()
+    batch["input_ids"].clamp_(max=VOCAB - 5)  # the smallest of these vocabularies
+    assert_same_outputs(model, again, batch, atol=0)
+
+
+def test_merging_after_training_saves_the_whole_model(base_path, tmp_path):
+    model = models.AutoModelForCausalLMWithValueHead.from_pretrained(base_path, peft_config=lora()).eval()
+    inner = model.pretrained_model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"adapter default, got none; after merge_and_unload\(\) or unload\(\) set"):
+        model.save_pretrained(tmp_path / "policy")
+    model.pretrained_model = inner
+    assert not model.is_peft_model
+    model.save_pretrained(tmp_path / "policy")
+    again = type(model).from_pretrained(tmp_path / "policy").eval()
+    assert_same_outputs(model, again, inputs(), atol=0)
+
+
+def test_adapter_of_a_base_model_without_a_path_keeps_its_head(tmp_path):
+    model = wrapped(peft_config=lora())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, base_model=tiny("gpt2")).eval()
+    assert_same_outputs(model, again, inputs(), atol=0)
+    with pytest.raises(ValueError, match="base_model must be a transformers model for an adapter, got str"):
+        type(model).from_pretrained(tmp_path, base_model="base")
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "6KB"])
+def test_head_in_the_folder_of_a_model_object_is_found(max_shard_size, tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    again = type(model).from_pretrained(loaded(tmp_path)).eval()
+    assert_same_outputs(model, again, inputs(), atol=0)

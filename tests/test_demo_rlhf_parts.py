@@ -76,10 +76,14 @@ def test_prompts_start_and_end_at_words_and_held_out_text_is_not_trained_on():
             b"caf\xe9 " * 900,
             r"--corpus must be UTF-8 text, got .* with byte 0xe9 at position 3; .* iconv -f WINDOWS-1252 -t UTF-8 ",
         ),
+        (
+            b"\xff\xfe" + "caf\xe9".encode("utf-16-le"),
+            r"--corpus must be UTF-8 text, got .* with byte 0xff at position 0; .* -f UTF-16 -t UTF-8 '.*a text.txt' > ",
+        ),
     ],
 )
 def test_bad_corpora_are_named(tmp_path, content, message):
-    path = tmp_path / "text.txt"
+    path = tmp_path / "a text.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):

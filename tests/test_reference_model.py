@@ -3,10 +3,13 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
+import transformers
 from conftest import require_trl
-from head_models import ARCHITECTURES, LAYER_LISTS, assert_same_outputs, inputs, wrapped
+from head_models import ARCHITECTURES, LAYER_LISTS, VOCAB, assert_same_outputs, inputs, wrapped
 
+import ppo_ext
 from ppo_ext.models import auto as models
 
 
@@ -71,3 +74,50 @@ def test_copied_wrapper_owns_its_methods():
     other.gradient_checkpointing_enable()
     flags = [[getattr(m, "gradient_checkpointing", False) for m in each.modules()] for each in (model, other)]
     assert not any(flags[0]) and any(flags[1])
+
+
+OTHER_LAYERS = {
+    "MptForCausalLM": ("transformer.blocks", {"d_model": 16, "n_layers": 3, "n_heads": 2, "expansion_ratio": 2}),
+    "MambaForCausalLM": ("backbone.layers", {"hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}),
+    "BertLMHeadModel": (
+        "bert.encoder.layer",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "is_decoder": True,
+        },
+    ),
+}
+
+
+def other(name):
+    kind, (_, sizes) = getattr(transformers, name), OTHER_LAYERS[name]
+    return models.AutoModelForCausalLMWithValueHead.from_pretrained(kind(kind.config_class(vocab_size=VOCAB, **sizes)))
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_layers_of_other_names_are_found(name):
+    model = other(name)
+    reference = models.create_reference_model(model, num_shared_layers=2)
+    layers = f"pretrained_model.{OTHER_LAYERS[name][0]}."
+    shared = {name for name, p in model.named_parameters() if p is reference.get_parameter(name)}
+    assert {name.removeprefix(layers).split(".")[0] for name in shared if name.startswith(layers)} == {"0", "1"}
+    assert_same_outputs(model.eval(), reference, inputs(), atol=0)
+
+
+def test_layers_that_are_kept_in_parts_are_not_guessed():
+    config = transformers.XLMConfig(vocab_size=VOCAB, emb_dim=16, n_layers=3, n_heads=2, causal=True, n_langs=1)
+    model = models.AutoModelForCausalLMWithValueHead.from_pretrained(transformers.XLMWithLMHeadModel(config))
+    with pytest.raises(ValueError, match="num_shared_layers must name a layer .*, got 1; pattern takes another name"):
+        models.create_reference_model(model, num_shared_layers=1)
+    models.create_reference_model(model, num_shared_layers=1, pattern="transformer.attentions.{layer}")
+
+
+def test_a_trainer_takes_the_pattern():
+    config, model = ppo_ext.PPOConfig(batch_size=2, mini_batch_size=2), wrapped("t5")
+    options = {"num_shared_layers": 1, "pattern": "encoder.block.{layer}"}
+    trainer = ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer(), **options)
+    frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+    assert frozen and all("encoder.block.0." in name or "shared" in name for name in frozen)

@@ -14,6 +14,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -197,10 +198,10 @@ def test_own_metrics_get_the_rewards(config):
 def test_texts_and_token_ids_give_the_same_batches(config):
     datasets = pytest.importorskip("datasets")
     tokenizer = tiny_models.tokenizer()
-    tokens = pairs([[3, 4, 5, 6], [7, 8]], [[9], [10, 11, 12]], [0.5, 1.0])
+    tokens = pairs([[3, 4, 5, 6], [7, 8]], [[9], [10, 11, 9]], [0.5, 1.0])
     texts = [
         {"chosen": "w3 w4 w5 w6", "rejected": "w9", "margin": 0.5},
-        {"chosen": "w7 w8", "rejected": "w10 w11 w12", "margin": 1.0},
+        {"chosen": "w7 w8", "rejected": "w10 w11 w9", "margin": 1.0},
     ]
     model = tiny_model()
     batches = []
@@ -317,9 +318,60 @@ def batch_of_mixed_margins():
     return RewardDataCollatorWithPadding(tiny_model().config)([*pairs(), *pairs(margins=[1.0] * 4)])
 
 
+def language_model(num_labels=1):
+    return GPT2LMHeadModel(tiny_model(num_labels=num_labels).config)
+
+
+class ScorePerToken(torch.nn.Module):
+    """A reward model of somebody's own that gives every token a score."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_model().config
+        self.head = torch.nn.Embedding(12, 1)
+
+    def forward(self, input_ids, attention_mask, return_dict=True):
+        return types.SimpleNamespace(logits=self.head(input_ids))
+
+
+def collated(chosen, rejected=REJECTED):
+    """A trainer's loss of a batch that a data_collator of the user's own has made."""
+    batch = RewardDataCollatorWithPadding(tiny_model().config)(pairs(chosen, rejected))
+    return RewardTrainer(tiny_model(), None, lambda rows: batch, train_dataset=[0]).compute_loss(tiny_model(), batch)
+
+
+LONG = [list(range(17)), *CHOSEN[1:]]
+LONG[0] = [i % 11 for i in LONG[0]]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: reward_scores(tiny_model("gpt2"), LONG),
+         r"reward_scores: sequences\[0\] must hold at most 16 tokens, as many as the model reads, got 17; cut it"),
+        (lambda: reward_scores(tiny_model("bert"), LONG),
+         r"reward_scores: sequences\[0\] must hold at most 16 tokens, as many as the model reads, got 17; cut it"),
+        (lambda: normalize_rewards(tiny_model("bert"), LONG), r"sequences\[0\] must hold at most 16 tokens"),
+        (lambda: trained_on(pairs(LONG)),
+         r"train_dataset\[0\]: chosen must hold at most 16 tokens, as many as the model reads, got 17; set max_length"),
+        (lambda: collated(LONG), "RewardTrainer: input_ids must hold at most 16 tokens, as many as the model reads, got 17"),
+        (lambda: reward_scores(tiny_model(), [[1, 2], [3, 12]]),
+         r"reward_scores: sequences\[1\] must hold token ids in the vocabulary \[0, 12\), got 12"),
+        (lambda: reward_scores(tiny_model("bert"), [[-1]]), r"sequences\[0\] must hold token ids in .*, got -1"),
+        (lambda: trained_on(pairs(CHOSEN, [*REJECTED[:3], [99]])),
+         r"train_dataset\[3\]: rejected must hold token ids in the vocabulary \[0, 12\), got 99"),
+        (lambda: collated([*CHOSEN[:3], [12]]), "RewardTrainer: input_ids must hold token ids in the vocabulary"),
+        (lambda: reward_scores(tiny_model(pad_token_id=12), CHOSEN),
+         r"model.config.pad_token_id must lie in the vocabulary \[0, 12\), got 12; call model.resize_token_embeddings"),
+        (lambda: reward_scores(language_model(), CHOSEN),
+         r"reward_scores: model must be a sequence classifier, got the language model GPT2LMHeadModel; load it with Auto"),
+        (lambda: RewardTrainer(language_model(num_labels=2), None, train_dataset=pairs()),
+         r"RewardTrainer: model must be a sequence classifier, got the language model GPT2LMHeadModel; load it with Auto"),
+        (lambda: RewardTrainer(None, None, model_init=lambda: language_model()), "must be a sequence classifier, got"),
+        (lambda: reward_scores(ScorePerToken(), CHOSEN),
+         r"reward_scores: model must give one score per sequence, logits \[4, 1\], got \[4, 4, 1\]"),
+        (lambda: RewardTrainer(ScorePerToken(), None).compute_loss(ScorePerToken(),
+         RewardDataCollatorWithPadding(tiny_model().config)(pairs())), r"RewardTrainer: model must give one score per seq"),
         (lambda: trained_on([]), "RewardTrainer: train_dataset must hold at least one example, got none"),
         (lambda: trained_on(pairs([[1]], [[]])),
          r"RewardTrainer: train_dataset\[0\]: rejected must be one row of at least 1 tokens, got shape \[0\]"),
@@ -354,6 +406,59 @@ def test_rejects(call, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without a config the trainer makes ./tmp_trainer, as TRL's does
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "kind", "text"),
+    [
+        (
+            torch.ones(3, dtype=torch.long, device="meta"),
+            TypeError,
+            "be a dense tensor with values, got one on the meta",
+        ),
+        (torch.ones(3, dtype=torch.long).to_sparse(), TypeError, "be a dense tensor, got torch.sparse_coo"),
+        (torch.nested.as_nested_tensor([torch.ones(3)]), TypeError, "be a dense tensor, got a nested one"),
+        ([1.5, 2.0], TypeError, "hold integer token ids, got torch.float32"),
+        ([True, False], TypeError, "hold integer token ids, got torch.bool"),
+        ([1, None], ValueError, "be one row of token ids, got list: "),
+        ([[1], [2, 3]], ValueError, "be one row of token ids, got list: "),
+        ([2**70], ValueError, "be one row of token ids, got list: "),
+    ],
+    ids=str,
+)
+def test_what_is_no_row_of_ids_is_one_sentence(sequence, kind, text):
+    with pytest.raises(kind, match=rf"^reward_scores: sequences\[1\] must {text}"):
+        reward_scores(tiny_model(), [[1, 2], sequence])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [{}, {"reward_gain": 2.0, "reward_bias": -1.0}, {"reward_bias": 3.0}])
+@pytest.mark.parametrize(
+    ("sequences", "error"), [([[1], [1]], ValueError), ([[1], []], ValueError), (CHOSEN, KeyboardInterrupt)]
+)
+def test_an_error_leaves_gain_bias_and_modes(before, sequences, error):
+    model = tiny_model().train()
+    model.transformer.drop.eval()
+    model.config.update(before)
+    modes = [module.training for module in model.modules()]
+    if error is KeyboardInterrupt:
+        model.transformer.h[0].register_forward_hook(interrupt)
+    with pytest.raises(error):
+        normalize_rewards(model, sequences)
+    assert {name: value for name, value in vars(model.config).items() if name.startswith("reward_")} == before
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_reads_as_far_as_its_positions_go(config):
+    """Rotary positions have no end, whatever max_position_embeddings says; max_length cuts what is longer than a table."""
+    llama = tiny_model("llama")
+    llama.config.max_position_embeddings = 4
+    assert torch.isfinite(reward_scores(llama, LONG)).all()
+    assert RewardTrainer(llama, config(), train_dataset=pairs(LONG)).train_dataset
+    assert RewardTrainer(tiny_model(), config(max_length=16), train_dataset=pairs(LONG)).train_dataset
 
 
 def test_a_score_that_is_not_finite_is_named():

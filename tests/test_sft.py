@@ -189,7 +189,8 @@ def test_predictions_are_the_logits(config):
         ([], {}, "SFTTrainer: train_dataset must hold at least one example, got none"),
         ([{"input_ids": [1, 2]}, {"input_ids": [3]}], {},
          r"SFTTrainer: train_dataset\[1\] must be one row of at least 2 tokens, got shape \[1\]"),
-        ([{"input_ids": torch.ones(2, 2)}], {}, r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
+        ([{"input_ids": torch.ones(2, 2, dtype=int)}], {},
+         r"SFTTrainer: train_dataset\[0\] must be one row .* got shape \[2, 2\]"),
         ([{"input_ids": [1, 2], "labels": [1]}], {},
          r"train_dataset\[0\]: labels must have 2 entries as input_ids, got 1"),
         (TEXTS, {}, r"train_dataset\[0\] must hold input_ids, got the columns \['by', 'text'\]; give dataset_text_field"),
@@ -240,3 +241,45 @@ def test_rejects_wrong_types(config, arguments, message):
 def test_rejects_bad_settings(config, field, value, message):
     with pytest.raises(ValueError, match=message):
         config(**{field: value})
+
+
+def test_a_sample_that_the_model_cannot_read_is_named(config):
+    row = {"input_ids": [3] * 11}
+    with pytest.raises(
+        ValueError, match=r"train_dataset\[1\] must hold at most 8 tokens, .*, got 9; lower max_seq_length"
+    ):
+        SFTTrainer(tiny_model(8), config(max_seq_length=9), train_dataset=[RAGGED[0], row])
+    with pytest.raises(ValueError, match=r"eval_dataset\[0\] must hold token ids in the vocabulary \[0, 48\), got 48"):
+        SFTTrainer(tiny_model(8), config(), eval_dataset=[{"input_ids": [3, 48]}])
+    assert trained_on(SFTTrainer(tiny_model(8), config(), train_dataset=[row])) == [[3] * 8]
+
+
+def test_a_batch_that_the_model_cannot_read_is_refused(config):
+    """Of a data_collator of the user's own, whose examples are not seen before."""
+    model = tiny_model(8)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for ids, text in (([3] * 9, "at most 8 tokens, .*, got 9"), ([3, 48], "token ids in the vocabulary .*, got 48")):
+        trainer = SFTTrainer(
+            model, config(dataset_kwargs={"skip_prepare_dataset": True}), train_dataset=[{"input_ids": ids}]
+        )
+        with pytest.raises(ValueError, match=f"SFTTrainer: input_ids must hold {text}"):
+            trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_rotary_positions_have_no_end(config):
+    model = tiny_models.llama(max_position_embeddings=4)
+    assert trained_on(SFTTrainer(model, config(), train_dataset=[{"input_ids": [3] * 11}])) == [[3] * 11]
+
+
+@pytest.mark.parametrize("kind", ["train_dataset", "eval_dataset"])
+def test_several_splits(config, kind):
+    """As one dataset they are refused; as datasets to evaluate on they are several."""
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(RAGGED), test=datasets.Dataset.from_list(COUNTING))
+    if kind == "eval_dataset":
+        assert set(SFTTrainer(tiny_model(), config(), eval_dataset=splits).eval_dataset) == {"train", "test"}
+        return
+    for several in (splits, {"train": RAGGED}):
+        with pytest.raises(TypeError, match=r"train_dataset must be one split, such as train_dataset\['train'\], got "):
+            SFTTrainer(tiny_model(), config(), train_dataset=several)

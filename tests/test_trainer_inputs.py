@@ -1,5 +1,8 @@
 """What `PPOTrainer.step` refuses: the error texts, and that weights and random state are unchanged."""
 
+import warnings
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import tiny_models
@@ -24,6 +27,13 @@ def replaced(name, i, value):
     """A batch that is valid except for one sample of one argument."""
     arguments = valid()
     arguments[name][i] = value
+    return arguments
+
+
+def replaced_by(name, change):
+    """A batch that is valid except for one sample, which is changed."""
+    arguments = masks(ONES, ONES, ONES, ONES)
+    arguments[name][1] = change(arguments[name][1])
     return arguments
 
 
@@ -142,6 +152,26 @@ BAD = {
         TypeError,
         "scores[2] must be a number or a tensor of one element, got NoneType",
     ),
+    "score is a numpy text": (
+        lambda: replaced("scores", 2, np.str_("3")),
+        TypeError,
+        "scores[2] must be a number or a tensor of one element, got str_",
+    ),
+    "score is a numpy complex": (
+        lambda: replaced("scores", 1, np.complex64(1j)),
+        TypeError,
+        "scores[1] must be a real number, got torch.complex64",
+    ),
+    "score is an array of two": (
+        lambda: replaced("scores", 1, np.ones(2)),
+        ValueError,
+        "scores[1] must be a single number, got a tensor of shape [2]",
+    ),
+    "numpy NaN": (
+        lambda: replaced("scores", 1, np.float16("nan")),
+        ValueError,
+        "scores[1] must be finite in float32, got nan",
+    ),
     "score has two elements": (
         lambda: replaced("scores", 2, torch.ones(2)),
         ValueError,
@@ -156,6 +186,45 @@ BAD = {
         lambda: replaced("scores", 0, torch.tensor(1j)),
         TypeError,
         "scores[0] must be a real number, got torch.complex64",
+    ),
+    "score is no float": (
+        lambda: replaced("scores", 3, 10**400),
+        ValueError,
+        "scores[3] must be finite in float32, got int too large to convert to float",
+    ),
+    "score is a fraction that is no float": (
+        lambda: replaced("scores", 3, Fraction(10**400, 3)),
+        ValueError,
+        "scores[3] must be finite in float32, got integer division result too large for a float",
+    ),
+    **{
+        f"{argument} on the meta device": (
+            lambda argument=argument: replaced_by(argument, lambda x: x.to("meta")),
+            TypeError,
+            f"{argument}[1] must be a dense tensor with values, got one on the meta device",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    **{
+        f"{argument} sparse": (
+            lambda argument=argument: replaced_by(argument, lambda x: x.reshape(-1).to_sparse()),
+            TypeError,
+            f"{argument}[1] must be a dense tensor, got torch.sparse_coo",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    **{
+        f"{argument} nested": (
+            lambda argument=argument: replaced_by(argument, lambda x: torch.nested.as_nested_tensor([x])),
+            TypeError,
+            f"{argument}[1] must be a dense tensor, got a nested one",
+        )
+        for argument in ("queries", "responses", "scores", "response_masks")
+    },
+    "score is quantized": (
+        lambda: replaced_by("scores", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+        TypeError,
+        "scores[1] must be a dense tensor with values, got a quantized one",
     ),
     "too few masks": (lambda: masks(ONES), ValueError, "response_masks must have config.batch_size = 4 entries, got 1"),
     "masks are a tensor": (
@@ -211,9 +280,12 @@ def test_rejects_a_response_without_a_token_that_counts_in_an_encoder_decoder():
         float,
         lambda score: score.double(),
         lambda score: np.float32(score),
+        lambda score: np.float64(score),
+        lambda score: score.numpy(),
+        lambda score: score.reshape(1).numpy(),
         lambda score: score.clone().requires_grad_(),
     ],
-    ids=["1-D", "float", "float64", "numpy", "requires_grad"],
+    ids=["1-D", "float", "float64", "np.float32", "np.float64", "0-D array", "1-D array", "requires_grad"],
 )
 def test_accepts_scores_in_every_form(convert):
     def one_step(form):
@@ -228,7 +300,15 @@ def test_accepts_scores_in_every_form(convert):
 
 
 @pytest.mark.parametrize(
-    "scores", [[1, 0, 3, -2], [torch.tensor(i) for i in (1, 0, 3, -2)], (True, False, 3, -2)], ids=repr
+    "scores",
+    [
+        [1, 0, 3, -2],
+        [torch.tensor(i) for i in (1, 0, 3, -2)],
+        (True, False, 3, -2),
+        [np.True_, np.False_, np.uint8(3), np.int64(-2)],
+        [np.float16(1), np.array(False), np.array([3]), np.longdouble(-2)],
+    ],
+    ids=repr,
 )
 def test_accepts_integer_scores(trainer, scores):
     queries, responses, _ = tiny_models.batch(4, 1)
@@ -251,6 +331,88 @@ def test_inputs_are_not_changed(trainer):
     trainer.step(queries, responses, scores)
     for tensors, expected in zip((queries, responses, scores), copies, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+PAD, EOS = tiny_models.PAD, tiny_models.EOS
+
+
+def padded(side, *, responses=True, by=(2, 0, 1, 3), pad=PAD):
+    """A batch whose responses, or queries, are padded."""
+    arguments = valid()
+    name = "responses" if responses else "queries"
+    filler = [torch.full((count,), pad) for count in by]
+    pairs = zip(arguments[name], filler, strict=True)
+    arguments[name] = [torch.cat([ids, fill] if side == "right" else [fill, ids]) for ids, fill in pairs]
+    return arguments
+
+
+def masks_of(arguments, name="responses"):
+    return [(ids != PAD).long() for ids in arguments[name]]
+
+
+WARNED = {
+    "responses to a common length": (lambda: padded("right"), 0, 6),
+    "left-padded queries": (lambda: padded("left", responses=False), 6, 0),
+    "right-padded queries": (lambda: padded("right", responses=False), 6, 0),
+    "one padding token": (lambda: padded("right", by=(0, 0, 0, 1)), 0, 1),
+    "an end id once more": (lambda: padded("right", pad=EOS), 0, 3),  # the first of each row ends it
+    "masks that count it": (
+        lambda: {**padded("right"), "response_masks": [torch.ones(len(ids)) for ids in padded("right")["responses"]]},
+        0,
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_padding_that_came_in_is_counted_and_warned_of_once(case):
+    batch, in_queries, in_responses = WARNED[case]
+    trainer = tiny_models.trainer(ppo_epochs=1)
+    if case == "an end id once more":
+        trainer.tokenizer.pad_token = "<eos>"
+    text = f"{in_queries} tokens at the ends of queries and {in_responses} at the ends of responses are padding"
+    with pytest.warns(
+        UserWarning,
+        match=rf"PPOTrainer.step: {text} \(id \d\), and count like all others; strip it, as in ids\[attention",
+    ):
+        trainer.step(**batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(**batch())
+
+
+NOT_WARNED = {
+    "no padding": valid,
+    "masked": lambda: {**padded("right"), "response_masks": masks_of(padded("right"))},
+    "inside": lambda: replaced("responses", 1, torch.tensor([5, PAD, PAD, 6])),
+    "a padding id in front of a response": lambda: padded("left"),
+    "an end id at the end": lambda: padded("right", by=(1, 1, 1, 1), pad=EOS),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WARNED)
+def test_no_warning_where_there_is_no_padding_that_counts(case):
+    trainer = tiny_models.trainer(ppo_epochs=1)
+    if case == "an end id at the end":
+        trainer.tokenizer.pad_token = "<eos>"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(**NOT_WARNED[case]())
+
+
+def test_an_id_that_the_reference_does_not_know_is_refused():
+    """As after tokens were added to the policy alone."""
+    trainer = tiny_models.trainer()
+    trainer.model.pretrained_model.resize_token_embeddings(50, mean_resizing=False)
+    both = ppo_ext.PPOTrainer(trainer.config, trainer.model, trainer.ref_model, trainer.tokenizer)
+    before = tiny_models.weights(both)
+    with pytest.raises(ValueError) as error:
+        both.step(**replaced("responses", 2, torch.tensor([3, 49])))
+    assert str(error.value) == (
+        "PPOTrainer.step: responses[2][1] must lie in the reference model's vocabulary [0, 48), got 49"
+    )
+    tiny_models.assert_unmoved(before, both)
+    both.step(**valid())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reading a user's text file."""
 
+import shlex
 from pathlib import Path
 
 
@@ -10,8 +11,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"demo: --corpus must be a readable file, got {path} ({error.strerror})") from error
     except UnicodeDecodeError as error:
+        has_mark = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
         raise ValueError(
             f"demo: --corpus must be UTF-8 text, got {path} with byte 0x{error.object[error.start]:02x} "
             f"at position {error.start}; if it is Windows text, convert it with: "
-            f"iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt"
+            f"iconv -f {'UTF-16' if has_mark else 'WINDOWS-1252'} -t UTF-8 {shlex.quote(str(path))} > converted.txt"
         ) from error

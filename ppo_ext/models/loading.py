@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from . import checkpoint, lora
@@ -23,23 +25,70 @@ def check_source(source: str) -> None:
 
 
 def load_pretrained(
-    auto_class: Any, source: str, is_trainable: bool, model_args: tuple[Any, ...], kwargs: dict[str, Any]
+    auto_class: Any,
+    source: str,
+    is_trainable: bool,
+    model_args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    base_model: Any = None,
 ) -> tuple[Any, bool]:
     """Returns the transformers model in `source`, or the PeftModel if it holds an adapter, and whether it does.
 
+    base_model: what the adapter is put on; None: the model that its config names.
     Raises: ValueError for a path that does not exist, for pickle weights, for missing or damaged files, and for tensors
     of other shapes than the config says.
     """
     check_source(source)
     complete(source)
     adapter_found = lora.find_adapter(source, kwargs)
+    if base_model is not None:
+        if not adapter_found or not isinstance(base_model, PreTrainedModel):
+            got = type(base_model).__name__ if adapter_found else f"{source} without an adapter"
+            raise ValueError(f"from_pretrained: base_model must be a transformers model for an adapter, got {got}")
+        return lora.load(base_model, source, is_trainable, kwargs), True
     base = lora.base_model_of(source, kwargs) if adapter_found else source
     check_source(base)
     complete(base)
     if os.path.isdir(base):
         _check_folder(base, kwargs)
-    model = _load_backbone(auto_class, base, model_args, kwargs)
+    model = _load_backbone(_class_for(auto_class, base, kwargs), base, model_args, kwargs)
     return (lora.load(model, source, is_trainable, kwargs) if adapter_found else model), adapter_found
+
+
+def _class_for(auto_class: Any, base: str, kwargs: Mapping[str, Any]) -> Any:
+    """The auto class, or the class by which the checkpoint was saved if the auto class would take another one or none.
+
+    A vision-language checkpoint is such a case: AutoModelForCausalLM loads the language model alone, or refuses it.
+    """
+    if "gguf_file" in kwargs or kwargs.get("trust_remote_code"):
+        return auto_class
+    config = kwargs.get("config", base)
+    if isinstance(config, (str, os.PathLike)):
+        config = AutoConfig.from_pretrained(config, **lora.hub_arguments(kwargs))
+    named = (getattr(config, "architectures", None) or [""])[0]
+    mapped = auto_class._model_mapping.get(type(config), ())
+    classes = mapped if isinstance(mapped, (tuple, list)) else (mapped,)
+    saved = getattr(transformers, named, None)
+    fits = config.is_encoder_decoder == ("Seq2Seq" in auto_class.__name__)
+    if not fits or named in [kind.__name__ for kind in classes] or saved is None or not saved.can_generate():
+        return auto_class
+    return saved
+
+
+def drop_quantization_mark(model: Any) -> None:
+    """Takes the mark of a quantized model from one whose weights are plain floating-point tensors, so that it can be saved.
+
+    transformers leaves it on a model that it has dequantized while loading, for example from a GGUF file.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not hasattr(quantizer, "remove_quantization_config"):
+        return
+    half_or_more = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    weights = [
+        tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor) and tensor.dim() > 1
+    ]
+    if weights and all(type(weight) is torch.Tensor and weight.dtype in half_or_more for weight in weights):
+        quantizer.remove_quantization_config(model)
 
 
 def _check_folder(base: str, kwargs: Mapping[str, Any]) -> None:
@@ -122,6 +171,14 @@ def read_v_head(source: str, kwargs: Mapping[str, Any]) -> dict[str, torch.Tenso
     if not state:
         logger.info("%s holds no v_head, so a new one is initialised, as expected before the first PPO run", source)
     return state
+
+
+def read_v_head_of(model: Any) -> dict[str, torch.Tensor]:
+    """The v_head.* tensors in the local folder that a transformers model says it was loaded from; {} if it has none."""
+    folder = "" if lora.is_peft_model(model) else getattr(model, "name_or_path", "")
+    with contextlib.suppress(ValueError):  # weights that are not safetensors; the user has chosen to load them
+        return read_v_head(folder, {}) if os.path.isdir(folder) else {}
+    return {}
 
 
 def _cached_weight_files(source: str, kwargs: Mapping[str, Any]) -> dict[str, str]:

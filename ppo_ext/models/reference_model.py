@@ -26,7 +26,7 @@ def create_reference_model(model: Model, num_shared_layers: int | None = None, p
             num_shared_layers - 1) are frozen in `model` and are the same tensors in the copy. None copies everything
             and freezes nothing in `model`.
         pattern: the layers' name, such as "transformer.h.{layer}"; by default the first of `LAYER_PATTERNS` that
-            matches.
+            matches, or else the last list of layers that is as long as the config says.
 
     Raises: ValueError if no name matches, and under DeepSpeed ZeRO-3, where no rank has whole parameters to copy.
 
@@ -49,7 +49,7 @@ def create_reference_model(model: Model, num_shared_layers: int | None = None, p
 def _parameters_before(model: nn.Module, num_shared_layers: int, pattern: str | None) -> list[nn.Parameter]:
     """The parameters before a layer, in the order of `named_parameters`."""
     names = [name for name, _ in model.named_parameters()]
-    candidates = LAYER_PATTERNS if pattern is None else (pattern,)
+    candidates = (*LAYER_PATTERNS, *_layer_lists(model)) if pattern is None else (pattern,)
     for candidate in candidates:
         layer = candidate.format(layer=num_shared_layers)
         for position, name in enumerate(names):
@@ -57,5 +57,21 @@ def _parameters_before(model: nn.Module, num_shared_layers: int, pattern: str | 
                 return [parameter for _, parameter in list(model.named_parameters())[:position]]
     raise ValueError(
         f"create_reference_model: num_shared_layers must name a layer of the model by one of {', '.join(candidates)}, "
-        f"got {num_shared_layers}"
+        f"got {num_shared_layers}; pattern takes another name"
     )
+
+
+def _layer_lists(model: nn.Module) -> list[str]:
+    """Patterns of the lists of layers in a transformers model, those that are as long as the config says first.
+
+    Lists of one length side by side are left out: XLM keeps attentions and norms apart, so that none of them is its layers.
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if config is not None else None
+    depth = getattr(text_config, "num_hidden_layers", None)
+    lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, length) for name, length in lists if not any(part.isdigit() for part in name.split("."))]
+    places = [(name.rpartition(".")[0], length) for name, length in lists]
+    whole = [found for found, place in zip(lists, places) if places.count(place) == 1]
+    whole.sort(key=lambda found: found[1] == depth)  # stable: among equals the last, the decoder's, stays last
+    return [f"{name}.{{layer}}" for name, _ in reversed(whole)]

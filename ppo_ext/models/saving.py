@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,12 @@ class SavingMixin(nn.Module):
 
     pretrained_model: Any  # a transformers PreTrainedModel or a PeftModel
     v_head: ValueHead
-    is_peft_model: bool
     rm_adapter_name: str | None  # of the reward adapter, which is not saved
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the wrapped model is a PeftModel; no longer so once it is replaced by what merge_and_unload() returns."""
+        return lora.is_peft_model(self.pretrained_model)
 
     def state_dict(  # type: ignore[override]  # nn.Module declares it by overloads
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -80,6 +85,29 @@ class SavingMixin(nn.Module):
                 self.pretrained_model.save_pretrained(staging, state_dict=state_dict, **kwargs)
         if push:
             self.push_to_hub(repo_id)
+
+    def rehearse_saving(self) -> None:
+        """Raises ValueError for what `save_pretrained` would refuse; writes only configs, to a temporary folder."""
+        model, owner = self.pretrained_model, type(self).__name__
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not self.is_peft_model:
+            method = quantizer.quantization_config.quant_method
+            raise ValueError(
+                f"{owner}: a model without adapters must not be quantized, since it can be neither trained nor saved with "
+                f"its value head, got {getattr(method, 'value', method)}; give from_pretrained a peft_config"
+            )
+        configs = list(model.peft_config.values()) if self.is_peft_model else [model.config]
+        if not self.is_peft_model and model.can_generate():
+            configs.append(model.generation_config)
+        for config in configs:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    config.save_pretrained(folder)
+                except Exception as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(
+                        f"{owner}: {type(config).__name__} must be one that save_pretrained can write, got {reason}"
+                    ) from error
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's `push_to_hub`, with the value head inside."""

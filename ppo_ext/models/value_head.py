@@ -31,7 +31,9 @@ class ValueHead(nn.Module):
             raise ValueError(f"ValueHead: v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}")
         dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.summary = nn.Linear(_hidden_size(config), 1)
+        # a default of half precision would round the values, which GAE and the value loss amplify
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.summary = nn.Linear(_hidden_size(config), 1, dtype=dtype)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)
@@ -44,11 +46,14 @@ class ValueHead(nn.Module):
 
 
 def _hidden_size(config: Any) -> int:
-    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width."""
+    """The width of the last hidden states; OPT-350m projects them to its narrower embedding width.
+
+    A vision-language config may have a hidden_size of its own, which is not that of its language model.
+    """
     candidates: list[tuple[Any, str]] = [(config, "word_embed_proj_dim")]
     if getattr(config, "is_encoder_decoder", False):
         candidates.append((getattr(config, "decoder", None), "hidden_size"))
-    candidates += [(config, "hidden_size"), (getattr(config, "text_config", None), "hidden_size")]
+    candidates += [(getattr(config, "text_config", None), "hidden_size"), (config, "hidden_size")]
     for owner, name in candidates:
         if hasattr(owner, name):
             return getattr(owner, name)

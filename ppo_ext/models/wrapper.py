@@ -43,10 +43,11 @@ class PreTrainedModelWrapper(SavingMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        lora.refuse_injected(type(self).__name__, pretrained_model)
         self.pretrained_model = pretrained_model
         lm_head = self._find_lm_head()
         self.config = pretrained_model.config
-        self.is_peft_model = lora.is_peft_model(pretrained_model)
+        self.adapters_changed_the_base = False  # whether the model without its adapter is not the one that was loaded
         self.is_loaded_in_8bit = getattr(pretrained_model, "is_loaded_in_8bit", False)
         self.is_loaded_in_4bit = getattr(pretrained_model, "is_loaded_in_4bit", False)
         self.is_sequential_parallel = False  # whether the layers are spread over several devices
@@ -65,6 +66,9 @@ class PreTrainedModelWrapper(SavingMixin):
             self.v_head.to(device)
 
     def _find_lm_head(self) -> nn.Module:
+        lm_head = getattr(self.pretrained_model, "get_output_embeddings", lambda: None)()
+        if lm_head is not None:
+            return lm_head
         for name, module in self.pretrained_model.named_modules():
             if name.rpartition(".")[2] in self.lm_head_namings:
                 return module
@@ -80,6 +84,8 @@ class PreTrainedModelWrapper(SavingMixin):
         Args:
             pretrained_model_name_or_path: a local folder, a hub id, or a transformers or peft model.
             kwargs: peft_config, is_trainable, reward_adapter (a local folder) and reward_adapter_name, see `lora`.
+                base_model: the transformers model that the adapter in a folder belongs to, where it is not the one in
+                the path that the adapter's config names.
                 `supported_args` go to `ValueHead`, everything else to `transformers_parent_class.from_pretrained`.
 
         Raises: ValueError for a path that does not exist, pickle weights, corrupt files and prompt learning.
@@ -88,6 +94,7 @@ class PreTrainedModelWrapper(SavingMixin):
         reward_adapter = kwargs.pop("reward_adapter", None)
         reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_adapter")
         is_trainable = kwargs.pop("is_trainable", False)
+        base_model = kwargs.pop("base_model", None)
         head_kwargs, pretrained_kwargs, kbit_kwargs = cls._split_kwargs(kwargs)
         lora.check_arguments(peft_config, reward_adapter)
 
@@ -96,7 +103,7 @@ class PreTrainedModelWrapper(SavingMixin):
             source = os.fspath(source)
             pretrained_kwargs = keywords.translate(pretrained_kwargs, cls._get_current_device())
             pretrained_model, adapter_found = loading.load_pretrained(
-                cls.transformers_parent_class, source, is_trainable, model_args, pretrained_kwargs
+                cls.transformers_parent_class, source, is_trainable, model_args, pretrained_kwargs, base_model
             )
             if adapter_found and peft_config is not None:
                 logger.warning("peft_config is ignored, since %s holds an adapter", source)
@@ -104,17 +111,22 @@ class PreTrainedModelWrapper(SavingMixin):
         elif isinstance(getattr(source, "_orig_mod", source), PreTrainedModel) or lora.is_peft_model(source):
             pretrained_model = source  # a model of torch.compile has the model itself in _orig_mod
             v_head_state = {name: t for name, t in source.state_dict().items() if name.startswith("v_head.")}
+            v_head_state = v_head_state or loading.read_v_head_of(source)
         else:
             raise TypeError(
                 f"{cls.__name__}: pretrained_model_name_or_path must be a path, a hub id or a PreTrainedModel, "
                 f"got {type(source).__name__}"
             )
+        lora.refuse_injected(cls.__name__, pretrained_model)
+        loading.drop_quantization_mark(pretrained_model)
+        changed_the_base = False
         if peft_config is not None:
-            pretrained_model = lora.wrap(pretrained_model, peft_config, kbit_kwargs)
+            pretrained_model, changed_the_base = lora.wrap(pretrained_model, peft_config, kbit_kwargs)
         lora.refuse_prompt_learning(pretrained_model)
         if reward_adapter is not None:
             head_kwargs.update(lora.add_reward_adapter(pretrained_model, reward_adapter, reward_adapter_name))
         model = cls(pretrained_model, **head_kwargs)
+        model.adapters_changed_the_base = changed_the_base
         model.post_init(v_head_state)
         return model
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..models import lora
+from ..models.limits import limits_of
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -38,6 +39,7 @@ class SupervisedTrainer(Trainer):
                 raise ValueError(
                     f"{type(self).__name__}: {kind}_size must be 1, got {size}; a sequence must stay on one device"
                 )
+        self.limits = limits_of(self.model)
         # compute_loss divides by num_items_in_batch; with this transformers does not divide by the accumulation steps
         self.model_accepts_loss_kwargs = True
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ..models.limits import limits_of
 from ..models.modes import evaluating
 from .sequences import Sample, encode, right_pad
 
@@ -28,10 +30,11 @@ def reward_scores(
     Returns:
         [N] float32, on the CPU.
     Raises:
-        ValueError: num_labels != 1, no pad_token_id, an empty list or sequence, or a score that is not finite.
+        ValueError: num_labels != 1, no pad_token_id, a language model, an empty list or sequence, a sequence that the
+            model cannot read, or a score that is not finite.
     """
     check_reward_model("reward_scores", model)
-    encoded = encode("reward_scores: sequences", sequences, tokenizer)
+    encoded = encode("reward_scores: sequences", sequences, tokenizer, limits_of(model))
     with evaluating(model):
         parts = [_rewards(model, encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
     config: Any = model.config
@@ -77,10 +80,23 @@ def normalize_rewards(
 def check_reward_model(name: str, model: torch.nn.Module) -> None:
     """ValueError unless the model is a classifier with one label that knows its padding token."""
     config: Any = model.config
+    get_base_model = getattr(model, "get_base_model", None)  # of a peft model
+    base: Any = model if get_base_model is None else get_base_model()
+    if isinstance(base, PreTrainedModel) and base.can_generate():
+        raise ValueError(
+            f"{name}: model must be a sequence classifier, got the language model {type(base).__name__}; load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)"
+        )
     if getattr(config, "num_labels", None) != 1:
         raise ValueError(f"{name}: model must have num_labels 1, got {getattr(config, 'num_labels', None)}")
     if config.pad_token_id is None:
         raise ValueError(f"{name}: model.config.pad_token_id must be set, got None; it marks where a sequence ends")
+    end = limits_of(model).vocabulary
+    if end is not None and not 0 <= config.pad_token_id < end:
+        raise ValueError(
+            f"{name}: model.config.pad_token_id must lie in the vocabulary [0, {end}), got {config.pad_token_id}; call "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _rewards(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -88,5 +104,13 @@ def _rewards(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
     device = next(model.parameters()).device
     input_ids = right_pad(rows, model.config.pad_token_id).to(device)
     mask = right_pad([[1] * len(row) for row in rows]).to(device)  # by length: a row may hold the padding token's id
-    logits = model(input_ids=input_ids, attention_mask=mask).logits
-    return logits.reshape(len(rows)).float().cpu()
+    return one_score_each("reward_scores", model(input_ids=input_ids, attention_mask=mask).logits).cpu()
+
+
+def one_score_each(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """Logits [N, 1] or [N] as scores [N] float32; ValueError for any others, such as one per token."""
+    if logits.dim() > 2 or logits.numel() != len(logits):
+        raise ValueError(
+            f"{name}: model must give one score per sequence, logits [{len(logits)}, 1], got {list(logits.shape)}"
+        )
+    return logits.reshape(-1).float()

@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import pad
 from transformers import TrainingArguments
 
+from ..models.limits import NO_LIMITS, Limits, limits_of
 from .base import SupervisedTrainer, choose_tokenizer, copy_arguments, refuse
 from .reward_loss import pair_losses
-from .reward_scores import check_reward_model
-from .sequences import Example, check_row, convert_dataset, right_pad, tokenize
+from .reward_scores import check_reward_model, one_score_each
+from .sequences import Example, check_readable, check_row, convert_dataset, right_pad, tokenize
 
 SIDES = ("chosen", "rejected")
 
@@ -73,8 +74,9 @@ class RewardTrainer(SupervisedTrainer):
         processing_class: the tokenizer under the name it has in later versions of TRL.
         Others: see `transformers.Trainer`.
     Raises:
-        ValueError: num_labels != 1, no pad_token_id, an empty dataset, an example without both samples, an empty
-            sample, a text without tokenizer, or a margin that is not one finite number.
+        ValueError: num_labels != 1, no pad_token_id, a language model, an empty dataset, an example without both samples,
+            an empty sample or one that the model cannot read, a text without tokenizer, or a margin that is not one
+            finite number.
     Source: TRL 0.11.4, `RewardTrainer`.
     """
 
@@ -101,7 +103,10 @@ class RewardTrainer(SupervisedTrainer):
         config = copy_arguments(RewardConfig, args, max_length=max_length, remove_unused_columns=False)
         config.check()
         tokenizer = choose_tokenizer("RewardTrainer", tokenizer, processing_class)
-        convert = partial(_encode_pair, tokenizer=tokenizer, max_length=config.max_length)
+        if model is not None:
+            check_reward_model("RewardTrainer", model)
+        limits = NO_LIMITS if model is None else limits_of(model)
+        convert = partial(_encode_pair, tokenizer=tokenizer, max_length=config.max_length, limits=limits)
         if data_collator is None:
             train_dataset, eval_dataset = (
                 convert_dataset(f"RewardTrainer: {name}", dataset, convert, config.dataset_num_proc)
@@ -122,7 +127,7 @@ class RewardTrainer(SupervisedTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         trained: Any = self.model
-        check_reward_model("RewardTrainer", trained)
+        check_reward_model("RewardTrainer", trained)  # model_init may have made it
         self.pad_token_id: int = trained.config.pad_token_id
         if data_collator is None:
             self.data_collator = RewardDataCollatorWithPadding(trained.config)
@@ -137,8 +142,9 @@ class RewardTrainer(SupervisedTrainer):
         """The batch's share in `reward_loss`, 0-d float32; if asked, with {"rewards_chosen", "rewards_rejected"}."""
         input_ids = _stack(inputs["input_ids_chosen"], inputs["input_ids_rejected"], self.pad_token_id)
         mask = _stack(inputs["attention_mask_chosen"], inputs["attention_mask_rejected"], 0)
-        rewards = model(input_ids=input_ids, attention_mask=mask, return_dict=True).logits.float()
-        chosen, rejected = rewards.chunk(2)
+        check_readable("RewardTrainer: input_ids", input_ids, self.limits)
+        logits = model(input_ids=input_ids, attention_mask=mask, return_dict=True).logits
+        chosen, rejected = one_score_each("RewardTrainer", logits)[:, None].chunk(2)
         losses = pair_losses(chosen, rejected, inputs.get("margin"), self.args.center_rewards_coefficient)
         loss = self.mean_loss(losses.sum(), inputs, num_items_in_batch)
         return (loss, {"rewards_chosen": chosen, "rewards_rejected": rejected}) if return_outputs else loss
@@ -214,7 +220,7 @@ def _stack(chosen: torch.Tensor, rejected: torch.Tensor, value: int) -> torch.Te
     return torch.cat([pad(side, (0, width - side.shape[1]), value=value) for side in (chosen, rejected)])
 
 
-def _encode_pair(example: Example, name: str, *, tokenizer: Any, max_length: int | None) -> Example:
+def _encode_pair(example: Example, name: str, *, tokenizer: Any, max_length: int | None, limits: Limits) -> Example:
     """One pair with its columns as token ids, cut to max_length, and its margin if it has one."""
     pair: Example = {}
     for side in SIDES:
@@ -231,7 +237,9 @@ def _encode_pair(example: Example, name: str, *, tokenizer: Any, max_length: int
             raise ValueError(
                 f"{name}: attention_mask_{side} must have {len(row)} entries as input_ids_{side}, got {len(mask)}"
             )
-        pair[f"input_ids_{side}"] = row[:max_length].tolist()
+        row = row[:max_length]
+        check_readable(f"{name}: {side}", row, limits, "set max_length to cut it")
+        pair[f"input_ids_{side}"] = row.tolist()
         pair[f"attention_mask_{side}"] = mask[:max_length]
     if "margin" in example:
         margin = torch.as_tensor(float("nan") if example["margin"] is None else example["margin"], dtype=torch.float32)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..models.limits import Limits, smallest
 from ..ops import check
 
 Sample = str | Sequence[int] | torch.Tensor
@@ -27,20 +28,38 @@ def check_row(name: str, ids: Sequence[int] | torch.Tensor, min_length: int = 1)
     return row.long()
 
 
-def encode(name: str, samples: Sequence[Sample], tokenizer: Any = None) -> list[torch.Tensor]:
+def check_readable(name: str, ids: torch.Tensor, limits: Limits, remedy: str = "cut it") -> None:
+    """ValueError unless the model can read the int64 ids [T] or [B, T]; remedy: what to do with a row that is too long."""
+    longest = smallest(limits.length, limits.encoder_length)
+    if longest is not None and ids.shape[-1] > longest:
+        raise ValueError(
+            f"{name} must hold at most {longest} tokens, as many as the model reads, got {ids.shape[-1]}; {remedy}"
+        )
+    end = limits.vocabulary
+    bad = (ids < 0) if end is None else (ids < 0) | (ids >= end)
+    if bad.any():
+        raise ValueError(f"{name} must hold token ids in the vocabulary [0, {end}), got {ids[bad][0].item()}")
+
+
+def encode(name: str, samples: Sequence[Sample], tokenizer: Any, limits: Limits) -> list[torch.Tensor]:
     """Samples as int64 tensors [T].
 
     Args:
         name: what error messages call the argument, such as "reward_scores: sequences".
+        limits: of the model that is to read them.
     Raises:
-        ValueError: there is no sample, a text without a tokenizer, or a sample that is not one row of tokens.
+        ValueError: there is no sample, a text without a tokenizer, a sample that is not one row of tokens, or one that
+            the model cannot read.
     """
     if len(samples) == 0:
         raise ValueError(f"{name} must hold at least one sequence, got none")
-    return [
+    rows = [
         check_row(f"{name}[{i}]", tokenize(f"{name}[{i}]", sample, tokenizer) if isinstance(sample, str) else sample)
         for i, sample in enumerate(samples)
     ]
+    for i, row in enumerate(rows):
+        check_readable(f"{name}[{i}]", row, limits)
+    return rows
 
 
 def tokenize(name: str, text: str, tokenizer: Any, **options: Any) -> list[int]:
@@ -80,14 +99,19 @@ def convert_dataset(
     Args:
         dataset: a list of dicts and a `datasets.Dataset` are converted here, so that a bad example is reported before
             training starts; a torch dataset with a length, and a `datasets.IterableDataset`, while they are read.
-            A dict of datasets is converted one by one; None stays None.
+            A dict of datasets to evaluate on is converted one by one; None stays None.
         num_proc: number of processes that convert a `datasets.Dataset`.
     Raises:
         ValueError: the dataset is empty.
-        TypeError: it is none of these.
+        TypeError: it is none of these, or several to train on.
     """
     if dataset is None:
         return None
+    if isinstance(dataset, dict) and name.endswith("train_dataset"):
+        raise TypeError(
+            f"{name} must be one split, such as train_dataset[{next(iter(dataset), 'train')!r}], got "
+            f"{type(dataset).__name__} with {list(dataset)}"
+        )
     if isinstance(dataset, dict):
         return {key: convert_dataset(f"{name}[{key!r}]", part, convert, num_proc) for key, part in dataset.items()}
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from ..models import loading
+from ..models.limits import NO_LIMITS, Limits, limits_of
 from ..ops.logprobs import logprobs
 from .base import SupervisedTrainer, choose_tokenizer, copy_arguments, refuse
-from .sequences import Example, check_row, convert_dataset, right_pad, tokenize
+from .sequences import Example, check_readable, check_row, convert_dataset, right_pad, tokenize
 
 IGNORED = -100  # label of a token that the loss leaves out, as everywhere in transformers
 DEFAULT_MAX_LENGTH = 1024  # of texts, as in TRL
@@ -29,8 +30,8 @@ class SFTConfig(TrainingArguments):
 
     Args:
         dataset_text_field: the column that holds the text.
-        max_seq_length: longer samples are cut. None: the model's context for token ids; for texts the smallest of that,
-            1024 and the tokenizer's model_max_length.
+        max_seq_length: longer samples are cut. None: what the model can read for token ids (no limit for rotary
+            positions); for texts the smallest of that, 1024 and the tokenizer's model_max_length.
         dataset_num_proc: processes that tokenize a `datasets.Dataset`.
         model_init_kwargs: passed to from_pretrained where the model is given by its name or path.
         dataset_kwargs: add_special_tokens (True) for the tokenizer; skip_prepare_dataset (False) leaves the datasets as
@@ -85,7 +86,8 @@ class SFTTrainer(SupervisedTrainer):
         processing_class: the tokenizer under the name it has in later versions of TRL.
         Others: see `transformers.Trainer`; fields of `SFTConfig` as keyword arguments override those in args.
     Raises:
-        ValueError: an empty dataset, an example under 2 tokens or without text and token ids, a text without tokenizer.
+        ValueError: an empty dataset, an example under 2 tokens or without text and token ids, a text without tokenizer, a
+            token id outside the vocabulary, an example that is longer than the model can read after it was cut.
         TypeError: an argument that `SFTConfig` does not know, or a dataset or peft_config of another type.
     Source: TRL 0.11.4, `SFTTrainer`.
     """
@@ -127,7 +129,8 @@ class SFTTrainer(SupervisedTrainer):
             model, _ = loading.load_pretrained(AutoModelForCausalLM, model, True, (), options)
         elif config.model_init_kwargs:
             raise ValueError("SFTTrainer: model must be a name or path where model_init_kwargs is given, got a model")
-        encoder = _Encoder(config, tokenizer, formatting_func, getattr(model, "config", None))
+        limits = NO_LIMITS if model is None else limits_of(model)
+        encoder = _Encoder(config, tokenizer, formatting_func, limits)
 
         def prepared(name: str, dataset: Any) -> Any:
             if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
@@ -157,6 +160,7 @@ class SFTTrainer(SupervisedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The batch's share in the mean negative log-probability per token, 0-d float32; with the outputs if asked."""
+        check_readable("SFTTrainer: input_ids", inputs["input_ids"], self.limits)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         targets = inputs["labels"][:, 1:]
         counted = targets != IGNORED
@@ -188,14 +192,14 @@ def pad_samples(examples: list[Example]) -> dict[str, torch.Tensor]:
 class _Encoder:
     """Turns one example of a dataset into token ids."""
 
-    def __init__(self, config: SFTConfig, tokenizer: Any, formatting_func: Callable | None, model_config: Any):
+    def __init__(self, config: SFTConfig, tokenizer: Any, formatting_func: Callable | None, limits: Limits):
         # Only what decides the result: the package datasets caches by a hash of all that is stored here.
         self.tokenizer, self.formatting_func = tokenizer, formatting_func
         self.text_field = config.dataset_text_field
         self.add_special_tokens = (config.dataset_kwargs or {}).get("add_special_tokens", True)
-        context = getattr(model_config, "max_position_embeddings", None)
-        known = [context, getattr(tokenizer, "model_max_length", None), DEFAULT_MAX_LENGTH]
-        self.id_limit = config.max_seq_length or context
+        self.limits = limits
+        known = [limits.length, getattr(tokenizer, "model_max_length", None), DEFAULT_MAX_LENGTH]
+        self.id_limit = config.max_seq_length or limits.length
         self.text_limit = config.max_seq_length or min(limit for limit in known if limit is not None)
 
     def __call__(self, example: Example, name: str) -> Example:
@@ -209,13 +213,19 @@ class _Encoder:
                 truncation=True,
                 max_length=self.text_limit,
             )
-            return {"input_ids": check_row(name, ids, min_length=2).tolist()}
+            return {"input_ids": self._checked(name, ids).tolist()}
         length = len(check_row(name, example["input_ids"], min_length=2))
+        self._checked(name, torch.as_tensor(example["input_ids"])[: self.id_limit])
         given = [key for key in ("input_ids", "attention_mask", "labels") if example.get(key) is not None]
         for key in given:
             if len(example[key]) != length:
                 raise ValueError(f"{name}: {key} must have {length} entries as input_ids, got {len(example[key])}")
         return {key: torch.as_tensor(example[key])[: self.id_limit].tolist() for key in given}
+
+    def _checked(self, name: str, ids: Any) -> torch.Tensor:
+        row = check_row(name, ids, min_length=2)
+        check_readable(name, row, self.limits, "lower max_seq_length to cut it")
+        return row
 
     def _text(self, example: Example, name: str) -> str:
         field = self.text_field

@@ -21,10 +21,14 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project_config=ProjectConfiguration(**as_dict("project_kwargs", config.project_kwargs)),
         **as_dict("accelerator_kwargs", config.accelerator_kwargs),
     )
+    if accelerator.dataloader_config.dispatch_batches is None:
+        # else the main process reads a streaming dataset for all, and accelerate can cut batches of tensors only
+        accelerator.dataloader_config.dispatch_batches = False
     processes = accelerator.num_processes
     config.world_size = processes
     config.global_backward_batch_size = config.mini_batch_size * config.gradient_accumulation_steps * processes
     config.global_batch_size = config.batch_size * processes
+    config.check()  # what depends on the number of processes
     return accelerator
 
 
@@ -62,10 +66,10 @@ def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:
 
 
 def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:
-    """Starts the trackers of `config.log_with` with all settings; tensorboard takes flat ones only."""
-    settings = config.to_dict()
+    """Starts the trackers of `config.log_with` with all settings; tensorboard takes flat and plain ones only."""
+    names = [getattr(tracker, "value", getattr(tracker, "name", None)) for tracker in accelerator.log_with]
     accelerator.init_trackers(
         config.tracker_project_name,
         init_kwargs=config.tracker_kwargs,
-        config=settings if config.log_with == "tensorboard" else {"trl_ppo_trainer_config": settings},
+        config=config.to_plain_dict() if "tensorboard" in names else {"trl_ppo_trainer_config": config.to_dict()},
     )

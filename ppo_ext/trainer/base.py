@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from ..models.limits import Limits
 from .config import PPOConfig
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .ratio_guard import RatioGuard
+from .padding import PaddingWatch
 from .stats import RunningMoments
+from .update_guard import UpdateGuard
 
 
 class TrainerBase:
@@ -32,8 +34,10 @@ class TrainerBase:
     is_encoder_decoder: bool
     is_peft_model: bool
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
-    _vocab_size: int | None  # None: unknown
-    _context: int | None  # the longest sequence in tokens; None: no limit
+    _limits: Limits  # of what policy and reference can read
+    _left_padding_is_harmless: bool  # it moves no position, given position_ids where the model takes them
+    _first_position: int  # what position_ids begin with
+    _padding_watch: PaddingWatch  # for padding in what callers hand over
 
     tokenizer: PreTrainedTokenizerBase
     data_collator: Callable[[list[dict[str, torch.Tensor]]], Any]  # pads the sequences of a step
@@ -45,7 +49,7 @@ class TrainerBase:
     lr_scheduler: Any  # accelerate's wrapper around a torch schedule, or None
     kl_ctl: AdaptiveKLController | FixedKLController
     running: RunningMoments  # of the scores
-    _ratio_guard: RatioGuard
+    _update_guard: UpdateGuard
     skipped_minibatches: int  # by the ratio guard, since the trainer was made
 
     current_step: int  # steps sent to tensorboard

@@ -8,9 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+
+from .kl_controller import MAX_KL_ERROR
 from .stats import flatten_dict
+
+Plain: TypeAlias = bool | int | float | str | None
 
 KL_PENALTIES = ("kl", "abs", "mse", "full")
 
@@ -19,6 +24,18 @@ _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
 _NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef")
 _UNIT_INTERVAL = ("gamma", "lam")
 _POSITIVE_OR_NONE = ("max_grad_norm", "score_clip")
+_SWITCHES = (
+    "gradient_checkpointing",
+    "inplace_logits_grad",
+    "adap_kl_ctrl",
+    "whiten_rewards",
+    "gae_through_padding",
+    "early_stopping",
+    "use_score_scaling",
+    "use_score_norm",
+    "remove_unused_columns",
+    "optimize_device_cache",
+)
 _JSON_DICTS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
 
 
@@ -125,16 +142,22 @@ class PPOConfig:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
-        for name in _JSON_DICTS:
-            setattr(self, name, as_dict(name, getattr(self, name)))
+        self.world_size = None
         if self.log_with == "wandb":
             _require_wandb()
         self.check()
 
     def check(self) -> None:
         """Raise if a field is out of range; recompute the derived fields."""
+        for name in _JSON_DICTS:
+            setattr(self, name, as_dict(name, getattr(self, name)))
+        for name in _SWITCHES:
+            self._require_switch(name)
         for name in _COUNTS:
-            self._require_count(name)
+            self._require_int(name)
+        self._require(_COUNTS, lambda x: x >= 1, "be at least 1")
+        self._require_int("seed")
+        self._require(("seed",), lambda x: 0 <= x < 2**32, "lie in [0, 2**32), numpy's range")
         self._require(_POSITIVE, lambda x: x > 0, "be positive")
         self._require(_NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "be finite and not negative")
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
@@ -142,6 +165,7 @@ class PPOConfig:
         self._require(given, lambda x: x > 0, "be positive or None")
         if self.adap_kl_ctrl:
             self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
+            self._require_horizon()
         if self.kl_penalty not in KL_PENALTIES:
             raise ValueError(f"PPOConfig: kl_penalty must be one of {', '.join(KL_PENALTIES)}, got {self.kl_penalty!r}")
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
@@ -157,20 +181,40 @@ class PPOConfig:
         """All fields in one flat dict, nested keys joined by "/"."""
         return flatten_dict(dict(vars(self)))
 
-    def _require_count(self, name: str) -> None:
+    def to_plain_dict(self) -> dict[str, Plain]:
+        """`to_dict` for trackers that take nothing but plain values: numpy's become Python's, anything else its text."""
+        return {name: _plain(value) for name, value in self.to_dict().items()}
+
+    def _require_horizon(self) -> None:
+        samples = self.batch_size * (self.world_size or 1)
+        if not self.horizon > MAX_KL_ERROR * samples:
+            raise ValueError(
+                f"PPOConfig: horizon must exceed {MAX_KL_ERROR} * batch_size * processes = {MAX_KL_ERROR * samples:g} "
+                f"when adap_kl_ctrl is on (one step could make kl_coef 0 or negative), got {self.horizon}"
+            )
+
+    def _require_switch(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"PPOConfig: {name} must be True or False, got {value!r} ({type(value).__name__})")
+
+    def _require_int(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"PPOConfig: {name} must be an int, got {value!r} ({type(value).__name__})")
-        if value < 1:
-            raise ValueError(f"PPOConfig: {name} must be at least 1, got {value}")
 
-    def _require(self, names: Iterable[str], holds: Callable[[float], bool], condition: str) -> None:
+    def _require(self, names: Iterable[str], holds: Callable[[Any], bool], condition: str) -> None:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"PPOConfig: {name} must be a number, got {value!r} ({type(value).__name__})")
-            if not holds(float(value)):  # false for NaN as well
+            if not holds(value):  # false for NaN as well
                 raise ValueError(f"PPOConfig: {name} must {condition}, got {value}")
+
+
+def _plain(value: Any) -> Plain:
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 def as_dict(name: str, value: Any) -> dict[str, Any]:

@@ -4,20 +4,24 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from ..models import lora
 from ..models.auto import create_reference_model
+from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, optimizers
+from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .ratio_guard import RatioGuard
+from .padding import PaddingWatch, left_padding_is_harmless
 from .stats import RunningMoments
+from .update_guard import UpdateGuard
 
 
 class ConstructionMixin(TrainerBase):
@@ -35,38 +39,46 @@ class ConstructionMixin(TrainerBase):
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         training_data_collator: Callable[[list[Any]], Any] | None = None,
+        pattern: str | None = None,
     ) -> None:
         """
         Args:
             config: `PPOConfig`; its seed is set here, for random, numpy and torch.
             model: the policy, a transformers model with a value head.
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
-                model, the model itself with its adapters off.
+                model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
             tokenizer: pads inputs, on its padding_side.
-            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size.
+            dataset: torch or datasets Dataset, served by `self.dataloader` in shuffled batches of config.batch_size; a
+                streaming one (IterableDataset) in its own order.
             optimizer: None: Adam with config.learning_rate, fused where torch has that kernel.
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
-            num_shared_layers: first layers that are frozen and shared with the reference made here.
+            num_shared_layers: first layers that are frozen and shared with the reference made here. pattern: their name,
+                see `create_reference_model`.
             lr_scheduler: stepped once per `step`.
 
-        Raises: TypeError for an argument of the wrong type.
+        Raises: TypeError for an argument of the wrong type. ValueError for a policy that would not be trained or could
+        not be saved, for a peft model that without its adapters is not the one that was loaded (pass a ref_model), and
+        for an optimizer or a schedule that cannot work.
 
         Source: TRL 0.11.4, `PPOTrainer.__init__`.
         """
         constructor_inputs.check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert config is not None and model is not None and tokenizer is not None  # check_types has refused None
         self.config = config
-        set_seed(config.seed)
+        set_seed(int(config.seed))  # random takes no numpy integer
         self.accelerator = acceleration.make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
-        self._init_models(model, ref_model, num_shared_layers)
+        self._init_models(model, ref_model, num_shared_layers, pattern)
         self.tokenizer = tokenizer
+        self._padding_watch = PaddingWatch(tokenizer, model.pretrained_model)
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        self.optimizer = optimizer or optimizers.make(
-            torch.optim.Adam, self.model_params, self.accelerator.device, lr=config.learning_rate
-        )
-        self.lr_scheduler = lr_scheduler
+        device = self.accelerator.device
+        if optimizer is None:
+            optimizer = optimizers.make(torch.optim.Adam, self.model_params, device, lr=config.learning_rate)
+        optimizers.check(optimizer, lr_scheduler, self.model_params, device)
+        policy_checks.check(model, self.ref_model, optimizer)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._init_state()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -74,8 +86,13 @@ class ConstructionMixin(TrainerBase):
         self._prepare()
 
     def _init_models(
-        self, model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None, num_shared_layers: int | None
+        self,
+        model: PreTrainedModelWrapper,
+        ref_model: PreTrainedModelWrapper | None,
+        num_shared_layers: int | None,
+        pattern: str | None,
     ) -> None:
+        model.rehearse_saving()
         self.model = model
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = getattr(model, "is_peft_model", False)
@@ -83,19 +100,19 @@ class ConstructionMixin(TrainerBase):
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
-        if ref_model is not None and self.is_peft_model:
-            warnings.warn(
-                "PPOTrainer: ref_model is ignored, since the reference of a peft model is the model itself with "
-                "its adapters off",
-                stacklevel=3,
-            )
+        own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
-            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
+            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
         self.ref_model = ref_model
-        self.optional_peft_ctx = model.pretrained_model.disable_adapter if self.is_peft_model else nullcontext
+        self.optional_peft_ctx = partial(lora.adapters_off, model.pretrained_model) if own_reference else nullcontext
         self.model_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._vocab_size = vocab_size_of(model.pretrained_model)
-        self._context = context_of(model.pretrained_model)
+        if not self.model_params:
+            raise ValueError("PPOTrainer: model must have weights that require a gradient, got none")
+        self._limits = limits_of(model.pretrained_model)
+        if ref_model is not None:
+            self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
+        self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
         self.dataset = dataset
@@ -118,14 +135,14 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._ratio_guard = RatioGuard()
+        self._update_guard = UpdateGuard()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
             raise ValueError(f"PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got {sorted(best_kwargs)}")
         if best_kwargs:  # TRL's `step` takes the presence of these two as the sign that the best model is pushed
             self.push_to_hub_kwargs = best_kwargs
-            self.highest_reward = torch.tensor(-float("inf"))
+            self.highest_reward = torch.tensor(-float("inf"), dtype=torch.float32, device="cpu")
 
     def _prepare(self) -> None:
         """Hands everything to accelerate: devices, mixed precision, DDP, FSDP, DeepSpeed, trackers."""
@@ -133,7 +150,7 @@ class ConstructionMixin(TrainerBase):
             self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler
         )
         if self.accelerator.distributed_type == "DEEPSPEED":
-            if not self.is_peft_model:
+            if self.ref_model is not None:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
         elif self.ref_model is not None:
             sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model without trainable parameters
@@ -151,16 +168,17 @@ class ConstructionMixin(TrainerBase):
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader[Any]:
-        """A shuffled dataloader of whole batches of config.batch_size.
+        """A shuffled dataloader of whole batches of config.batch_size; a streaming dataset keeps its own order.
 
         Columns of a datasets.Dataset that the model's forward does not take are dropped, except label, query and
         response; config.remove_unused_columns=False keeps all.
+
+        Raises: TypeError for several splits, ValueError for fewer samples than one batch for every process.
         """
+        datasets.check_dataset(dataset)
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset)
-        return torch.utils.data.DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
-        )
+        return datasets.whole_batches(dataset, self.config.batch_size, self.accelerator.num_processes, data_collator)
 
     def _filter_kwargs(self, kwargs: Mapping[str, Any], target_func: Callable[..., Any]) -> dict[str, Any]:
         """The keyword arguments that target_func names as parameters. Nothing here calls it; subclasses of TRL's do."""
@@ -176,16 +194,5 @@ class ConstructionMixin(TrainerBase):
             return dataset
         self._set_signature_columns_if_needed()
         kept = self._signature_columns or []
-        return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
-
-
-def vocab_size_of(pretrained_model: Any) -> int | None:
-    """Rows of the embedding; None if the model does not say."""
-    embedding = pretrained_model.get_input_embeddings()
-    return getattr(embedding, "num_embeddings", None) or getattr(pretrained_model.config, "vocab_size", None)
-
-
-def context_of(pretrained_model: Any) -> int | None:
-    """Longest sequence the config allows, in tokens; None if it sets no limit, as for relative positions."""
-    config = pretrained_model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+        columns = dataset.column_names or []  # None: a stream that does not know them before it is read
+        return dataset.remove_columns([name for name in columns if name not in kept])

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import PPOConfig
+from .datasets import check_dataset
 
 
 def check_types(config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset: Any, lr_scheduler: Any) -> None:
@@ -15,9 +16,8 @@ def check_types(config: Any, model: Any, ref_model: Any, tokenizer: Any, dataset
     _require(_has_value_head(model), "model", with_value_head, model)
     _require(ref_model is None or _has_value_head(ref_model), "ref_model", f"None or {with_value_head}", ref_model)
     _require(isinstance(tokenizer, PreTrainedTokenizerBase), "tokenizer", "a transformers tokenizer", tokenizer)
-    # a datasets.Dataset does not inherit from torch's Dataset, but is indexed like one
-    indexed = isinstance(dataset, torch.utils.data.Dataset) or hasattr(dataset, "column_names")
-    _require(dataset is None or indexed, "dataset", "a torch or datasets Dataset", dataset)
+    if dataset is not None:
+        check_dataset(dataset)
     is_scheduler = isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     _require(lr_scheduler is None or is_scheduler, "lr_scheduler", "a torch LRScheduler", lr_scheduler)
 

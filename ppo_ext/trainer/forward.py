@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers import DataCollatorForLanguageModeling
 
 from ..ops.full_kl import full_kl
 from ..ops.logprobs import logprobs as token_logprobs
 from ..ops.logprobs import logprobs_and_entropy
 from .base import TrainerBase
 from .overrides import is_overridden, replaceable
+from .padding import input_side, padding_side
 from .rollout import join, next_tokens, position_ids, takes_position_ids, token_mask
 
 
@@ -30,10 +32,22 @@ class ForwardMixin(TrainerBase):
     """`PPOTrainer.prepare_model_inputs`, `batched_forward_pass` and what they need."""
 
     def prepare_model_inputs(self, queries: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]) -> Any:
-        """Collated model inputs: input_ids and attention_mask [B, T], for an encoder-decoder also decoder_*."""
+        """Collated model inputs: input_ids and attention_mask [B, T], for an encoder-decoder also decoder_*.
+
+        Padding is on the tokenizer's side if the model can be told positions, or has no absolute ones; else on the right.
+        """
 
         def collate(samples: Sequence[torch.Tensor]) -> Any:
-            return self.data_collator([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples])
+            with padding_side(self.tokenizer, input_side(self.tokenizer, self._left_padding_is_harmless)):
+                collated = self.data_collator(
+                    [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
+                )
+            if not self._left_padding_is_harmless and not collated["attention_mask"][:, 0].all():
+                raise ValueError(
+                    "PPOTrainer: training_data_collator must pad on the right for a model that cannot be told "
+                    "positions (no position_ids), got padding on the left"
+                )
+            return collated
 
         if self.is_encoder_decoder:
             input_data, decoder = collate(queries), collate(responses)
@@ -46,6 +60,14 @@ class ForwardMixin(TrainerBase):
         input_data.pop("labels", None)  # with labels the model would compute a loss that nobody uses
         return input_data.to(self.current_device)
 
+    def _needs_position_ids(self, model: nn.Module) -> bool:
+        """Whether inputs may be padded on the left and the model can be told where its tokens are."""
+        collator = self.data_collator
+        own = isinstance(collator, DataCollatorForLanguageModeling) and collator.tokenizer is self.tokenizer
+        if self.is_encoder_decoder or (own and input_side(self.tokenizer, self._left_padding_is_harmless) == "right"):
+            return False
+        return takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model)
+
     def _pad_across_processes(self, model_inputs: Any) -> Any:
         """Pads to the longest T of all processes, so that their statistics have one shape and can be averaged."""
         if self.is_distributed:
@@ -54,7 +76,7 @@ class ForwardMixin(TrainerBase):
                     tensor,
                     dim=1,
                     pad_index=self.tokenizer.pad_token_id if name.endswith("input_ids") else 0,
-                    pad_first=self.tokenizer.padding_side == "left",
+                    pad_first=input_side(self.tokenizer, self._left_padding_is_harmless) == "left",
                 )
         return model_inputs
 
@@ -75,7 +97,7 @@ class ForwardMixin(TrainerBase):
         full = self.config.kl_penalty == "full"
         keep_logits = full and is_overridden(self, "compute_rewards", "_kl_penalty")
         rows_at_once = self.config.mini_batch_size if full else len(queries)
-        ref_model = self.model if self.is_peft_model else self.ref_model
+        ref_model = self.model if self.ref_model is None else self.ref_model
         policy_parts, reference_parts, kls = [], [], []
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)
@@ -138,9 +160,7 @@ class ForwardMixin(TrainerBase):
         model.eval()
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             recompute_layers_without_dropout(model)
-        with_positions = False
-        if self.tokenizer.padding_side == "left" and not self.is_encoder_decoder:
-            with_positions = takes_position_ids(self.accelerator.unwrap_model(model).pretrained_model)
+        with_positions = self._needs_position_ids(model)
         parts = []
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)
@@ -155,7 +175,7 @@ class ForwardMixin(TrainerBase):
                 self.is_encoder_decoder,
             )
             if with_positions:
-                inputs = {"position_ids": position_ids(attention_mask), **inputs}
+                inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
             parts.append(forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward))
         whole = join_passes(parts)

@@ -1,12 +1,15 @@
-"""Sampling responses from the policy and the reference, in TRL's batches and with TRL's trimming."""
+"""Sampling responses from the policy and the reference, in TRL's batches, each row up to where it was stopped."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from . import generation_inputs, stopping
 from .base import TrainerBase
+from .padding import check_padding_id, input_side, padding_side
+from .step_inputs import check_ids, token_ids
 
 
 class GenerationMixin(TrainerBase):
@@ -14,7 +17,7 @@ class GenerationMixin(TrainerBase):
 
     def generate(
         self,
-        query_tensor: torch.Tensor | list[torch.Tensor],
+        query_tensor: torch.Tensor | Sequence[torch.Tensor],
         length_sampler: Callable[[], int] | None = None,
         batch_size: int = 4,
         return_prompt: bool = True,
@@ -24,39 +27,54 @@ class GenerationMixin(TrainerBase):
         """Sample a response to each query.
 
         Args:
-            query_tensor: a list of 1-D int64 tensors, or one 1-D tensor.
+            query_tensor: a list of 1-D tensors of token ids, or one 1-D tensor.
             length_sampler: called once per batch for max_new_tokens.
             batch_size: number of queries that are generated together; for a list only.
             return_prompt: keep the query in front of the response (decoder-only models).
             generate_ref_response: also sample from the reference model.
-            generation_kwargs: handed to the model's `generate`; for a list also `remove_padding` (default True: cut
-                after the first end-of-sequence token of the response) and `pad_to_multiple_of`.
+            generation_kwargs: handed to the model's `generate`; for a list also `remove_padding` (default True: each
+                row ends where it was stopped, see `_trim`) and `pad_to_multiple_of`.
 
         Returns: a list of 1-D tensors for a list, a tensor [1, length] for a tensor; a pair of these with
-        generate_ref_response.
+        generate_ref_response. With num_return_sequences, for a list only, the responses to one query follow one another.
+        With return_dict_in_generate, too, only the sequences are returned.
 
         The models are in eval mode meanwhile, since `step` computes the log-probabilities of the responses without
-        dropout. (TRL samples with dropout from the second step on.)
+        dropout. (TRL samples with dropout from the second step on.) As in `step`, all ids of a query count: padding in
+        it is not masked, and one warning tells how to strip it.
+
+        Raises: ValueError or TypeError that names the argument; also for queries that with their new tokens are longer
+        than the model can read.
 
         Source: TRL 0.11.4, `PPOTrainer.generate`.
         """
-        if isinstance(query_tensor, list):
-            sample: Callable[..., Any] = self._generate_batched
-            options = {"length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt}
-        elif query_tensor.dim() != 1:
-            raise ValueError(
-                "PPOTrainer.generate: query_tensor must be a 1-D tensor or a list of 1-D tensors, got shape "
-                f"{list(query_tensor.shape)}"
-            )
-        else:
-            sample = self._generate_one
-            options = {"length_sampler": length_sampler, "return_prompt": return_prompt}
-        response = sample(self.model, query_tensor, **options, **generation_kwargs)
+        generation_inputs.check_options(
+            query_tensor, batch_size, self.accelerator.unwrap_model(self.model).pretrained_model, generation_kwargs
+        )
+        one = isinstance(query_tensor, torch.Tensor)
+        queries = self._checked_queries([query_tensor] if one else [*query_tensor])
+        options = {"length_sampler": length_sampler, "return_prompt": return_prompt, **generation_kwargs}
+
+        def sample(model: Any) -> Any:
+            if one:
+                return self._generate_one(model, queries[0], **options)
+            return self._generate_batched(model, queries, batch_size=batch_size, **options)
+
+        response = sample(self.model)
         if not generate_ref_response:
             return response
         with self.optional_peft_ctx():
-            ref_model = self.model if self.is_peft_model else self.ref_model
-            return response, sample(ref_model, query_tensor, **options, **generation_kwargs)
+            ref_model = self.model if self.ref_model is None else self.ref_model
+            return response, sample(ref_model)
+
+    def _checked_queries(self, queries: Sequence[Any]) -> list[torch.Tensor]:
+        """Queries as int64 tensors on the device; ValueError or TypeError for what the models cannot read."""
+        where = "PPOTrainer.generate"
+        checked = token_ids("query_tensor", queries, self.current_device, where)
+        if checked:
+            check_ids(self._limits, where, query_tensor=checked)
+            self._padding_watch.warn(where, *self._padding_watch.count(checked).tolist())
+        return checked
 
     def _generate_one(
         self,
@@ -68,8 +86,10 @@ class GenerationMixin(TrainerBase):
     ) -> torch.Tensor:
         if length_sampler is not None:
             generation_kwargs["max_new_tokens"] = length_sampler()
-        with self._unwrapped_for_generation(model) as unwrapped:
-            response = unwrapped.generate(input_ids=query.unsqueeze(0), **generation_kwargs)
+        # without a mask `generate` would not attend to a padding id in the query, while `step` does
+        mask = generation_kwargs.pop("attention_mask", torch.ones_like(query).unsqueeze(0))
+        inputs = {"input_ids": query.unsqueeze(0), "attention_mask": mask}
+        response, _ = self._sample(model, [query], inputs, generation_kwargs)
         return response if return_prompt or self.is_encoder_decoder else response[:, len(query) :]
 
     def _generate_batched(
@@ -87,24 +107,56 @@ class GenerationMixin(TrainerBase):
         for start in range(0, len(query_tensors), batch_size):
             if length_sampler is not None:
                 generation_kwargs["max_new_tokens"] = length_sampler()
-            queries = query_tensors[start : start + batch_size]
-            inputs = self._pad_queries(queries, pad_to_multiple_of).to(self.current_device)
-            with self._unwrapped_for_generation(model) as unwrapped:
-                generations = unwrapped.generate(**inputs, **generation_kwargs)
-            outputs += self._trim(generations, queries, inputs["input_ids"].shape[1], return_prompt, remove_padding)
+            batch = query_tensors[start : start + batch_size]
+            responses: dict[int, list[torch.Tensor]] = {}
+            for rows in self._padded_together(batch):
+                queries = [batch[row] for row in rows]
+                inputs = self._pad_queries(queries, pad_to_multiple_of).to(self.current_device)
+                generations, stops = self._sample(model, queries, inputs, generation_kwargs)
+                width = inputs["input_ids"].shape[1]
+                trimmed = self._trim(generations, queries, width, return_prompt, stops if remove_padding else None)
+                each = len(trimmed) // len(rows)  # num_return_sequences
+                responses.update({row: trimmed[i * each : (i + 1) * each] for i, row in enumerate(rows)})
+            outputs += [response for row in range(len(batch)) for response in responses[row]]
         return outputs
 
+    def _padded_together(self, queries: Sequence[torch.Tensor]) -> list[list[int]]:
+        """Indices of queries that one call of `generate` gets: all, or those of one length if padding would move them."""
+        if self.is_encoder_decoder or self._left_padding_is_harmless:
+            return [list(range(len(queries)))]
+        groups: dict[int, list[int]] = {}
+        for row, query in enumerate(queries):
+            groups.setdefault(len(query), []).append(row)
+        return list(groups.values())
+
     def _pad_queries(self, queries: list[torch.Tensor], pad_to_multiple_of: int | None) -> Any:
-        padding_side = self.tokenizer.padding_side
-        if not self.is_encoder_decoder:
-            self.tokenizer.padding_side = "left"  # so that every response starts in the same column
-        try:
+        # `generate` itself fills up rows of one length, too, as soon as one of them has ended
+        lengths = [0, *map(len, queries)] if len(queries) > 1 else []
+        check_padding_id("PPOTrainer.generate", self.tokenizer, self._limits, lengths)
+        side = input_side(self.tokenizer, self._left_padding_is_harmless)
+        if not self.is_encoder_decoder:  # on the left, so that every response starts in the same column
+            side = "left"
+            pad_to_multiple_of = pad_to_multiple_of if self._left_padding_is_harmless else None
+        with padding_side(self.tokenizer, side):
             inputs: Any = {"input_ids": queries, "attention_mask": [torch.ones_like(query) for query in queries]}
             return self.tokenizer.pad(
                 inputs, padding=True, max_length=None, pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt"
             )
-        finally:
-            self.tokenizer.padding_side = padding_side
+
+    def _sample(
+        self, model: Any, queries: Sequence[torch.Tensor], inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The rows [N, T] of one call of `generate`, and the length at which each was stopped."""
+        options = dict(options)
+        with self._unwrapped_for_generation(model) as unwrapped:
+            pretrained_model = unwrapped.pretrained_model
+            generation_inputs.check_new_tokens(queries, pretrained_model, self._limits, options)
+            recorder = stopping.record_stops(pretrained_model, options, self.tokenizer, len(queries))
+            output = unwrapped.generate(**inputs, **options)
+        rows = getattr(output, "sequences", output)
+        first = 1 if self.is_encoder_decoder else inputs["input_ids"].shape[1]
+        ids = stopping.end_ids(self.tokenizer.eos_token_id, stopping.setting(pretrained_model, options, "eos_token_id"))
+        return rows, stopping.row_ends(rows, first, ids, recorder)
 
     def _trim(
         self,
@@ -112,22 +164,23 @@ class GenerationMixin(TrainerBase):
         queries: Sequence[torch.Tensor],
         width: int,
         return_prompt: bool,
-        remove_padding: bool,
+        ends: Sequence[int] | None,
     ) -> list[torch.Tensor]:
-        """Each row without its left padding, without the query unless return_prompt, up to its first end of sequence.
+        """Each row without its left padding, without the query unless return_prompt, up to its end.
 
-        width: columns of the padded queries. With remove_padding, a row is cut after the first end-of-sequence token
-        among the generated ones; such a token in the query, or as the decoder's start token, does not count. (In TRL it
-        does.)
+        width: columns of the padded queries. ends: the length at which each row was stopped; None keeps what follows. A
+        row ends after its first end id among the generated tokens, whether the tokenizer, the generation config or a
+        keyword calls it one, or after the token at which a stop string or a stopping criterion stopped it. An end id in
+        the query, or as the decoder's start token, does not count. (In TRL it does, and only the tokenizer's id ends a row.)
         """
-        generated_from = 1 if self.is_encoder_decoder else width
-        ends = [generations.shape[1]] * len(queries)
-        if remove_padding and self.tokenizer.eos_token_id is not None:
-            is_eos = generations[:, generated_from:] == self.tokenizer.eos_token_id
-            padded = torch.nn.functional.pad(is_eos, (0, 1), value=True)  # without one, the row is kept to its end
-            ends = (padded.int().argmax(dim=1) + generated_from + 1).tolist()
-        starts = [0 if self.is_encoder_decoder else width - len(query) if return_prompt else width for query in queries]
-        return [row[start:end] for row, start, end in zip(generations, starts, ends, strict=True)]
+        each = len(generations) // len(queries)
+        trimmed = []
+        for i, row in enumerate(generations):
+            start = 0 if self.is_encoder_decoder else width
+            if return_prompt and not self.is_encoder_decoder:
+                start = width - len(queries[i // each])
+            trimmed.append(row[start : None if ends is None else ends[i]])
+        return trimmed
 
     @contextmanager
     def _unwrapped_for_generation(self, model: Any) -> Iterator[Any]:

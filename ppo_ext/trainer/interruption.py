@@ -9,7 +9,7 @@ from ..models import value_head
 from ..ops.check_labels import check_labels
 from .base import TrainerBase
 from .fingerprint import inner
-from .ratio_guard import RatioGuard
+from .update_guard import UpdateGuard
 
 
 class _Interruptible:
@@ -33,7 +33,7 @@ class InterruptionMixin(TrainerBase):
 
     An interrupted step may have changed weights, optimizer, moments and random states; these stay as they are. What only
     the rest of that step would have used is discarded, so the next step is that of a new trainer in the same state, bit
-    for bit: gradients, the count of accumulated minibatches, the ratio guard's list, hooks, adapters that are off.
+    for bit: gradients, the count of accumulated minibatches, the update guard's list, hooks, adapters that are off.
 
     That happens at once and, should Ctrl-C come a second time meanwhile, at the start of the next step.
     """
@@ -65,7 +65,7 @@ class InterruptionMixin(TrainerBase):
         for parameter in [*self.model.parameters(), *(p for group in groups for p in group["params"])]:
             parameter.grad = None
         self._discard_half_created_state()
-        self._ratio_guard = RatioGuard()
+        self._update_guard = UpdateGuard()
         self.accelerator.step = 0
         self.accelerator.gradient_state._set_sync_gradients(True)
         self._reset_scaler()

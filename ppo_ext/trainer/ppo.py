@@ -1,7 +1,7 @@
 """PPOTrainer: one `step` from queries, responses and scores to an updated policy, with TRL's names and numbers."""
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from .forward import ForwardMixin, hooks_see_logits
 from .generation import GenerationMixin
 from .loss_terms import mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
-from .ratio_guard import RATIO_MEAN, SKIPPED
+from .padding import check_padding_id
 from .reporting import ReportingMixin, stack_train_stats
 from .resume import ResumeMixin
 from .rewards import RewardsMixin
@@ -20,6 +20,7 @@ from .rollout import Rollout
 from .saving import SavingMixin
 from .stats import Clock
 from .step_inputs import Scores, Tensors
+from .update_guard import RATIO_MEAN, SKIPPED, all_finite
 
 
 class PPOTrainer(
@@ -113,11 +114,15 @@ class PPOTrainer(
         responses = step_inputs.token_ids("responses", responses, device)
         checked_scores = step_inputs.score_tensors(scores, device)
         checked_masks = step_inputs.mask_tensors(masks, responses, device)
-        if self._context is not None:
-            step_inputs.check_context(queries, responses, self._context, self.is_encoder_decoder)
-        step_inputs.check_contents(
-            queries, responses, checked_scores, checked_masks, self._vocab_size, self.is_encoder_decoder
+        step_inputs.check_context(queries, responses, self._limits, self.is_encoder_decoder)
+        lengths = [[*map(len, queries)], [*map(len, responses)]]  # of what is padded
+        for rows in lengths if self.is_encoder_decoder else [[q + r for q, r in zip(*lengths, strict=True)]]:
+            check_padding_id("PPOTrainer.step", self.tokenizer, self._limits, rows)
+        padding = self._padding_watch.count(queries, responses, checked_masks)
+        padding_counts = step_inputs.check_contents(
+            queries, responses, checked_scores, checked_masks, self._limits, self.is_encoder_decoder, padding
         )
+        self._padding_watch.warn("PPOTrainer.step", *padding_counts)
         return queries, responses, checked_scores, checked_masks
 
     # ---- training --------------------------------------------------------------------------------------------------
@@ -131,6 +136,7 @@ class PPOTrainer(
             if self._early_stop(all_stats[-1]["policy/policykl"]):
                 break
         self.model.eval()
+        self._check_weights()
         return stack_train_stats(all_stats)
 
     def _minibatches(self) -> list[list[int]]:
@@ -189,8 +195,13 @@ class PPOTrainer(
         loss_p, loss_v, train_stats = self.loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, **known
         )
-        self.accelerator.backward(loss_p + loss_v)
-        self._update(train_stats.pop(SKIPPED, None), train_stats.pop(RATIO_MEAN, None))
+        self._backward(loss_p + loss_v)
+        read = {"old_logprobs": old_logprobs, "values": values, "advantages": advantages, "returns": returns}
+        read |= {"logprobs": logprobs.detach(), "vpreds": vpreds.detach(), "mask": mask}
+        ratio_facts = (train_stats.pop(SKIPPED, None), train_stats.pop(RATIO_MEAN, None))
+        self._update_guard.add(loss_p + loss_v, *ratio_facts, read)
+        if self.accelerator.sync_gradients:
+            self._update()
         self._empty_device_cache()
         return train_stats
 
@@ -237,22 +248,33 @@ class PPOTrainer(
         stats["policy/entropy"] = mean_entropy(entropy, logits, mask)
         return pg_loss, vf_loss, stats
 
-    def _update(self, skipped: torch.Tensor | None, ratio_mean: torch.Tensor | None) -> None:
+    def _backward(self, loss: torch.Tensor) -> None:
+        try:
+            self.accelerator.backward(loss)
+        except RuntimeError as error:
+            if not self.config.inplace_logits_grad or "modified by an inplace operation" not in str(error):
+                raise
+            self._give_up_update(
+                "the model must not read its logits in the backward pass, got one that does, such as a model that ends "
+                "in tanh or softmax; set PPOConfig(inplace_logits_grad=False)",
+                error,
+            )
+
+    def _update(self) -> None:
         """An optimizer update over the accumulated minibatches, unless the ratio guard skipped all of them.
 
-        The guard's decision costs one host/device sync per update, unless ratio_threshold is infinite.
+        The decision costs one host/device sync. Raises ValueError for a loss or a gradient that is NaN or infinite.
         """
-        if skipped is not None and ratio_mean is not None and self.config.ratio_threshold < float("inf"):
-            self._ratio_guard.add(skipped, ratio_mean)
-        if not self.accelerator.sync_gradients:
-            return
-        update, skipped_ratios = self._ratio_guard.decide(self.accelerator)
+        update, finite, skipped_ratios = self._update_guard.decide(self.accelerator, self.model_params)
+        if not finite:
+            self._give_up_update(self._update_guard.fault())
+        self._update_guard.clear()
         for ratio in skipped_ratios:
             self.skipped_minibatches += 1
             warnings.warn(
                 f"PPOTrainer: the mean ratio of a minibatch is {ratio:.2f}, above ratio_threshold = "
                 f"{self.config.ratio_threshold:.2f}; the minibatch is skipped",
-                stacklevel=3,
+                stacklevel=4,
             )
         if update:
             if self.config.max_grad_norm is not None:
@@ -260,6 +282,24 @@ class PPOTrainer(
             self._update_optimizer()
         self.optimizer.zero_grad()
         self.model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
+
+    def _give_up_update(self, fault: str, cause: Exception | None = None) -> NoReturn:
+        """Drops the gradients and raises. Weights, optimizer and KL coefficient are those of before this update."""
+        self._update_guard.clear()
+        self.optimizer.zero_grad()
+        raise ValueError(f"PPOTrainer.step: {fault}. This update was not made") from cause
+
+    def _check_weights(self) -> None:
+        """Raises ValueError in the step that made a weight NaN or infinite, before the KL coefficient changes."""
+        fault = 1 - all_finite(parameter.detach() for parameter in self.model_params)
+        if self.is_distributed:
+            fault = self.accelerator.reduce(fault.to(self.accelerator.device), reduction="sum")
+        if fault.item():
+            raise ValueError(
+                "PPOTrainer.step: the optimizer must keep the weights finite, got NaN or infinity after an update by a "
+                f"finite gradient, from {type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}; go back "
+                "to weights that were saved, with a smaller learning rate, or with weights in float32"
+            )
 
     def _early_stop(self, policykl: torch.Tensor) -> bool:
         """Whether the policy has moved further than 1.5 * config.target_kl, on average over the processes."""

@@ -9,9 +9,9 @@ import torch
 from ..ops.check_labels import check_labels
 from ..ops.masked import masked_mean
 from .base import TrainerBase
-from .ratio_guard import RATIO_MEAN, SKIPPED
 from .rollout import Rollout
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
+from .update_guard import RATIO_MEAN, SKIPPED
 
 # `loss` returns these beside TRL's statistics. A replaced `train_minibatch` or `step` may leave them in
 GUARD = (SKIPPED, RATIO_MEAN)
@@ -31,7 +31,7 @@ def _masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _lengths(name: str, samples: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Mean, standard deviation (0 for one sample) and list of the lengths, in tokens."""
-    lengths = torch.tensor([float(len(sample)) for sample in samples])
+    lengths = torch.tensor([len(sample) for sample in samples], dtype=torch.float32, device="cpu")
     std = lengths.std().item() if len(samples) > 1 else 0.0
     return {
         f"tokens/{name}_len_mean": lengths.mean().item(),
@@ -126,7 +126,11 @@ class ReportingMixin(TrainerBase):
 
         Source: TRL 0.11.4, `PPOTrainer.log_stats`.
         """
-        own = rewards if isinstance(rewards, torch.Tensor) else torch.tensor([float(reward) for reward in rewards])
+        own = (
+            rewards
+            if isinstance(rewards, torch.Tensor)
+            else torch.tensor([float(reward) for reward in rewards], dtype=torch.float32, device="cpu")
+        )
         all_rewards = self.accelerator.gather(own.float().to(self.current_device)).flatten()
         columns = self._columns_of_all_processes(batch, columns_to_log) if self.config.log_with == "wandb" else None
         if not self.accelerator.is_main_process:

@@ -87,9 +87,9 @@ def next_tokens(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """[B, T]: 0, 1, 2, ... from the first token that is not padding, so that padding on the left shifts no position."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+def position_ids(attention_mask: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """[B, T]: first, first + 1, ... from the first token that is not padding, so that padding on the left shifts none."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) + first
 
 
 def takes_position_ids(model: Any) -> bool:

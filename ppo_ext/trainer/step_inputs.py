@@ -1,11 +1,14 @@
 """Checks on what a user hands to `PPOTrainer.step`: one sentence that names argument, index, expectation and value."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 
+from ..models.limits import Limits
 from ..ops import check
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
@@ -14,9 +17,11 @@ Scores: TypeAlias = Sequence[torch.Tensor | float]
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def fail(argument: str, condition: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+def fail(
+    argument: str, condition: str, got: object, kind: type[Exception] = ValueError, where: str = "PPOTrainer.step"
+) -> NoReturn:
     """Raises the one error sentence of this module."""
-    raise kind(f"PPOTrainer.step: {argument} must {condition}, got {got}")
+    raise kind(f"{where}: {argument} must {condition}, got {got}")
 
 
 def check_lengths(batch_size: int | None, **lists: Sequence[Any]) -> None:
@@ -31,25 +36,29 @@ def check_lengths(batch_size: int | None, **lists: Sequence[Any]) -> None:
             fail(name, f"have {of} = {expected} entries", len(items))
 
 
-def token_ids(name: str, items: Tensors, device: torch.device) -> list[torch.Tensor]:
+def token_ids(
+    name: str, items: Sequence[Any], device: torch.device, where: str = "PPOTrainer.step"
+) -> list[torch.Tensor]:
     """1-D integer tensors of at least one token each, as int64 on the device."""
     for i, item in enumerate(items):
         if not isinstance(item, torch.Tensor):
-            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", type(item).__name__, TypeError)
-        check.values("PPOTrainer.step", f"{name}[{i}]", item)
+            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", type(item).__name__, TypeError, where)
+        check.values(where, f"{name}[{i}]", item)
         if item.dtype not in _INTEGERS:
-            fail(f"{name}[{i}]", "hold integer token ids", item.dtype, TypeError)
+            fail(f"{name}[{i}]", "hold integer token ids", item.dtype, TypeError, where)
         if item.dim() != 1:
-            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", f"shape {list(item.shape)}")
+            fail(f"{name}[{i}]", "be a 1-D tensor of token ids", f"shape {list(item.shape)}", where=where)
         if item.numel() == 0:
-            fail(f"{name}[{i}]", "hold at least one token", 0)
+            fail(f"{name}[{i}]", "hold at least one token", 0, where=where)
     return [item.to(device=device, dtype=torch.int64) for item in items]
 
 
 def score_tensors(scores: Scores, device: torch.device) -> list[torch.Tensor]:
-    """Numbers, or tensors of one element with at most one dimension, as 0-d float32 tensors on the device."""
+    """Numbers, or tensors or arrays of one element with at most one dimension, as 0-d float32 tensors on the device."""
     result = []
     for i, score in enumerate(scores):
+        if isinstance(score, (np.generic, np.ndarray)) and score.dtype.kind in "biufc":
+            score = torch.as_tensor(score if score.dtype.kind == "c" else np.asarray(score, dtype=np.float64))
         if isinstance(score, torch.Tensor):
             check.values("PPOTrainer.step", f"scores[{i}]", score)
             if score.dim() > 1 or score.numel() != 1:
@@ -89,25 +98,29 @@ def check_contents(
     responses: Tensors,
     scores: Tensors,
     masks: Tensors | None,
-    vocab_size: int | None,
+    limits: Limits,
     is_encoder_decoder: bool,
-) -> None:
+    counts: torch.Tensor,
+) -> list[int]:
     """Token ids lie in the vocabulary, scores are finite, and in each response a token counts.
+
+    Returns: counts, an int64 tensor, on the host.
 
     One host/device sync for a good batch. Only a bad batch is read a second time, to name the sample.
     """
     ids = torch.cat([*queries, *responses])
     counted = [_counted(i, responses, masks, is_encoder_decoder) for i in range(len(responses))]
     facts = [ids.min(), ids.max(), torch.isfinite(torch.stack([*scores])).all(), torch.stack(counted).all()]
-    low, high, finite, every_row_counts = torch.stack([fact.long() for fact in facts]).tolist()
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        _name_bad_id(vocab_size, queries=queries, responses=responses)
+    facts += [*counts]
+    low, high, finite, every_row_counts, *on_host = torch.stack([fact.long() for fact in facts]).tolist()
+    _check_range(low, high, limits, queries=queries, responses=responses)
     for i, score in enumerate([] if finite else scores):
         if not torch.isfinite(score):
             fail(f"scores[{i}]", "be finite in float32", score.item())
-    for i, counts in enumerate([] if every_row_counts else counted):
-        if not counts:
+    for i, any_counts in enumerate([] if every_row_counts else counted):
+        if not any_counts:
             _fail_uncounted(i, responses, masks)
+    return on_host
 
 
 def _counted(i: int, responses: Tensors, masks: Tensors | None, is_encoder_decoder: bool) -> torch.Tensor:
@@ -122,24 +135,40 @@ def _fail_uncounted(i: int, responses: Tensors, masks: Tensors | None) -> NoRetu
     fail(f"response_masks[{i}]", "leave at least one token that counts", masks[i].tolist())
 
 
-def _name_bad_id(vocab_size: int | None, **lists: Tensors) -> None:
-    limit = "not be negative" if vocab_size is None else f"lie in the vocabulary [0, {vocab_size})"
+def check_ids(limits: Limits, where: str, **lists: Tensors) -> None:
+    """Token ids lie in the vocabulary."""
+    ids = torch.cat([item for items in lists.values() for item in items])
+    low, high = torch.stack([ids.min(), ids.max()]).tolist()
+    _check_range(low, high, limits, where, **lists)
+
+
+def _check_range(low: int, high: int, limits: Limits, where: str = "PPOTrainer.step", **lists: Tensors) -> None:
+    """Names the first bad id, if the lowest or the highest is bad."""
+    end = math.inf if limits.vocabulary is None else limits.vocabulary
+    if 0 <= low and high < end:
+        return
+    condition = "not be negative" if limits.vocabulary is None else f"lie in {limits.vocabulary_of} [0, {end})"
     for name, items in lists.items():
         for i, item in enumerate(items):
             for t, token in enumerate(item.tolist()):
-                if token < 0 or (vocab_size is not None and token >= vocab_size):
-                    fail(f"{name}[{i}][{t}]", limit, token)
+                if not 0 <= token < end:
+                    fail(f"{name}[{i}][{t}]", condition, token, where=where)
 
 
-def check_context(queries: Tensors, responses: Tensors, context: int, is_encoder_decoder: bool) -> None:
-    """Query plus response (each alone for an encoder-decoder model) fit the model's context, in tokens."""
+def check_context(queries: Tensors, responses: Tensors, limits: Limits, is_encoder_decoder: bool) -> None:
+    """Query plus response (each alone for an encoder-decoder model) fit what the models can read, in tokens."""
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        if not is_encoder_decoder and len(query) + len(response) > context:
+        if is_encoder_decoder:
+            _check_length(f"queries[{i}]", len(query), limits.encoder_length)
+            _check_length(f"responses[{i}]", len(response), limits.length)
+        elif limits.length is not None and len(query) + len(response) > limits.length:
             fail(
                 f"queries[{i}] and responses[{i}]",
-                f"together fit the model's context of {context} tokens",
+                f"together fit the model's context of {limits.length} tokens",
                 f"{len(query)} + {len(response)} = {len(query) + len(response)}",
             )
-        for name, ids in (("queries", query), ("responses", response)) if is_encoder_decoder else ():
-            if len(ids) > context:
-                fail(f"{name}[{i}]", f"fit the model's context of {context} tokens", len(ids))
+
+
+def _check_length(name: str, length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        fail(name, f"fit the model's context of {limit} tokens", length)

@@ -59,8 +59,8 @@ def main(argv=None):
             print(json.dumps(row), flush=True)
             rows.append(row)
             failed |= bool(row["failures"])
-        if options.save:
-            pages.save(name, rows)
+            if options.save:  # each time, as a check may take hours
+                pages.save(name, rows)
     return int(failed)
 
 

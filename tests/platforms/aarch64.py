@@ -26,7 +26,7 @@ PLATFORMS = [
     f"--platform={tag}_aarch64" for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 ]
 NEEDS = "pytest pytest-benchmark hypothesis sympy networkx jinja2 fsspec filelock typing_extensions".split()
-PIECE = 1800  # seconds that one test file may take
+PIECE = 7200  # seconds that one test file may take
 
 
 def check_aarch64():

@@ -57,7 +57,7 @@ class BestOfNSampler:
                 ids, max_new_tokens=self.length_sampler(), generation_config=self.gen_config, **generation_kwargs
             ).squeeze()
             texts = self.tokenizer.batch_decode(samples, skip_special_tokens=skip_special_tokens)
-            scores = torch.tensor(self.queries_to_scores(texts))
+            scores = torch.as_tensor(self.queries_to_scores(texts), dtype=torch.float32, device="cpu")
             results.append([texts[i] for i in scores.topk(self.n_candidates).indices])
         return results
 

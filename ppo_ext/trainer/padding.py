@@ -1,0 +1,111 @@
+"""Padding: on which side it moves no position, and how many padding tokens came in with the samples."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..models.limits import Limits, has_absolute_positions
+from .rollout import takes_position_ids
+from .stopping import end_ids
+
+
+def left_padding_is_harmless(pretrained_model: Any) -> bool:
+    """Whether padding on the left, which the attention mask hides, leaves every output as it is.
+
+    It does if the model takes position_ids, or has no absolute positions; and it does not if the model carries a state
+    from token to token, into which the padding goes as well. In float64 the mask of a row of padding overflows in some
+    models of transformers (BLOOM, Gemma 2), which makes NaN of the tokens after it.
+    """
+    if getattr(pretrained_model, "_is_stateful", False) or pretrained_model.dtype == torch.float64:
+        return False
+    told = takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
+    return told or not has_absolute_positions(pretrained_model)
+
+
+def input_side(tokenizer: Any, left_is_harmless: bool) -> str:
+    """The side on which inputs are padded: the tokenizer's, unless padding on the left would move positions."""
+    return tokenizer.padding_side if left_is_harmless else "right"
+
+
+@contextmanager
+def padding_side(tokenizer: Any, side: str) -> Iterator[None]:
+    """Within the block the tokenizer pads on this side."""
+    before = tokenizer.padding_side
+    tokenizer.padding_side = side
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = before
+
+
+def check_padding_id(where: str, tokenizer: Any, limits: Limits, lengths: Sequence[int]) -> None:
+    """ValueError if rows of these lengths have to be padded with an id that the model cannot read."""
+    pad, end = tokenizer.pad_token_id, limits.vocabulary
+    if pad is not None and end is not None and pad >= end and len(set(lengths)) > 1:
+        raise ValueError(
+            f"{where}: tokenizer.pad_token_id must lie in {limits.vocabulary_of} [0, {end}), got {pad}; call "
+            "resize_token_embeddings(len(tokenizer)) before the trainer is made, or choose another padding token"
+        )
+
+
+class PaddingWatch:
+    """Finds padding that a caller has left in the samples, and warns of it once.
+
+    Args:
+        tokenizer: whose padding id is looked for.
+        pretrained_model: a model whose generation config may name more ids that end a sequence.
+    """
+
+    def __init__(self, tokenizer: Any, pretrained_model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.generation_config = getattr(pretrained_model, "generation_config", None)
+        self.warned = False
+
+    def count(
+        self,
+        queries: Sequence[torch.Tensor],
+        responses: Sequence[torch.Tensor] = (),
+        masks: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """How much padding there is at both ends of queries, and at the end of those tokens of responses that count.
+
+        If the padding's id also begins or ends a sequence, one at an end is none. Once warned, nothing is looked for.
+
+        Returns: [2] int64, without a host/device sync.
+        """
+        counts = torch.zeros(2, dtype=torch.int64, device=queries[0].device)
+        if self.warned or self.tokenizer.pad_token_id is None:
+            return counts
+        counts[0] = self._count(queries, "beginning") + self._count(queries, "end")
+        if responses:
+            if masks is not None:
+                responses = [ids.masked_fill(mask == 0, -1) for ids, mask in zip(responses, masks, strict=True)]
+            counts[1] = self._count(responses, "end")
+        return counts
+
+    def _count(self, rows: Sequence[torch.Tensor], where: str) -> torch.Tensor:
+        side = "right" if where == "beginning" else "left"
+        is_pad = (
+            pad_sequence([*rows], batch_first=True, padding_value=-1, padding_side=side) == self.tokenizer.pad_token_id
+        )
+        is_pad = is_pad.flip(1) if where == "end" else is_pad
+        return (is_pad.long().cumprod(dim=1).sum(dim=1) - self._expected()).clamp(min=0).sum()
+
+    def _expected(self) -> int:
+        ends = end_ids(self.tokenizer.eos_token_id, getattr(self.generation_config, "eos_token_id", None))
+        return int(self.tokenizer.pad_token_id in (self.tokenizer.bos_token_id, *ends))
+
+    def warn(self, where: str, in_queries: int, in_responses: int) -> None:
+        """One warning in the life of a trainer; where: the method that was called."""
+        if in_queries or in_responses:
+            self.warned = True
+            warnings.warn(
+                f"{where}: {in_queries} tokens at the ends of queries and {in_responses} at the ends of responses are "
+                f"padding (id {self.tokenizer.pad_token_id}), and count like all others; strip it, as in "
+                "ids[attention_mask == 1], or hide it with response_masks",
+                stacklevel=4,
+            )

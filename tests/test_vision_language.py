@@ -1,0 +1,91 @@
+"""Vision-language models and heads of other names as text policies: trained, saved and loaded as what they are."""
+
+import pytest
+import tiny_models
+import torch
+import transformers as tf
+
+import ppo_ext
+
+SIZES = {
+    "vocab_size": tiny_models.VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def llava():
+    config = tf.LlavaConfig(
+        text_config=tf.LlamaConfig(**SIZES), vision_config=tf.CLIPVisionConfig(**VISION), image_token_index=5
+    )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def smolvlm():
+    config = tf.SmolVLMConfig(text_config=tf.LlamaConfig(**SIZES), vision_config=VISION, image_token_id=5)
+    return tf.SmolVLMForConditionalGeneration(config)
+
+
+def qwen2_vl():
+    rope = {"type": "mrope", "mrope_section": [2, 2, 2]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    config = tf.Qwen2VLConfig(text_config={**SIZES, "rope_scaling": rope}, vision_config=vision)
+    return tf.Qwen2VLForConditionalGeneration(config)
+
+
+def paligemma():
+    config = tf.PaliGemmaConfig(
+        text_config=tf.GemmaConfig(**SIZES, head_dim=12),
+        vision_config=tf.SiglipVisionConfig(**VISION, projection_dim=24),
+        projection_dim=24,
+        image_token_index=5,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+def xlm():
+    sizes = {"emb_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64, "n_langs": 1}
+    return tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=tiny_models.VOCAB, causal=True, pad_index=0, **sizes))
+
+
+def bert():
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    return tf.BertLMHeadModel(
+        tf.BertConfig(**sizes, num_attention_heads=2, is_decoder=True, max_position_embeddings=64)
+    )
+
+
+@pytest.mark.parametrize("build", [llava, smolvlm, qwen2_vl, paligemma, xlm, bert])
+def test_policy_begins_at_its_reference_trains_and_comes_back(build, tmp_path):
+    config = ppo_ext.PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-3)
+    torch.manual_seed(0)
+    model = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(build())
+    trainer = ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer())
+    before = tiny_models.weights(trainer)
+    (stats,) = tiny_models.steps(trainer, first_token=8)
+    assert stats["objective/kl"] == 0
+    head = next(
+        name for name, p in model.named_parameters() if p is model.pretrained_model.get_output_embeddings().weight
+    )
+    assert not torch.equal(tiny_models.weights(trainer)[head], before[head])
+    trainer.save_pretrained(tmp_path)
+    again = ppo_ext.PPOTrainer.from_pretrained(tmp_path, config=config).model
+    assert type(again.pretrained_model) is type(model.pretrained_model)
+    ids = torch.tensor([[3, 8, 9, 10]])
+    for ours, theirs in zip(model.eval()(ids), again.eval()(ids), strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
