@@ -34,7 +34,7 @@ def markdown(report):
         "",
         "| check | what must hold |",
         "| --- | --- |",
-        "| right pads, left pads | a padded batch has each sample's own log-probabilities and values, in float64 (float32 where that is NaN) |",
+        "| right pads, left pads | a padded batch has each sample's own results, in float64 (float32 where that is NaN) |",
         "| step | the first step's KL is 0, and every trainable weight moves that autograd reaches |",
         "| generation | greedy responses to a batch are those to each query alone |",
         "| save | a saved and reloaded model has the same weights, bit for bit, and the same outputs |",
