@@ -74,8 +74,10 @@ class ChunkedLogProbFunction:
             temperature=given["temperature"],
             logit_scale=scale,
             softcap=given.get("final_logit_softcapping"),
-            outputs=tuple(name for name in _FIELDS[1:] if name in outputs),
+            outputs=("logprobs", *(name for name in _FIELDS[1:] if name in outputs)),
         )
+        if result.is_top1 is not None:
+            result = result._replace(is_top1=result.is_top1.bool())
         count = len(_FIELDS) if "outputs" in self.parameters else 2
         return tuple(getattr(result, name) for name in _FIELDS[:count])
 
