@@ -1,12 +1,15 @@
 """Keeps finished runs of the main demo in bench/demo/: python -m bench.demo_runs FOLDER [FOLDER ...], seed 0 first.
 
-The picture, the samples and the figures come from the first folder; seeds.md is a table of all of them.
+The picture, the samples and the figures come from the first folder; seeds.md is a table of all of them. README shows the
+picture and a paragraph with the figures.
 """
 
 import json
 import shutil
 import sys
 from pathlib import Path
+
+from .render import README, REPOSITORY, replace_block
 
 TARGET = Path(__file__).parent / "demo"
 KEPT = ("demo.png", "samples.md", "summary.json")
@@ -50,6 +53,24 @@ def table(summaries: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def paragraph(summary: dict) -> str:
+    """README's picture of the demo, and what is seen in it."""
+    before, after = summary["stages"]["before"], summary["stages"]["ppo"]
+    minutes = sum(stage["seconds"] for stage in summary["stages"].values()) / 60
+    seeds, page = (f"{REPOSITORY}/blob/main/{path}" for path in ("bench/demo/seeds.md", "docs/demo.md"))
+    rating = " and ".join(
+        f"{stage['rating']:+.2f} ± {stage['rating_ci']:.2f} {when}"
+        for stage, when in ((before, "before"), (after, "after"))
+    )
+    return (
+        f"![Reward, held-out rating and KL over the steps, and samples]({REPOSITORY}/raw/main/bench/demo/demo.png)\n\n"
+        f"`make demo`: PPO on SmolLM2-135M-Instruct, {minutes:.0f} minutes on two CPU cores. The reward is a lexicon's "
+        f"sentiment; what judges is\na model of people's ratings that PPO never sees: {rating}, at a KL of "
+        f"{after['kl']:.1f} nats per response. The samples\nare the first ones, not the best. "
+        f"[Three seeds]({seeds}), [more about the demo]({page})."
+    )
+
+
 def main(folders: list[str]) -> int:
     """Copies and writes the files; refuses runs with other settings than the default ones."""
     if not folders:
@@ -64,6 +85,7 @@ def main(folders: list[str]) -> int:
     for name in KEPT:
         shutil.copy(Path(folders[0]) / name, TARGET / name)
     (TARGET / "seeds.md").write_text(table(summaries), encoding="utf-8")
+    README.write_text(replace_block(README.read_text(), paragraph(summaries[0]), "demo"))
     return 0
 
 

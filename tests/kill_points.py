@@ -52,6 +52,7 @@ def forked(action):
     if child == 0:
         try:
             torch.set_num_threads(1)
+            random.seed(0)  # a fork seeds it anew
             action()
             os._exit(0)
         except BaseException:

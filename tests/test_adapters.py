@@ -302,3 +302,12 @@ def test_head_in_the_folder_of_a_model_object_is_found(max_shard_size, tmp_path)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     again = type(model).from_pretrained(loaded(tmp_path)).eval()
     assert_same_outputs(model, again, inputs(), atol=0)
+
+
+def test_an_adapter_in_a_folder_inside_is_pointed_to(base_path, tmp_path):
+    named(base_path).save_pretrained(tmp_path / "by_peft")
+    with pytest.raises(
+        ValueError, match="got adapters in folders inside it: policy; give from_pretrained one of those"
+    ):
+        models.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "by_peft")
+    models.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "by_peft" / "policy")

@@ -1,6 +1,7 @@
 """README and docs/: their links lead somewhere, their code runs, and what they say of tests, folders and settings is so."""
 
 import ast
+import json
 import pathlib
 import re
 
@@ -10,7 +11,8 @@ import torch
 import transformers
 
 import ppo_ext
-from bench.render import REPOSITORY
+from bench.demo_runs import paragraph
+from bench.render import REPOSITORY, replace_block
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -55,6 +57,12 @@ def test_readme_is_short_and_has_only_absolute_links():
     assert len(README.read_text().splitlines()) <= 130
     assert len(links(README)) > 10 and all(link.startswith("https://") for link in links(README))
     assert not re.search(r"<(a|img)\s", README.read_text())
+
+
+def test_readme_shows_the_kept_run_of_the_demo():
+    summary = json.loads((ROOT / "bench/demo/summary.json").read_text())
+    assert replace_block(README.read_text(), paragraph(summary), "demo") == README.read_text()
+    assert summary["passed"] and summary["arguments"]["seed"] == 0
 
 
 @of_each_page

@@ -97,10 +97,24 @@ def _check_folder(base: str, kwargs: Mapping[str, Any]) -> None:
         return
     folder = os.path.join(base, kwargs.get("subfolder", ""))
     if "config" not in kwargs:
+        _refuse_inner_adapters(folder)
         checkpoint.read_json(os.path.join(folder, "config.json"))
     if not checkpoint.weight_files(folder):
         wanted = f"{checkpoint.WEIGHTS} or {checkpoint.WEIGHTS_INDEX}"
         raise ValueError(f"checkpoint: {folder} must hold {wanted}, got {sorted(os.listdir(folder))}")
+
+
+def _refuse_inner_adapters(folder: str) -> None:
+    """Raises ValueError for a folder with adapters inside folders of their names, as peft saves those not called default."""
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return
+    configs = {name: os.path.join(folder, name, checkpoint.ADAPTER_CONFIG) for name in sorted(os.listdir(folder))}
+    inner = [name for name, config in configs.items() if os.path.exists(config)]
+    if inner:
+        raise ValueError(
+            f"checkpoint: {folder} must hold a model or an adapter itself, got adapters in folders inside it: "
+            f"{', '.join(inner)}; give from_pretrained one of those folders"
+        )
 
 
 def _load_backbone(auto_class: Any, base: str, model_args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

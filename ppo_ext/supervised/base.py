@@ -156,4 +156,5 @@ def _with_adapter(name: str, model: Any, args: TrainingArguments, peft_config: A
         # The base model is frozen: no input of its first layer needs a gradient, and a reentrant checkpoint, the default
         # before transformers 5, then passes none to the adapter.
         model.enable_input_require_grads()
-    return lora.wrap(model, peft_config, {"use_gradient_checkpointing": checkpointing})
+    adapted, _ = lora.wrap(model, peft_config, {"use_gradient_checkpointing": checkpointing})
+    return adapted

@@ -89,8 +89,8 @@ def _step(trainer, subject):
     return stats
 
 
-def _on_pads(subject, padding_side):
-    trainer = subject.trainer(subject.wrapped(torch.float64), padding_side)
+def _on_pads(subject, padding_side, dtype=torch.float64, limit=1e-6):
+    trainer = subject.trainer(subject.wrapped(dtype), padding_side)
     queries, responses, _ = subject.batch()
 
     def passed(rows):
@@ -101,11 +101,16 @@ def _on_pads(subject, padding_side):
             )
         return [(x[m != 0], y[m != 0]) for x, y, m in zip(logprobs, values, mask)]
 
-    worst = 0.0
+    gaps = []
     for i, together in enumerate(passed(slice(None))):
         [alone] = passed(slice(i, i + 1))
-        worst = max(worst, *(float((x - y).abs().max()) for x, y in zip(together, alone)))
-    assert worst < 1e-6, f"{worst:.2g} off the sample alone"
+        gaps += [(x - y).abs().max() for x, y in zip(together, alone)]
+    worst = float(torch.stack(gaps).max())  # NaN if any is
+    if worst != worst and dtype == torch.float64:
+        # transformers' mask of padding is NaN in float64 for models without scaled_dot_product_attention
+        _on_pads(subject, padding_side, torch.float32, 1e-4)
+    else:
+        assert worst < limit, f"{worst:.2g} off the sample alone"
 
 
 @check
@@ -138,11 +143,22 @@ def generation(subject):
 @check
 def save(subject):
     model = subject.wrapped()
+    again = _reloaded(model)
+    if not _same_weights(model, again):
+        plain = _same_weights(subject.base, _reloaded(subject.base))
+        raise AssertionError(f"the reloaded model has other weights{'' if plain else ', as by transformers alone'}")
+    for a, b in zip(subject.outputs(model), subject.outputs(again)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # products round by where weights lie in memory
+
+
+def _same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def _reloaded(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = type(model).from_pretrained(folder)
-    for a, b in zip(subject.outputs(model), subject.outputs(again)):
-        assert torch.equal(a, b), "the reloaded model's outputs have other bits"
+        return type(model).from_pretrained(folder, experts_implementation="eager")  # as tiny.build does
 
 
 @check

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Settings:
-    """A first setting for two CPU cores and the packaged model; no full run with it has been kept yet."""
+    """For two CPU cores and the packaged model; bench/demo/seeds.md has what it reached."""
 
     seed: int = 0
 
