@@ -66,7 +66,8 @@ def paragraph(summary: dict) -> str:
         f"![Reward, held-out rating and KL over the steps, and samples]({REPOSITORY}/raw/main/bench/demo/demo.png)\n\n"
         f"`make demo`: PPO on SmolLM2-135M-Instruct, {minutes:.0f} minutes on two CPU cores. The reward is a lexicon's "
         f"sentiment; what judges is\na model of people's ratings that PPO never sees: {rating}, at a KL of "
-        f"{after['kl']:.1f} nats per response. The samples\nare the first ones, not the best. [Three seeds]({seeds}), [more about the demo]({page})."
+        f"{after['kl']:.1f} nats per response. The samples\nare the first ones, not the best. "
+        f"[Three seeds]({seeds}), [more about the demo]({page})."
     )
 
 

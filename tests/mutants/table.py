@@ -266,6 +266,14 @@ MUTANTS = (
     ),
     # ---- the CUDA kernels ----
     Mutant(
+        "the label's column has no gradient of the entropy",
+        CUDA,
+        "csrc/logprobs_cuda.cu",
+        "token_logprob(x, max, log_sum, c), g, h, entropy, c)",
+        "token_logprob(x, max, log_sum, c), g, A(0), entropy, c)",
+        "test_logprobs.py",
+    ),
+    Mutant(
         "the first of equal logits is that of the first thread",
         CUDA,
         "csrc/linear_logprobs_cuda.cu",
