@@ -1,6 +1,8 @@
 """What `patch_trl` replaces, in the release of TRL that is imported: same results and gradients, and undone completely."""
 
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -90,6 +92,17 @@ def test_an_old_release_is_refused(monkeypatch, version):
     monkeypatch.setattr(integration.importlib.metadata, "version", lambda name: version)
     with pytest.raises(RuntimeError, match=f"got {version} .*ppo_ext.trl"):
         ppo_ext.patch_trl()
+
+
+def test_the_code_of_the_page_runs(capsys):
+    page = pathlib.Path(__file__).parent.parent.parent / "docs/integrations.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    try:
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), {})
+    finally:
+        ppo_ext.unpatch_trl()
+    assert blocks and "trl.trainer.utils.selective_log_softmax" in capsys.readouterr().out
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
