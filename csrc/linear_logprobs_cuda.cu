@@ -101,7 +101,7 @@ __device__ __forceinline__ void add_part(TilePart<A>& part, const A (&x)[kCount]
 // ---- kernels ----
 
 template <bool kStatistics, class A>
-__global__ void __launch_bounds__(kBlock) fold_kernel(const LinearFoldJob<A> job) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3) fold_kernel(const LinearFoldJob<A> job) {
   const LogitTile<A>& tile = job.tile;
   for (int64_t n = blockIdx.x; n < tile.rows; n += gridDim.x) {
     const A c = job.inv_temperature.of(n);
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kBlock) fold_kernel(const LinearFoldJob<A> job
 }
 
 template <bool kEntropy, bool kMapped, class A>
-__global__ void __launch_bounds__(kBlock) gradient_kernel(const LinearGradientJob<A> job, int64_t parts) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 4)
+    gradient_kernel(const LinearGradientJob<A> job, int64_t parts) {
   const LogitTile<A>& tile = job.tile;
   for (int64_t i = blockIdx.x; i < tile.rows * parts; i += gridDim.x) {
     const int64_t n = i / parts, label = job.labels[n];
