@@ -20,8 +20,7 @@ ifneq ($(shell command -v $(CXX) 2>/dev/null),)
 export PPO_EXT_REQUIRE_NATIVE ?= 1
 endif
 
-.PHONY: help demo demo-rlhf test third-party architectures fuzz kill-points mutants wheel torch-versions build lint format bench \
-	bench-full info clean
+.PHONY: help demo demo-rlhf test third-party architectures fuzz kill-points mutants wheel torch-versions build lint format bench bench-full info clean
 
 ## print this list
 help:

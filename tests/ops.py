@@ -295,8 +295,8 @@ _LIST = (
         scope=SEQUENCE,
         rank=2,
         choices={
-            "gamma": (0.0, 0.97, 1.0, -1.0, 1e-38, 4.0),
-            "lam": (0.0, 0.9, 1.0, -1.0, 1e-38, 4.0),
+            "gamma": (0.0, 0.97, 1.0, -1.0, 4.0),  # a tiny one times itself is 0, and 0 * inf NaN
+            "lam": (0.0, 0.9, 1.0, -1.0, 4.0),
         },
     ),
     Op(

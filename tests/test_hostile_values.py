@@ -16,6 +16,7 @@ import ppo_ext
 
 INF, NAN = math.inf, math.nan
 TINY = 2.0**-149  # the smallest subnormal float32
+NORMAL = 2.0**-126  # the smallest float32 that is not subnormal
 BIG = torch.finfo(torch.float32).max
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -170,8 +171,8 @@ ON_LOGITS = (
     ),
     (
         "full_kl",
-        "huge and subnormal logits",
-        {"logits": [[1e38, -1e38], [TINY, 0]], "ref_logits": [[-1e38, 1e38], [0, TINY]]},
+        "huge and tiny logits",
+        {"logits": [[1e38, -1e38], [NORMAL, 0]], "ref_logits": [[-1e38, 1e38], [0, NORMAL]]},
         {"kl": [2e38, 0]},
     ),
     (
