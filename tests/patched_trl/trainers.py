@@ -15,6 +15,7 @@ from trl.trainer import utils
 
 import ppo_ext
 from ppo_ext.demo.sentiment import tiny
+from ppo_ext.integrations import trl_functions
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 STEPS = 3
@@ -79,6 +80,23 @@ def rloo(model, tokenizer, folder):
     config = RLOOConfig(folder, **COMMON, num_generations=4, max_completion_length=6, temperature=0.7)
     data = Dataset.from_dict({"prompt": PROMPTS})
     return RLOOTrainer(model, _reward, config, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of ppo_ext's ops that the replacements make, so that a test can tell that they were in use."""
+    counts = {"count": 0}
+
+    def counted(function):
+        def call(*arguments, **keywords):
+            counts["count"] += 1
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name in ("logprobs", "logprobs_and_entropy", "linear_statistics"):
+        monkeypatch.setattr(trl_functions, name, counted(getattr(trl_functions, name)))
+    return counts
 
 
 @contextlib.contextmanager
