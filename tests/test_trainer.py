@@ -1,5 +1,6 @@
 """PPOTrainer's training: where it differs from TRL on purpose, and what its options do."""
 
+import inspect
 import math
 import warnings
 
@@ -222,3 +223,7 @@ def test_training_raises_the_score():
         means.append(torch.stack(scores).mean().item())
     assert means[-1] > means[0] + 0.2, means
     assert all(math.isfinite(mean) for mean in means)
+
+
+def test_step_stays_short_enough_to_read():
+    assert len(inspect.getsource(ppo_ext.PPOTrainer.step).splitlines()) <= 45

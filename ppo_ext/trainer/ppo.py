@@ -84,10 +84,14 @@ class PPOTrainer(
                     non_score_reward=non_score_reward,
                     kls=kls,
                 )
-            self.kl_ctl.update(stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes)
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
+            self._update_schedules(stats["objective/kl"])
             return {**stats, **clock.total()}
+
+    def _update_schedules(self, kl: float) -> None:
+        """The KL coefficient and the learning rate of the next step."""
+        self.kl_ctl.update(kl, self.config.batch_size * self.accelerator.num_processes)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
 
     # ---- before the first forward pass -----------------------------------------------------------------------------
 
