@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import checkpoint, probe
+from .modes import evaluating
 
 SCORE_MODULES = ("score",)
 KBIT_ARGUMENTS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
@@ -258,14 +259,10 @@ def check_policy_adapter(model: Any) -> None:
 @contextlib.contextmanager
 def active(model: Any, name: str | None) -> Iterator[None]:
     """Runs the block with another adapter, in eval mode and without gradients; restores adapter and modes afterwards."""
-    modes = {module: module.training for module in model.modules()}
     policy_name = model.active_adapter
-    with _kept_requires_grad(model), torch.no_grad():
+    with _kept_requires_grad(model), evaluating(model), torch.no_grad():
         model.set_adapter(name)
-        model.eval()
         try:
             yield
         finally:
             model.set_adapter(policy_name)
-            for module, training in modes.items():
-                module.training = training

@@ -169,6 +169,12 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = F
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
+def _operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in this dtype, dense and at a multiple of 64 bytes: libraries of matrix products round by strides and alignment."""
+    x = x.to(dtype).contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
 @dataclasses.dataclass
 class _Head:
     """One call: its rows and its head, in the dtype in which they are multiplied."""
@@ -182,7 +188,7 @@ class _Head:
         halves = hidden.is_cuda and hidden.dtype == self.weight.dtype == torch.bfloat16
         self.operand_dtype = torch.bfloat16 if halves else self.dtype
         self.rows = _Rows(mask, labels.numel())
-        self.hidden = self.rows.of(hidden.reshape(-1, hidden.shape[-1])).to(self.operand_dtype).contiguous()
+        self.hidden = _operand(self.rows.of(hidden.reshape(-1, hidden.shape[-1])), self.operand_dtype)
         self.targets: torch.Tensor = self.rows.of(labels.reshape(-1)).contiguous()
         self.temperatures = self.of_tokens(temperatures)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
@@ -202,7 +208,7 @@ class _Head:
         """The columns of each tile, and their part of the weight."""
         for first in range(0, self.vocabulary, self.tile_columns):
             columns = slice(first, min(first + self.tile_columns, self.vocabulary))
-            yield columns, self.weight[columns].to(self.operand_dtype).contiguous()
+            yield columns, _operand(self.weight[columns], self.operand_dtype)
 
     def new_tile(self) -> torch.Tensor:
         return self.hidden.new_empty(self.tile_rows, -(-self.tile_columns // 4) * 4, dtype=self.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..models.modes import evaluating
 from . import generation_inputs, stopping
 from .base import TrainerBase
 from .padding import check_padding_id, input_side, padding_side
@@ -186,14 +187,8 @@ class GenerationMixin(TrainerBase):
     def _unwrapped_for_generation(self, model: Any) -> Iterator[Any]:
         """The model itself, in eval mode within the block, with the modes of all its modules restored afterwards."""
         unwrapped = self.accelerator.unwrap_model(model)
-        was_training = [module for module in unwrapped.modules() if module.training]
-        unwrapped.eval()
-        try:
-            with self._gathered(model):
-                yield unwrapped
-        finally:
-            for module in was_training:
-                module.training = True
+        with evaluating(unwrapped), self._gathered(model):
+            yield unwrapped
 
     def _gathered(self, model: Any) -> AbstractContextManager[Any]:
         """Under DeepSpeed ZeRO-3 the weights are sharded over the ranks: gathers them once instead of for every token."""
