@@ -1,28 +1,12 @@
 """PPO's clipped policy loss and clipped value loss with their statistics, in one pass."""
 
+from typing import Any
+
 import torch
 
-from . import _native, check, reference
+from . import _native, _ppo_options, _ppo_options_run, check, reference
+from ._ppo_options import STAT_NAMES, Aggregation, KLEstimator, KLGradient, PolicyLoss, RatioLevel, ValueLoss
 
-# The order of PPOStat in csrc/ppo_loss.h.
-STAT_NAMES = (
-    "loss/policy",
-    "loss/value",
-    "loss/total",
-    "policy/approxkl",
-    "policy/policykl",
-    "policy/clipfrac",
-    "policy/advantages_mean",
-    "policy/ratio_mean",
-    "policy/skipped",
-    "returns/mean",
-    "returns/var",
-    "val/vpred",
-    "val/error",
-    "val/clipfrac",
-    "val/mean",
-    "val/var",
-)
 _INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
 _ARGUMENTS = (*_INPUTS, "mask", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold")
 # One more than the names. The forward pass computes the gradients without the division by the number of tokens, which
@@ -105,19 +89,41 @@ def _run_unprepared(tensors, mask, coefficients):
         return None
 
 
+def _is(x: Any, default: float) -> bool:
+    return isinstance(x, (int, float)) and x == default
+
+
 def ppo_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    vpreds: torch.Tensor,
-    values: torch.Tensor,
-    returns: torch.Tensor,
+    vpreds: torch.Tensor | None,
+    values: torch.Tensor | None,
+    returns: torch.Tensor | None,
     mask: torch.Tensor,
     *,
-    cliprange: float = 0.2,
-    cliprange_value: float = 0.2,
+    cliprange: float | tuple[float, float] = 0.2,
+    cliprange_value: float | None = 0.2,
     vf_coef: float = 0.1,
     ratio_threshold: float = float("inf"),
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ratio_level: RatioLevel = "token",
+    policy_loss: PolicyLoss = "clip",
+    weights: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
+    kl_gradient: KLGradient = "exact",
+    entropy: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    value_loss: ValueLoss = "mse",
+    huber_delta: float = 10.0,
+    aggregation: Aggregation = "token_mean",
+    norm_length: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    scale: float = 1.0,
+    row_counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped policy loss and clipped value loss of a minibatch, with TRL's statistics.
 
@@ -164,12 +170,34 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
     """
+    if not (
+        dual_clip is None
+        and weights is None
+        and ref_logprobs is None
+        and entropy is None
+        and denominator is None
+        and log_ratio_clamp is None
+        and norm_length is None
+        and row_counts is None
+        and vpreds is not None
+        and cliprange_value is not None
+        and not isinstance(cliprange, (tuple, list))
+        and ratio_level == "token"
+        and policy_loss == "clip"
+        and aggregation == "token_mean"
+        and value_loss == "mse"
+        and kl_estimator == "k1"
+        and kl_gradient == "exact"
+        and _is(scale, 1.0)
+        and _is(kl_coef, 0.0)
+        and _is(entropy_coef, 0.0)
+        and _is(huber_delta, 10.0)
+    ):
+        return _ppo_options_run.run(**locals())
     cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
     cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
     vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
-    ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
-    if ratio_threshold != ratio_threshold:
-        check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
+    ratio_threshold = _ppo_options.threshold(ratio_threshold)
     tensors = logprobs, old_logprobs, advantages, vpreds, values, returns
     coefficients = cliprange, cliprange_value, vf_coef, ratio_threshold
     outputs = _run_unprepared(tensors, mask, coefficients)
