@@ -46,12 +46,7 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # This check is cheaper than once_differentiable, and nothing else here could need a second derivative.
-        if grad_loss.requires_grad:
-            raise RuntimeError(
-                "ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
-                "ppo_loss is differentiable once"
-            )
+        check.no_gradient_of_gradient("ppo_loss", grad_loss)
         return *_backward(grad_loss, *ctx.saved), None
 
 
