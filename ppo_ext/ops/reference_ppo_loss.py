@@ -20,7 +20,8 @@ def _or_zero(numerator, denominator):
 
 
 def _with_gradient_of(value, other):
-    return value.detach() + (other - other.detach())
+    gap = other - other.detach()  # 0, or NaN where `other` is not finite
+    return value.detach() + torch.where(gap == 0, gap, 0.0)
 
 
 # ---- one term each --------------------------------------------------------------------------------------------------
