@@ -17,7 +17,7 @@ from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits
 from ops import OPS, STEMS
 
-from ppo_ext.ops.ppo_loss import STAT_NAMES
+from ppo_ext.ops._ppo_options import OPTION_STAT_NAMES, STAT_NAMES
 
 OPERATORS = {
     name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default
@@ -39,12 +39,15 @@ NUMBERS = {
     ops.PENALTY: (0, r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
     ops.THRESHOLD: (10.0, None, ()),
 }
+NUMBERS |= dict.fromkeys((ops.CLIPRANGE, ops.NOT_NEGATIVE_OR_NONE), NUMBERS[ops.NOT_NEGATIVE])
 # What a forward pass saves, and other arguments that are not public, where they are no tensors of the tokens' shape.
 INTERNAL = {
     "weights": torch.ones(2, 3),
     "grad_loss": torch.ones(()),
     "moments": torch.ones(3),
     "stats": torch.ones(len(STAT_NAMES) + 1),
+    "denominator": torch.ones(()),
+    "row_counts": torch.full((2,), 4.0),
     "label_note": torch.zeros(4, dtype=torch.int64),
     "hidden": torch.linspace(-1, 1, 30).view(2, 3, 5),
     "weight": torch.linspace(-1, 1, 35).view(7, 5),
@@ -59,6 +62,9 @@ INTERNAL = {
 INTERNAL_NUMBERS = {
     "first": (0, r"lie in \[0, vocabulary - columns\]", (-1, 1, 2**62, -(2**62))),
     "vocabulary": (8, None, ()),
+    # the options of ppo_loss, in lists
+    "numbers": ([0.2] * 13, "(have 13 entries|be numbers)", ([], [0.2] * 12, [0.2] * 14, [math.nan] * 13)),
+    "choices": ([0, 0, 0, 0, 0, 1], "(have 6 entries|be the numbers of names)", ([], [0] * 7, [-1] * 6, [9] * 6)),
 }
 
 
@@ -89,6 +95,8 @@ def valid_arguments(name):
     for parameter in parameters(OPERATORS[name]):
         other = torch.rand(2, 3) if takes_tensor(parameter) else number(parameter)[0]
         found[parameter.name] = inputs.get(parameter.name, other)
+    if name == "_ppo_loss_options_backward":
+        found["stats"] = torch.ones(len(STAT_NAMES) + 1 + len(OPTION_STAT_NAMES))
     if "tile" in found:
         found |= {name: x.flatten() for name, x in found.items() if getattr(x, "shape", ()) == (2, 3)}
     return found
@@ -135,6 +143,10 @@ NO_FAULTS = {
     ("_masked_whiten_backward", "moments"): {"one more dimension"},
     ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_backward", "stats"): {"one more dimension"},
+    ("_ppo_loss_options", "denominator"): {"one more dimension", "a number"},
+    ("_ppo_loss_options", "row_counts"): {"one more dimension"},
+    ("_ppo_loss_options_backward", "grad_loss"): {"one more dimension", "a number"},
+    ("_ppo_loss_options_backward", "stats"): {"one more dimension"},
 }
 
 
@@ -145,8 +157,8 @@ def tensor_cases():
         for parameter in parameters(operator)
         if takes_tensor(parameter)
         for change in CHANGES
-        if parameter.name != "grad_loss" or change not in STRIDES
-    ]  # grad_loss has one entry only
+        if parameter.name not in ("grad_loss", "denominator") or change not in STRIDES
+    ]  # which have one entry only
 
 
 def call(name, arguments):
