@@ -458,7 +458,7 @@ OPS = {op.name: op for op in _LIST}
 # The names of the tensors that do not have the tokens' dimensions.
 OF_HEAD = {name for op in _LIST for name, role in op.arguments.items() if role in (HEAD, BIAS)}
 STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
-OP_TESTS = tuple(f"test_{stem}.py" for stem in STEMS)
+OP_TESTS = (*(f"test_{stem}.py" for stem in STEMS), "test_ppo_loss_options.py")
 
 
 def of_stem(stem):

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from cases import FLOATS, valid_arguments
+from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error
+from ops import OPS
 
 import ppo_ext
-from ppo_ext.ops import reference
+from ppo_ext.ops import _ppo_options_run, reference
 
 NOT = 9e9  # a number under the mask
 INPUTS = {
@@ -236,3 +239,152 @@ def test_nothing_counts(device):
 
 def test_a_denominator_on_the_device_that_is_not_positive_shows(device):
     assert math.isnan(run({"denominator": torch.zeros((), device=device)}, device=device)["loss"])
+
+
+# ---- every mode -----------------------------------------------------------------------------------------------------
+
+OP = OPS["ppo_loss"]
+each_mode = pytest.mark.parametrize("mode", OP.modes.values(), ids=list(OP.modes))
+
+
+def arguments(mode, shape, device, dtype=torch.float32):
+    """Valid arguments; in every second row all tokens count."""
+    given = valid_arguments(OP, shape, device=device, dtype=dtype, mode=mode)
+    given["mask"] = torch.rand(shape, device=device) > 0.3
+    given["mask"][::2] = True
+    return given
+
+
+def doubles(given):
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in given.items()
+    }
+
+
+@pytest.mark.parametrize("shape", ((5, 33), (2, 1025), (300, 7), (1, 1)), ids=str)
+@each_mode
+def test_matches_float64(mode, shape, device):
+    given, grads = arguments(mode, shape, device), {"loss": torch.tensor(3.7, device=device)}
+    ours, torchs = OP.run(given, grads), OP.run(given, grads, reference)
+    exact = OP.run(doubles(given), grads, reference)
+    assert list(ours) == list(torchs)
+    for name, result in ours.items():
+        assert result.dtype == torch.float32 and not result.requires_grad
+        scale = 0.0 if result.dim() else max(1.0, exact[name].abs().item())
+        assert_within_torch_error(name, result, torchs[name], exact[name], units=4, scale=scale)
+
+
+@each_mode
+def test_masked_tokens_do_not_matter(mode, device):
+    given = arguments(mode, (5, 70), device)
+    masked, expected = ~given["mask"], OP.run(given)
+    for value in (math.nan, math.inf, -math.inf, 3e38):
+        spoilt = {
+            name: x.masked_fill(masked, value)
+            if isinstance(x, torch.Tensor) and x.shape == masked.shape and x.is_floating_point()
+            else x
+            for name, x in given.items()
+        }
+        for name, result in OP.run(spoilt).items():
+            assert_same_bits(f"{name}, {value}", result, expected[name])
+    for name, result in expected.items():
+        assert result.dim() == 0 or (result[masked] == 0).all(), name
+
+
+@each_mode
+def test_gradcheck(mode, device):
+    given = arguments(mode, (3, 5), device, torch.float64)
+    leaves = [name for name in ("logprobs", "vpreds", "entropy") if isinstance(given.get(name), torch.Tensor)]
+    if mode.options.get("kl_gradient") == "straight_through" or mode.options.get("policy_loss") == "cispo":
+        given["ref_logprobs"] = given["logprobs"] - 1.0 if "ref_logprobs" in given else None
+        leaves.remove("logprobs")  # its gradient is by definition not the derivative of the value
+    if not leaves:
+        return
+    if mode.options.get("ratio_level") == "sequence_token":
+        leaves.remove("logprobs")
+
+    def loss(*tensors):
+        return ppo_ext.ppo_loss(**given | dict(zip(leaves, tensors)))[0]
+
+    assert torch.autograd.gradcheck(loss, [given[name].requires_grad_() for name in leaves])
+
+
+@each_mode
+def test_compiles_into_one_graph(mode, device):
+    given = arguments(mode, (4, 9), device)
+    torch.compiler.reset()
+    compiled = torch.compile(ppo_ext.ppo_loss, fullgraph=True, backend="aot_eager")
+    expected = OP.run(given)
+    for name, result in OP.run(given, module=type("Compiled", (), {"ppo_loss": staticmethod(compiled)})).items():
+        assert_same_bits(name, result, expected[name])
+
+
+@each_mode
+def test_opcheck(mode, device, monkeypatch):
+    """Of the operators as the op calls them."""
+    calls = []
+    for name in ("_forward", "_backward"):
+        operator = getattr(_ppo_options_run, name)
+
+        def record(*arguments, operator=operator):
+            calls.append((operator, arguments))
+            return operator(*arguments)
+
+        monkeypatch.setattr(_ppo_options_run, name, record)
+    OP.run(arguments(mode, (4, 9), device))
+    assert len(calls) == 2
+    for operator, given in calls:
+        torch.library.opcheck(operator, given)
+
+
+@each_mode
+def test_same_bits_for_any_threads(mode, device):
+    given = arguments(mode, (64, 1100), device)
+    assert_same_bits_for_any_threads(lambda: OP.run(given))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_mode
+def test_dtypes(mode, dtype, device):
+    given = arguments(mode, (6, 33), device, dtype)
+    results = OP.run(given)
+    assert results["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert results["grad_logprobs"].dtype == dtype
+    single = {
+        name: x.float() if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for name, x in given.items()
+    }
+    expected = OP.run(single | {"mask": given["mask"]})
+    for name, result in results.items():
+        assert_same_bits(name, result, expected[name].to(result.dtype))
+
+
+def test_no_second_derivative(device):
+    given = arguments(OP.modes["bounds"], (2, 3), device)
+    weight = torch.ones((), device=device, requires_grad=True)
+    given["logprobs"].requires_grad_()
+    with pytest.raises(RuntimeError, match="ppo_loss: .* differentiable once"):
+        torch.autograd.grad(weight * ppo_ext.ppo_loss(**given)[0], given["logprobs"], create_graph=True)
+
+
+def test_a_rejected_token_has_no_gradient_even_if_its_ratio_is_infinite(device):
+    inputs = {"weights": [[0.0, 1, 1], [1, 1, 1]], "logprobs": [[900.0, -0.5, -2.0], [-0.3, -1.2, -0.7]]}
+    result = run(inputs | {"advantages": [[-1.0] * 3] * 2}, device=device)
+    assert result["loss"].isfinite() and (result["grad_logprobs"][0, 0] == 0) and result["policy/ratio_max"] == math.inf
+    assert result["policy/weights_zero"].item() == pytest.approx(0.2)
+
+
+def test_statistics_of_the_options(device):
+    result = run(REF | {"cliprange": (0.2, 0.28), "dual_clip": 3.0}, device=device)
+    ratios = [math.exp(0.4), math.exp(-0.1), 1.0, 1.0, math.exp(1.5)]
+    expected = {
+        "policy/clipfrac": 0.2,
+        "policy/clipfrac_low": 0.0,
+        "policy/clipfrac_high": 0.2,
+        "policy/clipfrac_dual": 0.2,
+        "policy/ratio_max": max(ratios),
+        "policy/ratio_min": min(ratios),
+        "policy/approxkl_k3": sum(r - 1 - math.log(r) for r in ratios) / 5,
+        "policy/ref_kl": (0.1 + 0.3 - 0.5 + 0.2 - 0.2) / 5,
+    }
+    assert {name: result[name].item() for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert not any(name.startswith(("val/", "returns/", "loss/value")) for name in result)
