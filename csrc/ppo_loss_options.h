@@ -31,22 +31,10 @@ struct PPOOptions {
   }
 };
 
-// The statistics beyond PPOStat, in the order of OPTION_STAT_NAMES in ppo_ext/ops/_ppo_options.py.
-enum PPOOptionStat {
-  kApproxKLK3 = kPPOStats,
-  kClipFracLow,
-  kClipFracHigh,
-  kRatioMax,
-  kRatioMin,
-  kClipFracDual,
-  kWeightsMean,
-  kWeightsZero,
-  kLossKL,
-  kRefKL,
-  kLossEntropy,
-  kEntropy,
-  kPPOOptionStats
-};
+// The number of statistics of a call, see ppo_write_option_stats.
+inline int64_t ppo_option_stats(bool dual_clip, bool weights, bool ref_logprobs, bool entropy) {
+  return kPPOStats + 5 + dual_clip + 2 * (weights + ref_logprobs + entropy);
+}
 
 template <class A>
 struct PPOOptionsJob : PPOJob<A> {

@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
   const int64_t rows = row_length == 0 ? 0 : logprobs.numel() / row_length;
   if (denominator) require_entries("ppo_loss", "denominator", *denominator, 1, logprobs, dtype);
   if (row_counts && row_length > 0) require_entries("ppo_loss", "row_counts", *row_counts, rows, logprobs, dtype);
-  Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {kPPOOptionStats}, dtype);
+  const int64_t count = ppo_option_stats(options.dual_clip > 0, bool(weights), bool(ref_logprobs), bool(entropy));
+  Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {count}, dtype);
   Tensor ratio = new_dense_like(logprobs), counted_advantages = new_dense_like(logprobs);
   Tensor grad_logprobs = new_dense_like(logprobs);
   Tensor grad_vpreds = vpreds ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss_options_backward(Tensor grad_loss, T
   require_given("grad_entropy", grad_entropy, grad_logprobs);
   const ScalarType dtype = grad_logprobs.scalar_type();
   require_entries("ppo_loss", "grad_loss", grad_loss, 1, grad_logprobs, dtype);
-  require_entries("ppo_loss", "stats", stats, kPPOOptionStats, grad_logprobs, dtype);
+  if (stats.numel() < kPPOStats) reject("ppo_loss", "stats", "have 17 entries or more", stats.numel());
+  require_entries("ppo_loss", "stats", stats, stats.numel(), grad_logprobs, dtype);
   const auto new_like = [&](bool given) {
     return given ? new_dense_like(grad_logprobs) : new_tensor(grad_logprobs, {0}, dtype);
   };

@@ -49,6 +49,8 @@ PPO_HD double ppo_factor(const PPOOptionSums& sums, const PPOOptionsJob<A>& job)
   return options.scale / total;
 }
 
+// After PPOStat come the statistics of the options that are given, in the order of OPTION_STAT_NAMES in
+// ppo_ext/ops/_ppo_options.py.
 template <class A>
 PPO_HD void ppo_write_option_stats(const PPOOptionSums& sums, const PPOOptionsJob<A>& job) {
   const PPOOptions& options = job.options;
@@ -67,18 +69,22 @@ PPO_HD void ppo_write_option_stats(const PPOOptionSums& sums, const PPOOptionsJo
   stats[kSkipped] = skipped ? A(1) : A(0);
   stats[kGradScale] = A(factor);
   ppo_write_means(sums, mean, stats);
-  stats[kApproxKLK3] = A(sums.k3 * mean);
-  stats[kClipFracLow] = A(sums.low * mean);
-  stats[kClipFracHigh] = A(sums.high * mean);
-  stats[kRatioMax] = count > 0 ? A(sums.ratio_max) : A(0);
-  stats[kRatioMin] = count > 0 ? A(sums.ratio_min) : A(0);
-  stats[kClipFracDual] = A(sums.dual * mean);
-  stats[kWeightsMean] = A(sums.weight * mean);
-  stats[kWeightsZero] = A(sums.weight_zero * mean);
-  stats[kLossKL] = A(part(sums.loss_kl));
-  stats[kRefKL] = A(sums.ref_kl * mean);
-  stats[kLossEntropy] = A(part(sums.loss_entropy));
-  stats[kEntropy] = A(sums.entropy * mean);
+  A* next = stats + kPPOStats;
+  const auto add = [&](bool given, double x) {
+    if (given) *next++ = A(x);
+  };
+  add(true, sums.k3 * mean);
+  add(true, sums.low * mean);
+  add(true, sums.high * mean);
+  add(true, count > 0 ? sums.ratio_max : 0);
+  add(true, count > 0 ? sums.ratio_min : 0);
+  add(options.dual_clip > 0, sums.dual * mean);
+  add(job.weights, sums.weight * mean);
+  add(job.weights, sums.weight_zero * mean);
+  add(job.ref_logprobs, part(sums.loss_kl));
+  add(job.ref_logprobs, sums.ref_kl * mean);
+  add(job.entropy, part(sums.loss_entropy));
+  add(job.entropy, sums.entropy * mean);
 }
 
 }  // namespace ppo_ext

@@ -42,7 +42,7 @@ OPTION_STAT_NAMES = (
     "loss/entropy",
     "policy/entropy",
 )
-_OF_CRITIC = ("loss/value", *(name for name in STAT_NAMES if name.startswith(("returns/", "val/"))))
+OF_CRITIC = ("loss/value", *(name for name in STAT_NAMES if name.startswith(("returns/", "val/"))))
 
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 PolicyLoss = Literal["clip", "cispo", "reinforce"]
@@ -84,22 +84,6 @@ DEFAULTS = {
 }
 
 
-NUMBERS = (
-    "cliprange",
-    "cliprange_value",
-    "vf_coef",
-    "ratio_threshold",
-    "dual_clip",
-    "log_ratio_clamp",
-    "kl_coef",
-    "entropy_coef",
-    "huber_delta",
-    "norm_length",
-    "denominator",
-    "scale",
-)
-
-
 def is_plain(vpreds: Any, cliprange: Any, cliprange_value: Any, options: dict[str, Any]) -> bool:
     """Whether no option is on: the loss is TRL's, with TRL's statistics."""
     pair = isinstance(cliprange, (tuple, list))
@@ -107,8 +91,8 @@ def is_plain(vpreds: Any, cliprange: Any, cliprange_value: Any, options: dict[st
     return not pair and vpreds is not None and cliprange_value is not None and all(off)
 
 
-def names(critic: bool, dual_clip: bool, weights: bool, ref_logprobs: bool, entropy: bool) -> list[str]:
-    """The statistics of a call with options, in their order."""
+def option_names(dual_clip: bool, weights: bool, ref_logprobs: bool, entropy: bool) -> tuple[str, ...]:
+    """The statistics that a call with options adds, in their order."""
     given = {
         "policy/clipfrac_dual": dual_clip,
         "policy/weights_mean": weights,
@@ -117,9 +101,8 @@ def names(critic: bool, dual_clip: bool, weights: bool, ref_logprobs: bool, entr
         "policy/ref_kl": ref_logprobs,
         "loss/entropy": entropy,
         "policy/entropy": entropy,
-        **dict.fromkeys(_OF_CRITIC, critic),
     }
-    return [name for name in (*STAT_NAMES, *OPTION_STAT_NAMES) if given.get(name, True)]
+    return tuple(name for name in OPTION_STAT_NAMES if given.get(name, True))
 
 
 def bounds(cliprange: Any) -> tuple[float, float]:
@@ -133,36 +116,28 @@ def bounds(cliprange: Any) -> tuple[float, float]:
     return low, high
 
 
-def numbers(
-    cliprange: Any,
-    cliprange_value: Any,
-    vf_coef: Any,
-    ratio_threshold: Any,
-    dual_clip: Any,
-    log_ratio_clamp: Any,
-    kl_coef: Any,
-    entropy_coef: Any,
-    huber_delta: Any,
-    norm_length: Any,
-    denominator: Any,
-    scale: Any,
-) -> list[float]:
-    """The options that are numbers, checked, in the order of ppo_options_of in csrc/ppo_loss_options.h."""
+def numbers(given: dict[str, Any]) -> list[float]:
+    """The options that are numbers, checked, in the order of ppo_options_of in csrc/ppo_loss_options_entry.h; 0 in the
+    place of the denominator."""
     op = "ppo_loss"
+    value_range, clamp, length = (given[name] for name in ("cliprange_value", "log_ratio_clamp", "norm_length"))
     return [
-        *bounds(cliprange),
-        math.inf if cliprange_value is None else check.not_negative(op, "cliprange_value", cliprange_value),
-        check.finite(op, "vf_coef", vf_coef),
-        threshold(ratio_threshold),
-        0.0 if dual_clip is None else _above_one(dual_clip),
-        0.0 if log_ratio_clamp is None else _positive_or_none("log_ratio_clamp", log_ratio_clamp),
-        check.finite(op, "kl_coef", kl_coef),
-        check.finite(op, "entropy_coef", entropy_coef),
-        check.positive(op, "huber_delta", huber_delta),
-        0.0 if norm_length is None else _positive_or_none("norm_length", norm_length),
-        denominator,
-        check.finite(op, "scale", scale),
+        *bounds(given["cliprange"]),
+        math.inf if value_range is None else check.not_negative(op, "cliprange_value", value_range),
+        check.finite(op, "vf_coef", given["vf_coef"]),
+        threshold(given["ratio_threshold"]),
+        0.0 if given["dual_clip"] is None else _above_one(given["dual_clip"]),
+        0.0 if clamp is None else _positive_or_none("log_ratio_clamp", clamp),
+        check.finite(op, "kl_coef", given["kl_coef"]),
+        check.finite(op, "entropy_coef", given["entropy_coef"]),
+        check.positive(op, "huber_delta", given["huber_delta"]),
+        0.0 if length is None else _positive_or_none("norm_length", length),
+        0.0,
+        check.finite(op, "scale", given["scale"]),
     ]
+
+
+DENOMINATOR = 11  # its place in the list
 
 
 def threshold(ratio_threshold: Any) -> float:
@@ -184,7 +159,7 @@ def _above_one(dual_clip: Any) -> float:
     return x
 
 
-def choices(**given: Any) -> list[int]:
+def choices(given: dict[str, Any]) -> list[int]:
     """The options that are names, as their numbers, in the order of CHOICES."""
     found = []
     for argument, allowed in CHOICES.items():
@@ -227,7 +202,8 @@ def row_counts(x: Any, first: torch.Tensor) -> torch.Tensor | None:
 
 
 def combination(found: Sequence[int], given: dict[str, Any], values: Sequence[float]) -> None:
-    """Options that mean nothing together. `found` is of `choices`, `values` of `numbers`."""
+    """Refuses options that mean nothing together. `found` is of `choices`, `values` of `numbers`; in `given` the tensors
+    are flags that tell whether they are given."""
     ratio_level, policy_loss, _, _, _, aggregation = found
     _, _, _, _, _, dual_clip, _, kl_coef, entropy_coef, _, norm_length, _, _ = values
     policy, level, mode = (
@@ -238,15 +214,15 @@ def combination(found: Sequence[int], given: dict[str, Any], values: Sequence[fl
         check.fail("ppo_loss", "dual_clip", f"be None with policy_loss={policy!r}", dual_clip)
     if level != "token" and policy == "reinforce":
         check.fail("ppo_loss", "ratio_level", "be 'token' with policy_loss='reinforce'", repr(level))
-    if kl_coef and given["ref_logprobs"] is None:
+    if kl_coef and not given["ref_logprobs"]:
         check.fail("ppo_loss", "kl_coef", "be 0 with ref_logprobs=None", kl_coef)
-    if entropy_coef and given["entropy"] is None:
+    if entropy_coef and not given["entropy"]:
         check.fail("ppo_loss", "entropy_coef", "be 0 with entropy=None", entropy_coef)
     if norm_length and mode != "seq_mean_token_sum_norm":
         check.fail("ppo_loss", "norm_length", f"be None with aggregation={mode!r}", norm_length)
-    if given["denominator"] is not None and mode == "token_sum":
-        check.fail("ppo_loss", "denominator", "be None with aggregation='token_sum'", given["denominator"])
-    if given["row_counts"] is not None and mode != "seq_mean_token_mean":
+    if given["denominator"] and mode == "token_sum":
+        check.fail("ppo_loss", "denominator", "be None with aggregation='token_sum'", "one")
+    if given["row_counts"] and mode != "seq_mean_token_mean":
         check.fail("ppo_loss", "row_counts", f"be None with aggregation={mode!r}", "a tensor")
-    if given["row_counts"] is not None and level != "token":
+    if given["row_counts"] and level != "token":
         check.fail("ppo_loss", "row_counts", f"be None with ratio_level={level!r}", "a tensor")

@@ -188,7 +188,7 @@ def ppo_loss(
         and _is(entropy_coef, 0.0)
         and _is(huber_delta, 10.0)
     ):
-        return _ppo_options_run.run(**locals())
+        return _ppo_options_run.run(locals())
     cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
     cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
     vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)

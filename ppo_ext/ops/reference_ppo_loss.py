@@ -3,7 +3,7 @@ too."""
 
 import torch
 
-from ._ppo_options import DEFAULTS, STAT_NAMES, is_plain, names
+from ._ppo_options import DEFAULTS, STAT_NAMES, is_plain, option_names
 
 
 def _accumulate(x):
@@ -214,9 +214,9 @@ def ppo_loss(
     parts["loss/total"] = loss = torch.where(skipped, 0.0, loss)
     stats |= {name: torch.where(skipped, 0.0, part) for name, part in parts.items()}
     stats["policy/skipped"] = skipped.to(ratio.dtype)
-    on = (x is not None for x in (vpreds, dual_clip, weights, ref_logprobs, entropy))
-    order = [*(STAT_NAMES if plain else names(*on)), "policy/advantages", "policy/ratio"]
-    return loss, {name: stats[name].detach() for name in order}
+    on = (x is not None for x in (dual_clip, weights, ref_logprobs, entropy))
+    order = (*STAT_NAMES, *(() if plain else option_names(*on)), "policy/advantages", "policy/ratio")
+    return loss, {name: stats[name].detach() for name in order if name in stats}
 
 
 def _extreme(ratio, counts, reduce, nothing):
