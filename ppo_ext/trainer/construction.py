@@ -18,6 +18,7 @@ from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
 from .padding import PaddingWatch, left_padding_is_harmless
 from .stats import RunningMoments
@@ -135,7 +136,7 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:

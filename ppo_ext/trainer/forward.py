@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers import DataCollatorForLanguageModeling
 
+from ..models.token_scores import TokenRequest, TokenScores
 from ..ops.full_kl import full_kl
 from ..ops.logprobs import logprobs as token_logprobs
 from ..ops.logprobs import logprobs_and_entropy
 from .base import TrainerBase
+from .head_route import Scaling
 from .overrides import is_overridden, replaceable
 from .padding import input_side, padding_side
-from .rollout import join, next_tokens, position_ids, takes_position_ids, token_mask
+from .rollout import counted_tokens, join, next_tokens, position_ids, takes_position_ids, token_mask, token_rows
 
 
 class ForwardPass(NamedTuple):
@@ -94,10 +95,16 @@ class ForwardMixin(TrainerBase):
         models exist for one minibatch only. If a user has replaced the methods that take the divergence, the logits of
         the whole batch are kept for them, and no divergences are computed.
         """
+        scalings = self._head_route.choose(self)
+        ref_model = self.model if self.ref_model is None else self.ref_model
+        if scalings is not None:
+            whole = (queries, responses, model_inputs, response_masks)
+            policy = self._forward_pass(self.model, *whole, scaling=scalings.policy)
+            with self.optional_peft_ctx():
+                return policy, self._forward_pass(ref_model, *whole, scaling=scalings.reference), None
         full = self.config.kl_penalty == "full"
         keep_logits = full and is_overridden(self, "compute_rewards", "_kl_penalty")
         rows_at_once = self.config.mini_batch_size if full else len(queries)
-        ref_model = self.model if self.ref_model is None else self.ref_model
         policy_parts, reference_parts, kls = [], [], []
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)
@@ -155,8 +162,12 @@ class ForwardMixin(TrainerBase):
         return_logits: bool = False,
         with_entropy: bool = False,
         inplace_backward: bool = False,
+        scaling: Scaling | None = None,
     ) -> ForwardPass:
-        """See `batched_forward_pass`. inplace_backward: the backward pass may write the gradient over the logits."""
+        """See `batched_forward_pass`. inplace_backward: the backward pass may write the gradient over the logits.
+
+        scaling: what the head does to its output; given where no logits are to be made, see `head_route.py`.
+        """
         model.eval()
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             recompute_layers_without_dropout(model)
@@ -167,16 +178,17 @@ class ForwardMixin(TrainerBase):
             inputs = {name: x[rows] for name, x in model_inputs.items()}
             decoder = "decoder_" if self.is_encoder_decoder else ""
             input_ids, attention_mask = inputs[f"{decoder}input_ids"], inputs[f"{decoder}attention_mask"]
-            mask = token_mask(
-                attention_mask,
-                [len(query) for query in queries[rows]],
-                [len(ids) for ids in responses[rows]],
-                response_masks and response_masks[rows],
-                self.is_encoder_decoder,
-            )
+            lengths = ([len(query) for query in queries[rows]], [len(ids) for ids in responses[rows]])
+            masks = response_masks and response_masks[rows]
+            mask = token_mask(attention_mask, *lengths, masks, self.is_encoder_decoder)
             if with_positions:
                 inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
+            if scaling is not None:
+                counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
+                request = TokenRequest(labels, mask, token_rows(mask, counted), *scaling, with_entropy)
+                parts.append(scored_chunk(model, inputs, request))
+                continue
             parts.append(forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward))
         whole = join_passes(parts)
         self._empty_device_cache()
@@ -212,6 +224,13 @@ def forward_chunk(
     return ForwardPass(logprobs, logits if return_logits else None, values, mask, entropy)
 
 
+def scored_chunk(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], request: TokenRequest) -> ForwardPass:
+    """`forward_chunk` without logits."""
+    scores, _, values = model(**inputs, token_request=request)
+    scores = TokenScores(*scores)  # DDP rebuilds what it returns
+    return ForwardPass(scores.logprobs, None, values, request.mask, scores.entropy)
+
+
 def join_passes(parts: Sequence[ForwardPass]) -> ForwardPass:
     """One forward pass from those of consecutive samples."""
     columns: list[Any] = [None if column[0] is None else join(column) for column in zip(*parts, strict=True)]
@@ -236,17 +255,3 @@ def recompute_layers_without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         drops = any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
         module.training = getattr(module, "gradient_checkpointing", False) and not drops
-
-
-def hooks_see_logits(model: nn.Module, lm_head: nn.Module | None) -> bool:
-    """Whether a forward hook gets the model's logits, and may keep them: one on the LM head, around it or on all modules.
-
-    The hooks of FSDP2 are passed over: they gather and free weights and keep no outputs.
-    """
-    if torch_module._global_forward_hooks:
-        return True
-    for module in model.modules():
-        hooks = [h for h in module._forward_hooks.values() if not str(h.__module__).startswith("torch.distributed.")]
-        if hooks and (lm_head is None or any(inner is lm_head for inner in module.modules())):
-            return True
-    return False

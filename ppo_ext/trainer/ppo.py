@@ -8,8 +8,9 @@ import torch
 
 from . import step_inputs
 from .construction import ConstructionMixin
-from .forward import ForwardMixin, hooks_see_logits
+from .forward import ForwardMixin
 from .generation import GenerationMixin
+from .head_route import hooks_see_logits
 from .loss_terms import mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
@@ -152,9 +153,10 @@ class PPOTrainer(
     def _train_on(self, batch: Rollout) -> dict[str, torch.Tensor]:
         """Forward pass, backward pass and, when enough minibatches are accumulated, the optimizer update.
 
-        The logits are given to the methods that a user has replaced, and stay as they are. If there are none, only the
-        graph holds the logits: its backward pass may write their gradient over them and frees them before it goes on
-        through the layers. A forward hook that sees the logits may keep them, so they are not written over then either.
+        Where nobody sees logits, none are made. Otherwise they are given to the methods that a user has replaced, and
+        stay as they are. If there are none, only the graph holds the logits: its backward pass may write their gradient
+        over them and frees them before it goes on through the layers. A forward hook that sees the logits may keep them,
+        so they are not written over then either.
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
@@ -164,8 +166,13 @@ class PPOTrainer(
                     *inputs, return_logits=True, response_masks=batch.response_masks
                 )
                 return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
+            scalings = self._head_route.choose(self)
             new = self._forward_pass(
-                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._inplace_backward_allowed()
+                *inputs,
+                batch.response_masks,
+                with_entropy=True,
+                inplace_backward=scalings is None and self._inplace_backward_allowed(),
+                scaling=scalings and scalings.policy,
             )
             return self.train_minibatch(
                 *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy

@@ -82,6 +82,26 @@ def token_mask(
     return counts.to(attention_mask.dtype)
 
 
+def counted_tokens(
+    query_lengths: Sequence[int], response_lengths: Sequence[int], width: int, is_encoder_decoder: bool
+) -> int | None:
+    """How many tokens `token_mask` counts without response masks; None if padding of this width has cut samples off."""
+    if is_encoder_decoder:
+        return sum(max(length - 2, 0) for length in response_lengths) if width >= max(response_lengths) else None
+    longest = max(q + r for q, r in zip(query_lengths, response_lengths, strict=True))
+    return sum(response_lengths) if width >= longest else None
+
+
+def token_rows(mask: torch.Tensor, count: int | None) -> torch.Tensor:
+    """Where a mask [B, T] counts, as indices [count] into its flattened form; no host/device sync if count is known.
+
+    Should fewer tokens count, the rest are indices of column T-1, which never does.
+    """
+    if count is None:
+        return mask.flatten().nonzero().squeeze(1)
+    return torch.nonzero_static(mask.flatten(), size=count, fill_value=mask.shape[1] - 1).squeeze(1)
+
+
 def next_tokens(input_ids: torch.Tensor) -> torch.Tensor:
     """[B, T] -> [B, T]: the token after each one. The last column has none; it holds 0 and is masked."""
     return torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
