@@ -20,7 +20,7 @@ from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless
+from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
 
@@ -113,6 +113,7 @@ class ConstructionMixin(TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:

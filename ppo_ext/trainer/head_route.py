@@ -76,6 +76,8 @@ class HeadRoute:
             return f"the model is a {type(wrapper).__name__}"
         head = wrapper.pretrained_model.get_output_embeddings()
         reason = "the head is not found" if head is None else _obstacle(model, wrapper, head)
+        if reason is None and (head.weight.dtype == torch.float16 or accelerator.mixed_precision == "fp16"):
+            reason = "float16 would be multiplied as float32"
         if reason is not None:
             return reason
         key = (head, head.weight.dtype, head.weight.shape, tuple(_candidates(wrapper.pretrained_model.config)))
@@ -112,8 +114,6 @@ def _obstacle_of_weight(weight: Any) -> str | None:
         return f"the head's weight is a {type(weight).__name__} of {weight.dtype}"
     if weight.device.type == "meta" or not _native.available(weight.device.type):
         return f"the compiled operators are missing for {weight.device.type}"
-    if weight.is_cuda and weight.dtype == torch.float16:
-        return "float16 would be multiplied as float32"
     return None
 
 

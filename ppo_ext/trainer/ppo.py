@@ -1,6 +1,7 @@
 """PPOTrainer: one `step` from queries, responses and scores to an updated policy, with TRL's names and numbers."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -134,6 +135,7 @@ class PPOTrainer(
 
     def _train(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """config.ppo_epochs passes over the rollout, each in a new random order; returns the stacked statistics."""
+        rollout = replace(rollout, spans=self._spans(rollout.model_inputs))
         all_stats = []
         for _ in range(self.config.ppo_epochs):
             for rows in self._minibatches():
@@ -173,6 +175,7 @@ class PPOTrainer(
                 with_entropy=True,
                 inplace_backward=scalings is None and self._inplace_backward_allowed(),
                 scaling=scalings and scalings.policy,
+                spans=scalings and batch.spans,
             )
             return self.train_minibatch(
                 *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy
