@@ -203,6 +203,11 @@ class ForwardMixin(TrainerBase):
         return each(whole, lambda x: x[:, :-1])
 
     @property
+    def why_logits(self) -> str | None:
+        """Why the last step had to make logits; None if it did without, or if there was none."""
+        return self._head_route.why_logits
+
+    @property
     def _decoder(self) -> str:
         """What the names of the inputs with the responses begin with."""
         return "decoder_" if self.is_encoder_decoder else ""
