@@ -79,6 +79,7 @@ NOT_NEGATIVE = Role("finite number, not negative")
 THRESHOLD = Role("number or infinity")
 FLAG = Role("flag")
 AXIS = Role("axis")
+GROUP = Role("group of processes or None")
 PENALTY = Role("KL penalty")
 
 # ---- what a result is -----------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ _LIST = (
     Op(
         "masked_mean",
         "masked",
-        {**_VALUES, "axis": AXIS},
+        {**_VALUES, "axis": AXIS, "group": GROUP},
         {"mean": NUMBER},
         scope=BATCH,
         differentiable=("values",),
@@ -321,7 +322,7 @@ _LIST = (
     Op(
         "masked_whiten",
         "masked",
-        {**_VALUES, "shift_mean": FLAG},
+        {**_VALUES, "shift_mean": FLAG, "group": GROUP},
         {"whitened": PER_TOKEN},
         scope=BATCH,
         differentiable=("values",),

@@ -271,6 +271,10 @@ SCALARS = {
     ops.FLAG: NOT_FLAGS,
     ops.PENALTY: tuple(("be a str", TypeError, value, type(value).__name__) for value in (None, 1, True, ["kl"]))
     + tuple(("be one of 'kl', 'abs', 'mse', 'full'", ValueError, value, repr(value)) for value in ("", "KL", "kl ")),
+    ops.GROUP: tuple(
+        ("be None or a torch.distributed.ProcessGroup with this process", TypeError, value, type(value).__name__)
+        for value in (0, -100, True, "gloo", [0, 1])
+    ),
     ops.AXIS: tuple(
         ("be None, an int or several", TypeError, value, type(value).__name__)
         for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2))
