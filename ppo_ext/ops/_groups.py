@@ -20,6 +20,7 @@ def gather(x: torch.Tensor, group: Any) -> torch.Tensor:
 
     What is computed from the result has the same bits on all processes.
     """
-    parts = x.new_empty((group.size(), *x.shape))
-    torch.distributed.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts
+    flat = x.reshape(-1)
+    parts = flat.new_empty(group.size() * len(flat))
+    torch.distributed.all_gather_into_tensor(parts, flat, group=group)
+    return parts.reshape(group.size(), *x.shape)

@@ -9,12 +9,14 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from ..ops._groups import gather as all_gather
+
 Result = TypeVar("Result")
 
 _FACTS = 2  # integers of each process that travel with its vote
 # what an error is on the processes that did not have it; any other is a RuntimeError there
 _KINDS = ("ValueError", "TypeError", "KeyError", "IndexError", "NotImplementedError", "ImportError", "OSError")
-_LOST = re.compile(r"by peer|pair closure|Broken pipe|[Tt]imed out|[Tt]imeout|NCCL|gloo", re.IGNORECASE)
+_LOST = re.compile(r"by peer|pair closure|broken pipe|timed out|timeout", re.IGNORECASE)  # of gloo
 
 
 def agree(
@@ -52,11 +54,8 @@ def agree(
 
 def gather(accelerator: Any, x: torch.Tensor) -> torch.Tensor:
     """[...] of every process -> [processes, ...] on the CPU, in rank order, by one collective. x: the same shape on all."""
-    own = x.detach().to(accelerator.device).contiguous()
-    parts = own.new_empty((accelerator.num_processes, *own.shape))
     with naming_lost_processes():
-        torch.distributed.all_gather_into_tensor(parts, own)
-        return parts.cpu()
+        return all_gather(x.detach().to(accelerator.device), torch.distributed.group.WORLD).cpu()
 
 
 def gather_values(accelerator: Any, value: Any) -> list[Any]:
