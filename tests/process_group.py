@@ -1,64 +1,85 @@
-"""Runs a function of a test module on several processes of this machine, which talk by gloo.
+"""Runs functions of a test module on several processes of this machine, which talk by gloo.
 
-`run(__file__, "work", processes=2, folder=tmp_path)` calls `work(rank, folder)` on each and returns their results, in rank
-order. To start a group takes seconds, so one call does the work of many tests.
+`run(__file__, {"work": 2}, folder)["work"]` calls `work(rank, folder)` on 2 processes and gives their results in rank order.
+One process imports the module and then forks the others, since the imports cost more than the tests; so one call does the
+work of many tests, and nothing may be trained while the module is imported.
 """
 
 import importlib
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import traceback
 
 import torch
 
 TESTS = pathlib.Path(__file__).parent
 
 
-def start(module, function, processes, folder):
-    """The processes, running."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def run(module, functions, folder, seconds=300, may_die=()):
+    """{function: what it returned on each process}; None for a process that a function of `may_die` has ended.
+
+    functions: {name: number of processes}; they run one after another.
+    """
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent)]))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "PYTHONPATH": path}
-    common |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, pathlib.Path(module).stem, function, str(folder)]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    arguments = [pathlib.Path(module).stem, json.dumps(functions), str(folder), ",".join(may_die)]
+    result = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    return {name: [_result(folder, name, rank) for rank in range(count)] for name, count in functions.items()}
 
 
-def run(module, function, processes, folder, seconds=300):
-    """What the function returns on each process."""
-    started = start(module, function, processes, folder)
-    try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    failed = [(rank, out) for rank, (p, out) in enumerate(zip(started, outputs, strict=True)) if p.returncode]
-    assert not failed, "\n".join(f"process {rank}:\n{out[-6000:]}" for rank, out in failed)
-    paths = [os.path.join(folder, f"{function}.{rank}.pt") for rank in range(processes)]
-    return [torch.load(path, weights_only=False) for path in paths]
+def _result(folder, function, rank):
+    path = os.path.join(folder, f"{function}.{rank}.pt")
+    return torch.load(path, weights_only=False) if os.path.exists(path) else None
 
 
-def main(module, function, folder):
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+def _call(module, function, rank, folder):
+    """In a forked process: the function between the beginning and the end of the group."""
     torch.distributed.init_process_group("gloo")
-    result = getattr(importlib.import_module(module), function)(rank, folder)
+    result = getattr(module, function)(rank, folder)
     torch.save(result, os.path.join(folder, f"{function}.{rank}.pt"))
     torch.distributed.barrier()  # without a barrier gloo's threads may abort the process that exits first
     torch.distributed.destroy_process_group()
+
+
+def _fork(module, function, rank, folder):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _call(module, function, rank, folder)
+            status = 0
+        except BaseException:
+            print(f"process {rank} of {function}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    return child
+
+
+def main(name, functions, folder, may_die):
+    torch.set_num_threads(1)
+    module = importlib.import_module(name)
+    failed = False
+    for function, count in json.loads(functions).items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        children = [_fork(module, function, rank, folder) for rank in range(count)]
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        failed = failed or (any(statuses) and function not in may_die.split(","))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -105,13 +105,18 @@ def work_of_three(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return process_group.run(__file__, "work", 2, tmp_path_factory.mktemp("two"))
+def groups(tmp_path_factory):
+    return process_group.run(__file__, {"work": 2, "work_of_three": 3}, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    return process_group.run(__file__, "work_of_three", 3, tmp_path_factory.mktemp("three"))
+def two(groups):
+    return groups["work"]
+
+
+@pytest.fixture(scope="module")
+def three(groups):
+    return groups["work_of_three"]
 
 
 @functools.cache
