@@ -22,7 +22,7 @@ TESTS = pathlib.Path(__file__).parent
 def run(module, functions, folder, seconds=300, may_die=()):
     """{function: what it returned on each process}; None for a process that a function of `may_die` has ended.
 
-    functions: {name: number of processes}; they run one after another.
+    functions: {name: number of processes}; they run one after another. "work 3" calls work(rank, folder, 3).
     """
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent)]))
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -46,7 +46,8 @@ def _result(folder, function, rank):
 def _call(module, function, rank, folder):
     """In a forked process: the function between the beginning and the end of the group."""
     torch.distributed.init_process_group("gloo")
-    result = getattr(module, function)(rank, folder)
+    name, *arguments = function.split()
+    result = getattr(module, name)(rank, folder, *map(int, arguments))
     torch.save(result, os.path.join(folder, f"{function}.{rank}.pt"))
     torch.distributed.barrier()  # without a barrier gloo's threads may abort the process that exits first
     torch.distributed.destroy_process_group()

@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
@@ -74,12 +74,30 @@ def first_sentence(accelerator: Any, sentence: str | None) -> str | None:
     return next((f"{text} (process {i} of {len(found)})" for i, text in enumerate(found) if text is not None), None)
 
 
+class Processes(NamedTuple):
+    """Those of the default process group, for `agree`, where there is no Accelerator."""
+
+    num_processes: int
+    device: torch.device
+
+
+def all_processes() -> Processes:
+    """The processes that are there; one, if torch.distributed is not in use."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Processes(1, torch.device("cpu"))
+    kind = "cuda" if "nccl" in str(distributed.get_backend()) else "cpu"
+    return Processes(distributed.get_world_size(), torch.device(kind))
+
+
 def _raise_first(accelerator: Any, error: Exception | None) -> NoReturn:
-    """Raises the error of the first process that has one."""
-    own = None if error is None else [type(error).__name__, str(error)]
+    """Raises the error of the first process that has one, of the nearest type that Python has."""
+    own = None
+    if error is not None:
+        own = [next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), ""), str(error)]
     found = gather_values(accelerator, own)
     process, (name, text) = next((i, row) for i, row in enumerate(found) if row is not None)
-    kind = getattr(builtins, name) if name in _KINDS else RuntimeError
+    kind = getattr(builtins, name, RuntimeError)
     raise kind(f"{text} (process {process} of {len(found)})") from error
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from .base import TrainerBase
 from .fingerprint import first_difference, ppo_settings
 from .rollout import Rollout
 
+Result = TypeVar("Result")
 Batch = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]
 
 
@@ -39,6 +40,10 @@ class ProcessesMixin(TrainerBase):
             seed = int(self.config.seed) + self.accelerator.process_index
             random.seed(seed)
             torch.manual_seed(seed)
+
+    def _alike(self, action: Callable[[], Result]) -> Result:
+        """Runs an action on every process; an error of one of them is raised by all, so that none waits for ever."""
+        return agree(self.accelerator, action)[0]
 
     def _check_together(self, check: Callable[[], Batch]) -> Batch:
         """Runs the checks of a batch. One collective, by which what is wrong on one process is raised by all.
@@ -69,6 +74,14 @@ class ProcessesMixin(TrainerBase):
         """The settings that decide numbers, or which collectives a step has."""
         pushes = bool(self.config.push_to_hub_if_best_kwargs)
         return {**ppo_settings(self.config), "compare_steps": int(self.config.compare_steps), "pushes": pushes}
+
+    def _mean_score(self, scores: torch.Tensor) -> torch.Tensor:
+        """The mean score, 0-d, over the samples of all processes that do not sit out."""
+        if not self.is_distributed:
+            return scores.mean()
+        rows = gather(self.accelerator, scores)
+        active = [process for process, samples in enumerate(self._samples) if samples]
+        return rows[active].mean().to(scores.device)
 
     def _raise_other_settings(self) -> NoReturn:
         first, *others = gather_values(self.accelerator, self._common_settings())
