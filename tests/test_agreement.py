@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from interruptions import STEP, Lines
 
+from ppo_ext import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from ppo_ext.models import checkpoint
 from ppo_ext.models.auto import AutoModelForCausalLMWithValueHead
 from ppo_ext.trainer import resume, saving
@@ -119,18 +120,20 @@ def save_on_a_full_disk(trainer, rank, folder):
         saving.staged = kept
 
 
+def train_supervised(kind, rows, folder):
+    config, owner = {"sft": (SFTConfig, SFTTrainer), "reward": (RewardConfig, RewardTrainer)}[kind]
+    config = config(output_dir=str(folder / kind), max_steps=1, **test_supervised.QUIET)
+    trainer = owner(test_supervised.model(kind), config, train_dataset=rows)
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).double().sum().item()
+
+
 def supervised(kind, bad):
     def call(trainer, rank, folder):
         rows = test_supervised.rows(kind)
         if rank == 1:
             bad(rows)
-        config, owner = (
-            (test_supervised.SFTConfig, test_supervised.SFTTrainer)
-            if kind == "sft"
-            else (test_supervised.RewardConfig, test_supervised.RewardTrainer)
-        )
-        config = config(output_dir=str(folder / kind), max_steps=1, **test_supervised.QUIET)
-        owner(test_supervised.model(kind), config, train_dataset=rows).train()
+        train_supervised(kind, rows, folder)
 
     return call
 
@@ -145,13 +148,15 @@ FAULTS = {
         set_config(lam=0.5),
         "PPOConfig.lam must be the same .* got 0.95 on process 0 and 0.5 on process 1",
     ),
-    "loss": (step_with(poison_reference), "the loss must be finite, got .* infinite advantages: .*update was not made"),
+    "loss": (step_with(poison_reference), "the loss must be finite, got .* infinite returns: .*update was not made"),
     "no token": (no_masks, "response_masks must leave a token that counts on at least one process, got none"),
     "generator": (save_with_another_generator, "save_run: numpy's global generator must be MT19937, got PCG64"),
     "damaged": (load_damaged, "own1/trainer_state.safetensors must be as it was written, got another SHA-256"),
     "file": (load_without_file, "nowhere/trainer_state.safetensors must exist"),
     "optimizer": (optimizer_refuses, "load_run: optimizer must take its state in .*, got division by zero"),
     "disk": (save_on_a_full_disk, "No space left on device"),
+}
+SUPERVISED = {
     "sft": (supervised("sft", lambda rows: rows[2].clear()), r"SFTTrainer: train_dataset\[2\] must hold input_ids"),
     "reward": (supervised("reward", lambda rows: rows[1].clear()), r"RewardTrainer: train_dataset\[1\]"),
     "sft size": (
@@ -160,6 +165,7 @@ FAULTS = {
     ),
     "reward size": (supervised("reward", lambda rows: rows.pop()), r"examples on all processes, got \[7, 6\]"),
 }
+ALL_FAULTS = FAULTS | SUPERVISED
 ALIKE = ("no token", "another config", "sft size", "reward size")  # the sentence is about all processes
 
 
@@ -189,6 +195,16 @@ def errors(rank, folder):
         unchanged = facts(trainer)[:2] == before[:2]
         trainer.step(*batch(rank, 1))
         found[name] = (error, unchanged, facts(trainer))
+    return found
+
+
+def supervised_errors(rank, folder):
+    """After these no PPOTrainer of the same process goes on: transformers' arguments set accelerate's state anew."""
+    found = {}
+    for name, (call, _) in SUPERVISED.items():
+        error = error_of(call, None, rank, folder)
+        kind = name.split()[0]
+        found[name] = (error, True, train_supervised(kind, test_supervised.rows(kind), folder))
     return found
 
 
@@ -252,7 +268,9 @@ def pushing(rank, folder):
 def work(rank, folder):
     warnings.simplefilter("ignore")
     folder = pathlib.Path(folder)
-    return {"errors": errors(rank, folder), "resuming": resuming(rank, folder), "pushing": pushing(rank, folder)}
+    report = {"errors": errors(rank, folder), "resuming": resuming(rank, folder), "pushing": pushing(rank, folder)}
+    report["errors"] |= supervised_errors(rank, folder)
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +283,11 @@ def reports(folder):
     return process_group.run(__file__, {"work": 2}, folder)["work"]
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ALL_FAULTS)
 def test_what_is_wrong_on_one_process_is_raised_by_all_and_all_go_on(reports, name):
     (first, unchanged, facts), *others = [report["errors"][name] for report in reports]
     assert first is not None and unchanged
-    assert re.search(FAULTS[name][1], first[1]), first
+    assert re.search(ALL_FAULTS[name][1], first[1]), first
     assert name in ALIKE or f"(process {0 if name == 'disk' else 1} of 2)" in first[1]
     for other in others:
         assert other == (first, True, facts)

@@ -108,7 +108,7 @@ def is_loss_of_a_process(error: BaseException | None) -> bool:
 
 
 def raise_lost(error: BaseException) -> NoReturn:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = re.sub(r"^\[\S+\] ", "", f"{error}").partition("\n")[0].partition(". ")[0] or type(error).__name__
     raise RuntimeError(
         f"ppo_ext: all processes must go on, got one that has ended or no longer answers ({reason}); start all of them "
         "again from what was saved last"

@@ -14,9 +14,10 @@ def random_state() -> dict[str, torch.Tensor]:
     Raises: ValueError if numpy draws from another generator than its default one, whose state has another form.
     """
     _, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
+    kind = cast(Any, np.random.get_state(legacy=False))["bit_generator"]
     if kind != "MT19937":
         raise ValueError(f"save_run: numpy's global generator must be MT19937, got {kind}")
+    _, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
     states = {
         "python": torch.tensor([*words, 0 if gauss is None else 1], dtype=torch.int64),
         "python_gauss": torch.tensor([gauss or 0.0], dtype=torch.float64),

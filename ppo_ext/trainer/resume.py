@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+
 from ..models import checkpoint
 from ..models.saving import plain_name
 from .agreement import gather

@@ -104,13 +104,18 @@ class UpdateGuard:
         ratios = [ratio for skipped, ratio in zip(flat[::2], flat[1::2], strict=True) if skipped]
         return Decision(kept > 0, faults == 0, ratios)
 
-    def fault(self) -> str | None:
-        """What is not finite in the minibatches of this process, in words; None if it is no loss of theirs."""
+    def fault(self, spread: bool = True) -> str | None:
+        """What is not finite in the minibatches of this process, in words; None if it is no loss of theirs.
+
+        spread: also tell of advantages, which whitening makes NaN on all processes if they are on one.
+        """
         for inputs, row in zip(self._inputs, self._rows, strict=True):
             for name, source in _SOURCES.items():
                 counted = inputs[name][inputs["mask"] != 0]
                 bad = counted.numel() - int(counted.isfinite().sum())
-                if bad:
+                if bad and name == "advantages" and not spread:
+                    row = torch.ones_like(row)
+                elif bad:
                     return f"the loss must be finite, got {bad} of {counted.numel()} NaN or infinite {name}: {source}"
             if not row[0]:
                 largest = max(_SOURCES, key=lambda name: inputs[name].abs().max().item())

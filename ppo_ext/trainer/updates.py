@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -87,5 +87,7 @@ class UpdatesMixin(ProcessesMixin):
 
     def _fault(self) -> str:
         """What is not finite, in the words of the first process that has it; the same sentence on all."""
-        sentence: Any = first_sentence(self.accelerator, self._update_guard.fault())
+        sentence = first_sentence(self.accelerator, self._update_guard.fault(spread=not self.is_distributed))
+        if sentence is None and self.is_distributed:
+            sentence = first_sentence(self.accelerator, self._update_guard.fault())
         return sentence or "the gradient must be finite, got NaN or infinity on this or another process"
