@@ -53,6 +53,8 @@ class TrainerBase:
     kl_ctl: AdaptiveKLController | FixedKLController
     running: RunningMoments  # of the scores
     _update_guard: UpdateGuard
+    _samples: list[int]  # of each process, those that count in this step; 0 where it sits out
+    _minibatch_weight: torch.Tensor | None  # what its mean loss is multiplied by in an update of several parts
     skipped_minibatches: int  # by the ratio guard, since the trainer was made
 
     current_step: int  # steps sent to tensorboard
