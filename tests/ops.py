@@ -83,6 +83,8 @@ NOT_NEGATIVE = Role("finite number, not negative")
 THRESHOLD = Role("number or infinity")
 FLAG = Role("flag")
 AXIS = Role("axis")
+GROUP = Role("group of processes or None")
+VOCAB_START = Role("first id of a shard or None")
 PENALTY = Role("KL penalty")
 CLIPRANGE = Role("finite number, not negative, or a pair of them")
 NOT_NEGATIVE_OR_NONE = Role("finite number, not negative, or None")
@@ -238,7 +240,8 @@ def _incoming(output, grad):
 
 LARGEST = torch.finfo(torch.float32).max
 _ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
-_LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG}
+_SHARD = {"group": GROUP, "vocab_start": VOCAB_START}
+_LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG, **_SHARD}
 _FROM_LOGITS = {
     "scope": TOKEN,
     "differentiable": ("logits",),
@@ -322,15 +325,15 @@ _LIST = (
     Op(
         "full_kl",
         "full_kl",
-        {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
+        {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS, "group": GROUP},
         {"kl": PER_TOKEN},
         **_FROM_LOGITS,
     ),
-    Op("linear_logprobs", "linear_logprobs", _on_hidden(), {"logprobs": PER_TOKEN}, **_FROM_HIDDEN),
+    Op("linear_logprobs", "linear_logprobs", _on_hidden() | _SHARD, {"logprobs": PER_TOKEN}, **_FROM_HIDDEN),
     Op(
         "linear_logprobs_and_entropy",
         "linear_logprobs",
-        _on_hidden(),
+        _on_hidden() | _SHARD,
         {"logprobs": PER_TOKEN, "entropy": PER_TOKEN},
         **_FROM_HIDDEN,
     ),
@@ -381,7 +384,7 @@ _LIST = (
     Op(
         "masked_mean",
         "masked",
-        {**_VALUES, "axis": AXIS},
+        {**_VALUES, "axis": AXIS, "group": GROUP},
         {"mean": NUMBER},
         scope=BATCH,
         differentiable=("values",),
@@ -400,7 +403,7 @@ _LIST = (
     Op(
         "masked_whiten",
         "masked",
-        {**_VALUES, "shift_mean": FLAG},
+        {**_VALUES, "shift_mean": FLAG, "group": GROUP},
         {"whitened": PER_TOKEN},
         scope=BATCH,
         differentiable=("values",),

@@ -293,6 +293,14 @@ SCALARS = {
     ops.FLAG: NOT_FLAGS,
     ops.PENALTY: tuple(("be a str", TypeError, value, type(value).__name__) for value in (None, 1, True, ["kl"]))
     + tuple(("be one of 'kl', 'abs', 'mse', 'full'", ValueError, value, repr(value)) for value in ("", "KL", "kl ")),
+    ops.GROUP: tuple(
+        ("be None or a torch.distributed.ProcessGroup with this process", TypeError, value, type(value).__name__)
+        for value in (0, -100, True, "gloo", [0, 1])
+    ),
+    ops.VOCAB_START: tuple(
+        ("be None or an int", TypeError, value, type(value).__name__) for value in (True, 0.0, "0", [0], torch.ones(1))
+    )
+    + tuple(("be given with a group, and only then", ValueError, value, value) for value in (0, 3, -1)),
     ops.AXIS: tuple(
         ("be None, an int or several", TypeError, value, type(value).__name__)
         for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2))

@@ -14,7 +14,12 @@ from conftest import require_trl
 
 import ppo_ext
 
-OURS = {"gae_through_padding", "inplace_logits_grad", "total_ppo_epochs"}  # the last is an attribute in TRL
+OURS = {
+    "exact_update",
+    "gae_through_padding",
+    "inplace_logits_grad",
+    "total_ppo_epochs",
+}  # the last is an attribute in TRL
 
 
 def test_fields_and_defaults_are_those_of_trl():

@@ -253,24 +253,30 @@ def forward(
         check_values("linear_logprobs", weight.shape[0], labels, mask, temperatures)
     elif noted is not None:
         note_labels(noted, labels, mask, weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
-        results = _folded(_Head(tensors, numbers), with_entropy, with_statistics)
+    results = _folded(tensors, numbers, with_entropy, with_statistics)
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(
         results[:, i].clone().view(labels.shape) if want else results.new_empty(0) for i, want in enumerate(wanted)
     )
 
 
-def _folded(head, with_entropy, with_statistics):
+def _folded(tensors, numbers, with_entropy, with_statistics):
     """[tokens, RESULTS]."""
-    results = head.hidden.new_zeros(head.count, RESULTS, dtype=head.dtype)
-    states, memory = head.hidden.new_empty(head.count, STATES, dtype=torch.float64), head.new_tile()
-    for columns, part in head.parts():
-        for block in head.blocks():
-            tile = head.fill(memory, block, columns, part)
-            outputs = (states[block], results[block])
-            _fold(tile, *head.at(block), *outputs, *head.where(columns), with_entropy, with_statistics)
-    return head.rows.back(results)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        head = _Head(tensors, numbers)
+        results = head.hidden.new_zeros(head.count, RESULTS, dtype=head.dtype)
+        states, memory = head.hidden.new_empty(head.count, STATES, dtype=torch.float64), head.new_tile()
+        for columns, part in head.parts():
+            for block in head.blocks():
+                tile = head.fill(memory, block, columns, part)
+                outputs = (states[block], results[block])
+                _fold(tile, *head.at(block), *outputs, *head.where(columns), with_entropy, with_statistics)
+        return head.rows.back(results)
+
+
+def rows_of_head(tensors: tuple, numbers: tuple, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logprobs, entropy, row_max, log_sum), a number a token each, of arguments that are checked."""
+    return _folded(tensors, numbers, with_entropy, False)[:, :4].unbind(1)
 
 
 def backward(
@@ -283,19 +289,28 @@ def backward(
     _check_numbers(*numbers)
     if hidden.device.type == "cpu":
         check_values("linear_logprobs", weight.shape[0], labels, mask, temperatures)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(tensors, numbers)
-        inside = (head.targets >= 0) & (head.targets < head.vocabulary)
-        rows = {name: head.of_tokens(x) for name, x in saved.items()}
+    if hidden.is_cuda:
+        inside = (labels >= 0) & (labels < weight.shape[0])
         for name in ("grad_logprobs", "grad_entropy"):
-            if rows[name] is not None and hidden.is_cuda:
-                rows[name] = torch.where(inside, rows[name], 0)
-        if grad_logprobs is None:
-            rows["grad_logprobs"] = torch.zeros_like(rows["row_max"])
-        rows["entropy"] = rows["row_max"] if grad_entropy is None else head.of_tokens(entropy)
-        grads = _Gradients(head, needs_hidden, needs_weight, needs_bias and bias is not None)
-        grads.add_all(rows)
+            saved[name] = None if saved[name] is None else torch.where(inside, saved[name], 0)
+    grads = gradients_of_head(tensors, numbers, saved, entropy, (needs_hidden, needs_weight, needs_bias))
     return grads.results(hidden, weight, bias)
+
+
+def gradients_of_head(
+    tensors: tuple, numbers: tuple, saved: dict[str, Any], entropy: torch.Tensor, needs: tuple[bool, bool, bool]
+) -> "_Gradients":
+    """The gradients of hidden, weight and bias, of arguments that are checked. A label that is no column has no share."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        head = _Head(tensors, numbers)
+        rows: dict[str, Any] = {name: head.of_tokens(x) for name, x in saved.items()}
+        if rows["grad_logprobs"] is None:
+            rows["grad_logprobs"] = torch.zeros_like(rows["row_max"])
+        rows["entropy"] = rows["row_max"] if rows["grad_entropy"] is None else head.of_tokens(entropy)
+        needs_hidden, needs_weight, needs_bias = needs
+        grads = _Gradients(head, needs_hidden, needs_weight, needs_bias and tensors[3] is not None)
+        grads.add_all(rows)
+    return grads
 
 
 class _Gradients:

@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _native, check, reference
+from . import _group_moments, _native, check, reference
+from ._groups import check_group
 
 _moments, _moments_name = _native.define("_masked_moments(Tensor values, Tensor weights) -> Tensor")
 _whiten, _whiten_name = _native.define(
@@ -68,6 +70,15 @@ class _Whiten(torch.autograd.Function):
         return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, ctx.shift_mean), None, None
 
 
+def _moments_of(values, weights):
+    """(sum of weights, mean, biased variance) of each row [R, C], as a tensor [R, 3], on any device."""
+    if _native.available(values.device.type):
+        return _moments(values.contiguous(), weights.contiguous())
+    pairs = zip(values, weights, strict=True)
+    rows = [(w.sum(), reference.masked_mean(x, w), reference.masked_var(x, w, False)) for x, w in pairs]
+    return torch.stack([torch.stack(row) for row in rows]) if rows else values.new_empty((0, 3))
+
+
 def _prepare(op, values, mask):
     check.floating(op, "values", values)
     check.weights(op, mask)
@@ -107,7 +118,13 @@ def _rows(values, mask, axes):
     )
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
+def masked_mean(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    axis: int | Sequence[int] | None = None,
+    *,
+    group: Any = None,
+) -> torch.Tensor:
     """Mean over the tokens that count.
 
         masked_mean = sum(mask * values) / sum(mask)
@@ -117,14 +134,18 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[i
         mask: of a shape that broadcasts to that of values; bool, int or float. 0 where an entry does not count,
             elsewhere its weight, which is not negative and is rounded to the dtype of the result.
         axis: None for all dimensions, or one or several to reduce, each named once; negative ones count from the last.
+        group: None, or a torch.distributed.ProcessGroup: the mean over the tokens of all its processes, the same bits on
+            each. The result must have the same shape on all; the reduced dimensions may differ, also be empty. All
+            processes must call it: one all_gather in the forward and one in the backward pass, whose gradient is that of
+            the sum of all processes' losses. No host/device sync.
 
     Returns:
         A tensor of the shape of values without the reduced dimensions; float32 (float64 for float64). 0 where nothing
         counts. Differentiable once with respect to `values`.
 
     Raises:
-        TypeError: values is not of a floating dtype, mask is complex or quantized, a tensor is not dense, or axis is
-            not of ints.
+        TypeError: values is not of a floating dtype, mask is complex or quantized, a tensor is not dense, axis is not
+            of ints, or group is no process group.
         ValueError: mask does not broadcast to values, the devices differ, or axis does not name dimensions of values.
 
     Notes:
@@ -136,6 +157,10 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[i
     """
     values, mask = _prepare("masked_mean", values, mask)
     axis = None if axis is None else _dimensions(values, axis)
+    check_group("masked_mean", group)
+    if group is not None:
+        rows, weights, shape = _rows(values, mask, axis)
+        return _group_moments.mean_of_rows(rows, weights, _moments_of, group).reshape(shape)
     if not _native.available(values.device.type):
         return reference.masked_mean(values, mask, axis)
     rows, weights, shape = _rows(values, mask, axis)
@@ -166,12 +191,15 @@ def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) 
     return torch.where(total <= 1, 0.0, var * (total / torch.where(total <= 1, 1.0, total - 1)))
 
 
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+def masked_whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, *, group: Any = None
+) -> torch.Tensor:
     """Values shifted and scaled to mean 0 and variance 1 over the tokens that count.
 
         masked_whiten = (values - mean) / sqrt(var + 1e-8), plus mean if not shift_mean
 
-    with the unbiased variance. Arguments, errors and determinism are those of `masked_mean`.
+    with the unbiased variance. Arguments, errors and determinism are those of `masked_mean`. With a group, mean and
+    variance are over the tokens of all its processes, whose shapes may differ.
 
     Returns:
         A tensor of the shape of values, float32 (float64 for float64), differentiable once with respect to `values`. 0
@@ -181,6 +209,9 @@ def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = T
     """
     values, mask = _prepare("masked_whiten", values, mask)
     shift_mean = check.flag("masked_whiten", "shift_mean", shift_mean)
+    check_group("masked_whiten", group)
+    if group is not None:
+        return _group_moments.whiten(values, mask.to(values.dtype), shift_mean, _moments_of, group)
     if not _native.available(values.device.type):
         return reference.masked_whiten(values, mask, shift_mean)
     return _Whiten.apply(values.contiguous(), mask.to(values.dtype).contiguous(), shift_mean)

@@ -31,6 +31,7 @@ _SWITCHES = (
     "whiten_rewards",
     "gae_through_padding",
     "early_stopping",
+    "exact_update",
     "use_score_scaling",
     "use_score_norm",
     "remove_unused_columns",
@@ -50,6 +51,10 @@ class PPOConfig:
     `train_minibatch` or `batched_forward_pass` is overridden and where a forward hook sees the logits. Set it to False
     if the model itself keeps its logits, for example in an attribute.
 
+    (**) Each minibatch counts by its tokens, over accumulation and processes; advantages and rewards are whitened over the
+    tokens of all processes; ratio guard, early stopping and statistics are of all of them. False: TRL's numbers, which are
+    means of the means of the parts, and whitening on each process alone.
+
     Raises: ValueError for a value out of range, TypeError for a value of the wrong type, ImportError if
     `log_with="wandb"` and wandb is not installed.
     """
@@ -64,6 +69,7 @@ class PPOConfig:
     mini_batch_size: int = 128  # samples per forward pass
     gradient_accumulation_steps: int = 1  # minibatches per optimizer update
     ppo_epochs: int = 4  # passes over the batch per step()
+    exact_update: bool = True  # accumulated and distributed parts make the update of one large minibatch (**)
 
     # --- optimizer
     learning_rate: float = 1.41e-5  # of the Adam optimizer that is made when none is passed

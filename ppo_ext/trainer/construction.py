@@ -18,13 +18,15 @@ from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless
+from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
+from .processes import ProcessesMixin
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
 
 
-class ConstructionMixin(TrainerBase):
+class ConstructionMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.__init__` and `prepare_dataloader`."""
 
     def __init__(
@@ -43,7 +45,8 @@ class ConstructionMixin(TrainerBase):
     ) -> None:
         """
         Args:
-            config: `PPOConfig`; its seed is set here, for random, numpy and torch.
+            config: `PPOConfig`; its seed is set here, for random, numpy and torch. Of several processes each gets the
+                seed plus its number for random and torch, so that they sample differently.
             model: the policy, a transformers model with a value head.
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
                 model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
@@ -84,6 +87,7 @@ class ConstructionMixin(TrainerBase):
             model.gradient_checkpointing_enable()
             model.pretrained_model.enable_input_require_grads()  # frozen embeddings would otherwise cut the graph
         self._prepare()
+        self._draw_differently()
 
     def _init_models(
         self,
@@ -112,6 +116,7 @@ class ConstructionMixin(TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
@@ -135,7 +140,8 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
+        self._samples, self._minibatch_weight = [config.batch_size], None
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
