@@ -11,6 +11,7 @@ import pytest
 WORKER = """
 import json, os, sys, warnings
 
+import accelerate
 import tiny_models
 import torch
 
@@ -23,6 +24,10 @@ report = {}
 def trainer(**config):
     config = {"accelerator_kwargs": {"cpu": True}, "gradient_accumulation_steps": 2, "mini_batch_size": 1, **config}
     return tiny_models.trainer(**config)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2)
 
 
 def batch(seed):
@@ -56,6 +61,18 @@ report["both_skip"] = digest(ours)
 
 ours = trainer(early_stopping=True, target_kl=1e-9, ppo_epochs=4)
 report["tokens_trained"] = ours.step(*batch(5))["ppo/policy/ratio"].size
+
+for unused in (False, True):  # DDP looks for weights that the outputs do not depend on
+    handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=unused)
+    pair = []
+    for logits in (False, True):
+        ours = trainer(accelerator_kwargs={"cpu": True, "kwargs_handlers": [handler]}, optimizer=sgd)
+        if logits:
+            ours.model.register_forward_hook(lambda *_: None)
+        ours.step(*batch(6))
+        assert (ours.why_logits is None) != logits, ours.why_logits
+        pair.append(digest(ours))
+    report[f"without and with logits, {unused}"] = pair
 
 logged = []
 ours.accelerator.log = lambda values, step=None: logged.append(values)
@@ -118,6 +135,12 @@ def test_score_moments_are_those_of_all_processes(reports):
 def test_early_stopping_is_decided_together(reports):
     first, second = reports
     assert first["tokens_trained"] == second["tokens_trained"]
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_head_without_logits_takes_part_in_ddp(reports, unused):
+    (ours, theirs), second = (report[f"without and with logits, {unused}"] for report in reports)
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5) and [ours, theirs] == second
 
 
 def test_rewards_are_gathered_and_logged_once(reports):
