@@ -1,7 +1,6 @@
 """The constructor of `PPOTrainer`: model, reference, optimizer, devices, and the state that steps change."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +16,7 @@ from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
+from .callers import warn
 from .config import PPOConfig, as_dict
 from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
@@ -103,7 +103,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         self.config.is_encoder_decoder = self.is_encoder_decoder
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
-            warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
+            warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed")
         own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
@@ -126,10 +126,9 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         elif self.is_distributed:
-            warnings.warn(
+            warn(
                 "PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
                 "example with trainer.accelerator.prepare(dataloader)",
-                stacklevel=3,
             )
 
     def _init_state(self) -> None:
