@@ -60,14 +60,15 @@ PPO_HD A rollout_weight(const RolloutJob<A>& job, double ratio, RolloutSums& sum
 }
 
 template <class A>
-PPO_HD void rollout_write_stats(const RolloutSums& sums, A largest, A* stats) {
+PPO_HD void rollout_write_stats(const RolloutSums& sums, A* stats) {
+  constexpr double kLargest = 3.4028234663852886e38;  // of float32
   const double scale = sums.count > 0 ? 1 / sums.count : 0;
   stats[kWeightsMean] = A(sums.weight * scale);
   stats[kESS] = sums.square > 0 ? A(sums.weight * sums.weight / sums.square * scale) : A(0);
   stats[kShareLow] = A(sums.low * scale);
   stats[kShareHigh] = A(sums.high * scale);
   stats[kShareInvalid] = A(sums.invalid * scale);
-  stats[kRatioMax] = sums.most > double(largest) ? largest : A(sums.most);
+  stats[kRatioMax] = A(sums.most > kLargest ? kLargest : sums.most);
 }
 
 // ---- the operator ----

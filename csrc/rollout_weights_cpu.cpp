@@ -5,7 +5,6 @@
 // Sums      fp64, over rows in their order: same bits for any threads
 // Limits    none
 
-#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -41,7 +40,7 @@ struct OnCPU {
     });
     RolloutSums sums{};
     for (const RolloutSums& part : parts) sums = rollout_merge(sums, part);
-    rollout_write_stats(sums, std::numeric_limits<A>::max(), job.stats);
+    rollout_write_stats(sums, job.stats);
   }
 };
 

@@ -5,8 +5,6 @@
 // Sums      fp64, in an order that depends on the numbers of rows and tokens only
 // Limits    none
 
-#include <limits>
-
 #include "common/launch.h"
 #include "common/reduce.cuh"
 #include "rollout_weights.h"
@@ -60,10 +58,9 @@ __global__ void __launch_bounds__(kBlock) rollout_weights_kernel(const RolloutJo
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock)
-    finish_kernel(const RolloutJob<A> job, const RolloutSums* parts, int count, A largest) {
+__global__ void __launch_bounds__(kBlock) finish_kernel(const RolloutJob<A> job, const RolloutSums* parts, int count) {
   const RolloutSums sums = merge_block(int(threadIdx.x) < count ? parts[threadIdx.x] : RolloutSums{});
-  if (threadIdx.x == 0) rollout_write_stats(sums, largest, job.stats);
+  if (threadIdx.x == 0) rollout_write_stats(sums, job.stats);
 }
 
 // ---- launchers ----
@@ -76,7 +73,7 @@ struct OnCUDA {
     const Tensor scratch = new_parts<RolloutSums>(like, parts);
     RolloutSums* const partial = pointer<RolloutSums>(scratch);
     launch(rollout_weights_kernel<A>, parts, kBlock, job, partial);
-    launch(finish_kernel<A>, 1, kBlock, job, partial, int(parts), std::numeric_limits<A>::max());
+    launch(finish_kernel<A>, 1, kBlock, job, partial, int(parts));
   }
 };
 

@@ -29,5 +29,5 @@ def rollout_weights(old_logprobs, rollout_logprobs, mask, *, kind="tis", level="
         "share_invalid": share(invalid),
         "ratio_max": torch.where(counts & ~invalid, ratio, 0.0).max() if d.numel() else d.sum(),
     }
-    stats["ratio_max"] = stats["ratio_max"].clamp(max=torch.finfo(dtype).max)
+    stats["ratio_max"] = stats["ratio_max"].clamp(max=torch.finfo(torch.float32).max)
     return weights.to(dtype), {name: x.to(dtype) for name, x in stats.items()}
