@@ -92,6 +92,7 @@ ABOVE_ONE = Role("number larger than 1 or None")
 POSITIVE_OR_NONE = Role("positive number or None")
 DENOMINATOR = Role("number, tensor of one number, or None")
 ROW_COUNTS = Role("one number a row", _row_counts)
+ROLLOUT_KIND, ROLLOUT_LEVEL, BOUNDS = Role("kind of weights"), Role("level of ratios"), Role("pair of bounds")
 RATIO_LEVEL, POLICY_LOSS, KL_ESTIMATOR, KL_GRADIENT, VALUE_LOSS, AGGREGATION = (
     Role(name) for name in ("ratio level", "policy loss", "KL estimator", "KL gradient", "value loss", "aggregation")
 )
@@ -454,6 +455,26 @@ _LIST = (
         },
         modes=_PPO_MODES,
         coarse=("logprobs", "old_logprobs", "ref_logprobs"),
+    ),
+    Op(
+        "rollout_weights",
+        "rollout_weights",
+        {
+            "old_logprobs": TOKENS,
+            "rollout_logprobs": TOKENS,
+            "mask": MASK,
+            "kind": ROLLOUT_KIND,
+            "level": ROLLOUT_LEVEL,
+            "bounds": BOUNDS,
+        },
+        {"weights": CONSTANT, "stats": STATS},
+        scope=BATCH,
+        choices={"kind": ("tis", "icepop"), "bounds": ((0.0, 2.0), (0.5, 1.5), (0.0, 0.0), (1.0, LARGEST))},
+        modes={
+            "products": Mode({"level": "sequence"}, by_row=True),
+            "geometric means": Mode({"level": "geometric", "kind": "icepop", "bounds": (0.5, 2.0)}, by_row=True),
+        },
+        coarse=("old_logprobs", "rollout_logprobs"),
     ),
 )
 

@@ -277,6 +277,12 @@ SCALARS = {
     )
     + tuple(("be finite and not negative", ValueError, (0.1, x), float(x)) for x in (-1, NAN, INF))
     + (("be a number", TypeError, ("0.1", 0.1), "str"),),
+    ops.BOUNDS: tuple(
+        ("be a pair (low, high)", TypeError, value, got)
+        for value, got in ((None, "NoneType"), (1.0, "float"), ("ab", "str"), ((), "0 numbers"), ([1], "1 numbers"))
+    )
+    + tuple(("be finite and not negative", ValueError, (0.1, x), float(x)) for x in (-1, NAN, INF))
+    + (("have low <= high", ValueError, (2.0, 1.0), "(2.0, 1.0)"), ("be a number", TypeError, ("0", 1), "str")),
     ops.NOT_NEGATIVE_OR_NONE: tuple(row for row in NOT_NUMBERS if row[2] is not None),
     ops.ABOVE_ONE: tuple(row for row in NOT_NUMBERS if row[2] is not None)
     + tuple(
@@ -312,6 +318,8 @@ for role in (ops.CLIPRANGE, ops.NOT_NEGATIVE_OR_NONE, ops.DENOMINATOR):
     SCALARS[role] += NOT_NEGATIVES
 SCALARS[ops.POSITIVE_OR_NONE] = SCALARS[ops.SOFTCAP]
 for role, allowed in (
+    (ops.ROLLOUT_KIND, "'tis', 'icepop'"),
+    (ops.ROLLOUT_LEVEL, "'token', 'sequence', 'geometric'"),
     (ops.RATIO_LEVEL, "'token', 'sequence', 'sequence_token'"),
     (ops.POLICY_LOSS, "'clip', 'cispo', 'reinforce'"),
     (ops.KL_ESTIMATOR, "'k1', 'k2', 'k3', 'abs'"),

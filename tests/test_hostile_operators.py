@@ -62,6 +62,10 @@ INTERNAL = {
 INTERNAL_NUMBERS = {
     "first": (0, r"lie in \[0, vocabulary - columns\]", (-1, 1, 2**62, -(2**62))),
     "vocabulary": (8, None, ()),
+    "kind": (1, r"be in \[0, 2\)", (-1, 2, 2**62, -(2**62))),
+    "level": (1, r"be in \[0, 3\)", (-1, 3, 2**62, -(2**62))),
+    "low": (0.5, r"lie in \[0, high\]", (-1.0, 1e30, math.nan, math.inf)),
+    "high": (2.0, "be a finite number", (math.nan, math.inf)),
     # the options of ppo_loss, in lists
     "numbers": ([0.2] * 13, "(have 13 entries|be numbers)", ([], [0.2] * 12, [0.2] * 14, [math.nan] * 13)),
     "choices": ([0, 0, 0, 0, 0, 1], "(have 6 entries|be the numbers of names)", ([], [0] * 7, [-1] * 6, [9] * 6)),

@@ -1,4 +1,5 @@
-"""PPO's clipped policy loss and clipped value loss with their statistics, in one pass."""
+"""PPO's clipped policy loss and clipped value loss with their statistics, in one pass; `_ppo_options_run` has the
+options."""
 
 from typing import Any
 
@@ -128,19 +129,42 @@ def ppo_loss(
         vf_loss = 0.5 * mean max((vpreds - returns)^2, (clipped - returns)^2)
         loss = pg_loss + vf_coef * vf_loss
 
-    where every mean is over the tokens that count.
+    where every mean is over the tokens that count. That is the loss without options; docs/losses.md has the formulas of
+    all options.
 
     Args:
         logprobs: [B, T] (or any shape) float32, bfloat16, float16 or float64, log-probabilities of the tokens under the
             current policy; differentiable.
         old_logprobs: same shape, log-probabilities under the policy of the rollout.
         advantages, values, returns: same shape, of the rollout, see `gae`.
-        vpreds: same shape, the current values; differentiable.
+        vpreds: same shape, the current values; differentiable. Without a critic vpreds, values and returns are None.
         mask: same shape, bool, int or float, nonzero where a token counts.
-        cliprange, cliprange_value: half the widths of the two clip intervals, finite in float32 and not negative.
+        cliprange: how far the ratio may go from 1, finite in float32 and not negative; a pair (low, high) for below and
+            above.
+        cliprange_value: how far vpreds may go from values, likewise; None for an unclipped value loss.
         vf_coef: weight of the value loss, finite in float32.
         ratio_threshold: if the mean ratio is larger, loss and gradients are exactly 0 and policy/skipped is 1. Infinity
             means never.
+        dual_clip: for a negative advantage the loss is at most -advantages * dual_clip; larger than 1.
+        log_ratio_clamp: bound of the log-ratio on both sides, beyond which it has no gradient.
+        ratio_level: "token"; "sequence", the ratio of the mean log-ratio of the row, with the gradient through the mean;
+            "sequence_token", the same value with each token's own gradient. A row is the last dimension.
+        policy_loss: "clip", as above; "cispo", the clipped ratio as a constant weight of -advantages * logprobs;
+            "reinforce", -advantages * logprobs.
+        weights: same shape, constant factors of the policy terms, see `rollout_weights`; 0 drops a token.
+        ref_logprobs: same shape, log-probabilities under a reference. kl_coef times the mean KL estimate is added.
+        kl_estimator, kl_gradient: with D = logprobs - ref_logprobs, "k1" is D, "k2" D^2 / 2, "k3" exp(-D) - 1 + D, "abs"
+            |D|; "exact" is its derivative, "straight_through" the gradient D, "weighted" multiplies value and gradient by
+            the ratio.
+        entropy: same shape, differentiable. entropy_coef times its mean is subtracted.
+        value_loss: "mse", or "huber" with the bound huber_delta.
+        aggregation: "token_mean"; "seq_mean_token_mean", the mean over rows of their means; "seq_mean_token_sum", of their
+            sums; "seq_mean_token_sum_norm", of their sums divided by norm_length (default: the last dimension);
+            "token_sum". A row in which no token counts is no row. All terms are aggregated alike.
+        denominator: a number or a tensor of one number in the place of the number of tokens or rows that count here: that
+            of the whole batch, of which these tokens are a part.
+        scale: factor of the loss, finite in float32.
+        row_counts: [B], the tokens of each whole row, where rows are split ("seq_mean_token_mean").
 
     Returns:
         (loss, stats): a tensor of shape [] that is differentiable once, and a dict of detached tensors under TRL's keys
@@ -148,12 +172,17 @@ def ppo_loss(
         advantages_mean, ratio_mean, skipped}, returns/{mean, var}, val/{vpred, error, clipfrac, mean, var}. Of the
         shape of the input, and 0 where the mask is 0: policy/{advantages, ratio}. All are float32 (float64 if an input
         is float64).
+        With options also policy/{approxkl_k3, clipfrac_low, clipfrac_high, ratio_max, ratio_min} and, where they are
+        given, policy/{clipfrac_dual, weights_mean, weights_zero, ref_kl, entropy} and loss/{kl, entropy}; without a
+        critic none of loss/value, returns/ and val/. loss/ are what the loss is the sum of, all others means over tokens.
 
     Raises:
         TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is not a number.
         ValueError: shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or
-            ratio_threshold is NaN.
-        NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
+            ratio_threshold is NaN; an option is out of its range; two options mean nothing together, such as dual_clip with
+            "cispo" or kl_coef without ref_logprobs; or denominator is the number 0 and a token counts. A denominator on the
+            device that is not positive makes the loss NaN.
+        NotImplementedError: logprobs, vpreds or entropy carry a forward-mode tangent.
 
     Notes:
         Masked inputs never influence a result, and their gradients are 0. If no token counts, loss, gradients and

@@ -9,6 +9,7 @@ concern execution.
 import torch
 
 from .reference_ppo_loss import ppo_loss as ppo_loss
+from .reference_rollout_weights import rollout_weights as rollout_weights
 
 WHITEN_EPS = 1e-8  # added to the variance under the square root, as in TRL's masked_whiten
 
