@@ -7,6 +7,7 @@ import process_group
 import pytest
 import tiny_models
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import ppo_ext
@@ -29,7 +30,7 @@ def make(kind):
 def sharding_accelerator(config):
     """`make_accelerator`, but with the plugin that accelerate takes on GPUs only."""
     accelerator = acceleration.make_accelerator(config)
-    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     plugin = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=False, **plugin
