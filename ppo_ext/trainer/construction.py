@@ -14,7 +14,7 @@ from ..models import lora
 from ..models.auto import create_reference_model
 from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
+from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks, sharding
 from .base import TrainerBase
 from .callers import warn
 from .config import PPOConfig, as_dict
@@ -96,6 +96,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         num_shared_layers: int | None,
         pattern: str | None,
     ) -> None:
+        sharding.check_model(model)
         model.rehearse_saving()
         self.model = model
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
@@ -157,9 +158,12 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if self.accelerator.distributed_type == "DEEPSPEED":
             if self.ref_model is not None:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
-        elif self.ref_model is not None:
-            sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model without trainable parameters
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=not sharded)
+        elif self.accelerator.distributed_type == "FSDP":
+            self.model_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self.ref_model is not None:
+                self.ref_model = sharding.prepare_reference(self.accelerator, self.ref_model)
+        elif self.ref_model is not None:  # DDP refuses a model without trainable parameters
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         for prepared_model in (self.model, self.ref_model):
             acceleration.keep_logits_dtype(self.accelerator, prepared_model)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)
