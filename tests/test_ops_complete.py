@@ -68,7 +68,9 @@ def parts():
 def missing(has):
     """A sentence for each part that an op or a stem lacks."""
     stems = has.stems | {
-        re.sub("_(cpu|cuda|simd|entry)$", "", pathlib.Path(x).stem) for x in has.files if x.startswith("csrc/")
+        re.sub("(_options|_options_sums)?(_(cpu|cuda|simd|entry))?$", "", pathlib.Path(x).stem)
+        for x in has.files
+        if x.startswith("csrc/")
     }
     for stem in sorted(stems):
         yield from (f"{stem}: {path} is missing" for path in map_stem(stem) if path not in has.files)

@@ -102,3 +102,26 @@ def test_the_backward_pass_lets_go_of_the_logits_before_it_reaches_the_layers(in
     layer.register_full_backward_hook(lambda *_: held.append(logits[-1]() is not None))
     steps(trainer)
     assert held == [False] * 4
+
+
+def test_the_policy_loss_takes_the_bounds_of_the_config():
+    """One token each: above the upper bound with a positive advantage, and far above it with a negative one."""
+    logprobs = torch.tensor([[0.5, 2.0]])
+    tensors = {name: torch.zeros(1, 2) for name in ("old_logprobs", "values", "vpreds", "returns")}
+    tensors |= {"logprobs": logprobs, "advantages": torch.tensor([[1.0, -1.0]]), "mask": torch.ones(1, 2)}
+    far = logprobs[0, 1].exp().item()
+    for settings, expected in (
+        ({}, (-1.2 + far) / 2),
+        ({"cliprange_high": 0.4}, (-1.4 + far) / 2),
+        ({"dual_clip": 3.0}, (-1.2 + 3.0) / 2),
+        ({"cliprange_high": 0.4, "dual_clip": 3.0}, (-1.4 + 3.0) / 2),
+    ):
+        trainer = tiny_models.trainer(**settings)
+        pg_loss, vf_loss, stats = trainer.loss(logits=None, entropy=torch.zeros(1, 2), **tensors)
+        assert pg_loss.item() == pytest.approx(expected) and vf_loss == 0
+        assert ("policy/clipfrac_high" in stats) == bool(settings)
+
+
+def test_a_step_with_both_bounds():
+    (stats,) = steps(tiny_models.trainer(cliprange_high=0.28, dual_clip=3.0), 1)
+    assert stats["ppo/policy/clipfrac_dual"] == 0 and stats["ppo/policy/ratio_max"] >= 1

@@ -97,6 +97,7 @@ def rollout_weights(
     mask = check.mask("rollout_weights", mask, shape, device, "old_logprobs").contiguous()
     tensors = [x.detach().contiguous() for x in check.same_dtype(old_logprobs, rollout_logprobs)]
     if not _native.available(device.type):
-        return reference.rollout_weights(*tensors, mask, kind=kind, level=level, bounds=bounds)
+        old, rollout = tensors
+        return reference.rollout_weights(old, rollout, mask, kind=kind, level=level, bounds=bounds)
     weights, stats = _rollout_weights(*tensors, mask, *numbers)
     return weights, dict(zip(STAT_NAMES, stats.unbind()))

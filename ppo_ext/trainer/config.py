@@ -92,6 +92,10 @@ class PPOConfig:
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
+    cliprange_high: float | None = None  # the ratio's upper bound is 1 + this; None: cliprange
+    dual_clip: float | None = (
+        None  # for a negative advantage A the loss is at most -A dual_clip; above 1, None: no bound
+    )
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
     ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
@@ -168,6 +172,10 @@ class PPOConfig:
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
         given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
         self._require(given, lambda x: x > 0, "be positive or None")
+        if self.cliprange_high is not None:
+            self._require(("cliprange_high",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
+        if self.dual_clip is not None:
+            self._require(("dual_clip",), lambda x: 1 < x <= 1e30, "be None or larger than 1 and at most 1e30")
         if self.adap_kl_ctrl:
             self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
             self._require_horizon()

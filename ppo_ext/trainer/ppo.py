@@ -257,6 +257,7 @@ class PPOTrainer(
 
         Source: TRL 0.11.4, `PPOTrainer.loss`.
         """
+        cliprange, high = self.config.cliprange, self.config.cliprange_high
         pg_loss, vf_loss, stats = policy_and_value_loss(
             logprobs,
             old_logprobs,
@@ -266,8 +267,9 @@ class PPOTrainer(
             returns,
             mask,
             vf_coef=self.config.vf_coef,
-            cliprange=self.config.cliprange,
+            cliprange=cliprange if high is None else (cliprange, high),
             cliprange_value=self.config.cliprange_value,
+            dual_clip=self.config.dual_clip,
             # in an update of several parts all of them are judged together
             ratio_threshold=self.config.ratio_threshold if self._minibatch_weight is None else math.inf,
         )

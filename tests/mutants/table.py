@@ -549,5 +549,4 @@ NOT_APPLICABLE = {
     "moments, which are of all processes, have a mutant",
     "a mean of the means of accumulated minibatches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
     "the op's own merge of parts has a mutant",
-    "k3 with its sign swapped": "no op has that estimator; those there are have mutants of their signs",
 }
