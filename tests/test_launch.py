@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import tiny_models
+from accelerate.commands.launch import launch_command_parser
 
 import ppo_ext
 from bench import count_collectives
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMANDS = re.findall(r"^accelerate launch .*$", (ROOT / "examples/distributed.md").read_text(), re.MULTILINE)
+PAGE = (ROOT / "examples/distributed.md").read_text()
+COMMANDS = re.findall(r"^accelerate launch .*$", PAGE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +27,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["", "--use_fsdp"])
-def test_the_command_runs_on_a_cpu(kind, folder):
+def test_accelerate_takes_the_three_commands():
     assert len(COMMANDS) == 3
-    command = next(text for text in COMMANDS if (kind or "2 examples") in text).replace("MODEL_FOLDER", str(folder))
-    arguments = command.replace("launch", "launch --cpu --num_cpu_threads_per_process 1").split()[1:]
+    for command in COMMANDS:
+        options = launch_command_parser().parse_args(command.split()[2:])
+        assert options.num_processes == 2 and options.training_script == "examples/reward_function.py"
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_two_processes_on_a_cpu_run_the_script(fsdp, folder):
+    command = re.search(r"^torchrun (.*)$", PAGE, re.MULTILINE)[1].replace("MODEL_FOLDER", str(folder))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"ACCELERATE_USE_FSDP": fsdp, "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}  # as by accelerate launch
     result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments, "--steps", "1"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split(), "--steps", "1"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -40,8 +48,8 @@ def test_the_command_runs_on_a_cpu(kind, folder):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert len(re.findall(r"step  0  score \S+  KL", result.stdout)) == 2
-    assert ("accelerate leaves FSDP out on cpu" in result.stderr) == bool(kind)
+    assert len(re.findall(r"step  0  score \S+  KL", result.stdout)) == 2, result.stdout
+    assert ("accelerate leaves FSDP out on cpu" in result.stderr) == (fsdp == "true")
 
 
 def test_the_page_of_collectives_is_of_its_row():

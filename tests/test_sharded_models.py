@@ -106,7 +106,8 @@ def test_sharded_weights_train_generate_and_are_saved_as_whole_ones_are(reports,
         torch.testing.assert_close(files[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_the_plugin_is_refused_in_version_1_and_told_of_on_a_cpu():
+def test_the_plugin_is_refused_in_version_1_and_told_of_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # the plugin sets it
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.warns(
         UserWarning, match=r"accelerate leaves FSDP out on cpu, and every process holds all weights \(NO\)"

@@ -10,9 +10,9 @@ import torch
 
 
 def check_accelerator(accelerator: Any, settings: dict[str, Any]) -> None:
-    """ValueError for FSDP of version 1 and for weights that one process alone has loaded; a warning where accelerate leaves the plugin out, as on a CPU.
+    """ValueError for FSDP of version 1 and for weights that one process alone has loaded.
 
-    settings: the keyword arguments of the Accelerator.
+    Warns where accelerate leaves the plugin out, as on a CPU. settings: the keyword arguments of the Accelerator.
     """
     if accelerator.distributed_type == "FSDP":
         if not accelerator.state.is_fsdp2:
