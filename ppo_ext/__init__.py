@@ -11,6 +11,7 @@ from .ops.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy, l
 from .ops.logprobs import logprobs, logprobs_and_entropy
 from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
+from .ops.rollout_weights import rollout_weights
 
 if TYPE_CHECKING:
     from .integrations.trl import patch_trl, unpatch_trl
@@ -60,6 +61,7 @@ __all__ = [
     "ppo_loss",
     "reward_loss",
     "reward_scores",
+    "rollout_weights",
     "unpatch_trl",
 ]
 

@@ -128,6 +128,15 @@ def no_tangent(op: str, argument: str, x: torch.Tensor) -> None:
         fail(op, argument, "be differentiated in reverse mode", "a forward-mode tangent", NotImplementedError)
 
 
+def no_gradient_of_gradient(op: str, grad_loss: torch.Tensor) -> None:
+    """For an op whose loss is all that could need a second derivative. Cheaper than once_differentiable."""
+    if grad_loss.requires_grad:
+        raise RuntimeError(
+            f"{op}: the gradient of the loss must not need a gradient itself, got one that does; "
+            f"{op} is differentiable once"
+        )
+
+
 def overwritable(x: torch.Tensor, read: torch.Tensor | None = None) -> bool:
     """Whether a kernel may write each entry of `x` once it has read the entries of `x` and `read` at that position.
 

@@ -1,7 +1,6 @@
 """The constructor of `PPOTrainer`: model, reference, optimizer, devices, and the state that steps change."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -17,9 +16,11 @@ from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks, sharding
 from .base import TrainerBase
+from .callers import warn
 from .config import PPOConfig, as_dict
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless
+from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
 from .processes import ProcessesMixin
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
@@ -103,7 +104,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         self.config.is_encoder_decoder = self.is_encoder_decoder
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
-            warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
+            warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed")
         own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
@@ -116,6 +117,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
@@ -125,10 +127,9 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         elif self.is_distributed:
-            warnings.warn(
+            warn(
                 "PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
                 "example with trainer.accelerator.prepare(dataloader)",
-                stacklevel=3,
             )
 
     def _init_state(self) -> None:
@@ -139,7 +140,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
         self._samples, self._minibatch_weight = [config.batch_size], None
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
