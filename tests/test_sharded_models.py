@@ -1,6 +1,7 @@
 """FSDP2 by accelerate's plugin on two processes of a CPU, where accelerate itself would leave it out; and tp_plan."""
 
 import pathlib
+import types
 import warnings
 
 import process_group
@@ -11,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import ppo_ext
-from ppo_ext.trainer import acceleration, construction
+from ppo_ext.trainer import acceleration, construction, sharding
 
 CPU = {"accelerator_kwargs": {"cpu": True}, "ppo_epochs": 1}
 KINDS = ("full", "lora", "accumulated")
@@ -105,15 +106,22 @@ def test_sharded_weights_train_generate_and_are_saved_as_whole_ones_are(reports,
         torch.testing.assert_close(files[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_the_plugin_is_refused_in_version_1_and_told_of_on_a_cpu():
+def test_the_plugin_is_refused_in_version_1_and_told_of_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # the plugin sets it
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.warns(
         UserWarning, match=r"accelerate leaves FSDP out on cpu, and every process holds all weights \(NO\)"
     ):
         tiny_models.trainer(accelerator_kwargs={"cpu": True, "fsdp_plugin": plugin})
-    accelerator = type("Accelerator", (), {"distributed_type": "FSDP", "state": type("State", (), {"is_fsdp2": False})})
-    with pytest.raises(ValueError, match="fsdp_version must be 2, got 1; give accelerate launch --fsdp_version 2"):
-        acceleration.sharding.check_accelerator(accelerator, {})
+    for second, text in (
+        (False, "fsdp_version must be 2, got 1; give accelerate launch --fsdp_version 2"),
+        (True, "fsdp_cpu_ram_efficient_loading must be false, got true"),
+    ):
+        state = types.SimpleNamespace(
+            is_fsdp2=second, fsdp_plugin=types.SimpleNamespace(cpu_ram_efficient_loading=True)
+        )
+        with pytest.raises(ValueError, match=text):
+            sharding.check_accelerator(types.SimpleNamespace(distributed_type="FSDP", state=state), {})
 
 
 def test_a_model_that_is_split_already_is_refused(tmp_path_factory):

@@ -10,15 +10,20 @@ import torch
 
 
 def check_accelerator(accelerator: Any, settings: dict[str, Any]) -> None:
-    """ValueError for FSDP of version 1; a warning where accelerate leaves the plugin out, as on a CPU.
+    """ValueError for FSDP of version 1 and for weights that one process alone has loaded.
 
-    settings: the keyword arguments of the Accelerator.
+    Warns where accelerate leaves the plugin out, as on a CPU. settings: the keyword arguments of the Accelerator.
     """
     if accelerator.distributed_type == "FSDP":
         if not accelerator.state.is_fsdp2:
             raise ValueError(
                 "PPOTrainer: fsdp_version must be 2, got 1; give accelerate launch --fsdp_version 2, or the plugin "
                 "fsdp_version=2"
+            )
+        if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "PPOTrainer: fsdp_cpu_ram_efficient_loading must be false, got true; accelerate would look for the weights "
+                "under other names than those of a model with a value head"
             )
     elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or settings.get("fsdp_plugin") is not None:
         warnings.warn(
