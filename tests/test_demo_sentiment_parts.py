@@ -100,7 +100,11 @@ def test_the_packaged_model_becomes_a_plain_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "capabilities, dtype",
-    [({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)],
+    [
+        ({}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
 )
 def test_the_model_is_in_bfloat16_only_where_the_processor_multiplies_it(capabilities, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
