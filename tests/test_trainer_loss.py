@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from tiny_models import steps
 
-from ppo_ext.trainer import forward
+from ppo_ext.trainer import chunks
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_full_penalty_takes_whole_distributions_too():
 
 
 def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
-    seen, op = [], forward.full_kl
+    seen, op = [], chunks.full_kl
     monkeypatch.setattr(
-        forward, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
+        chunks, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
     )
     steps(tiny_models.trainer(kl_penalty="full"))
     assert seen == [2, 2]
@@ -90,14 +90,14 @@ def test_the_two_losses_have_gradients_of_their_own():
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_the_backward_pass_lets_go_of_the_logits_before_it_reaches_the_layers(inplace, monkeypatch):
-    trainer = tiny_models.trainer(inplace_logits_grad=inplace)
-    op, logits, held = forward.logprobs_and_entropy, [], []
+    trainer = tiny_models.trainer(inplace_logits_grad=inplace, kl_penalty="full")  # which makes logits
+    op, logits, held = chunks.logprobs_and_entropy, [], []
 
     def spy(x, *arguments, **options):
         logits.append(weakref.ref(x))
         return op(x, *arguments, **options)
 
-    monkeypatch.setattr(forward, "logprobs_and_entropy", spy)
+    monkeypatch.setattr(chunks, "logprobs_and_entropy", spy)
     layer = trainer.model.pretrained_model.transformer.h[1]
     layer.register_full_backward_hook(lambda *_: held.append(logits[-1]() is not None))
     steps(trainer)

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from .config import PPOConfig, as_dict
+
+_CASTING: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()  # what `keep_logits_dtype` has made
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
@@ -51,7 +55,13 @@ def keep_logits_dtype(accelerator: Accelerator, model: Any) -> None:
         with accelerator.autocast():
             return forward(*args, **kwargs)
 
+    _CASTING.add(autocast_forward)
     model.forward = autocast_forward
+
+
+def only_casts(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is one that `keep_logits_dtype` has made."""
+    return forward in _CASTING
 
 
 def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.limits import Limits
 from .config import PPOConfig
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
 from .padding import PaddingWatch
 from .stats import RunningMoments
@@ -36,7 +37,9 @@ class TrainerBase:
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
     _limits: Limits  # of what policy and reference can read
     _left_padding_is_harmless: bool  # it moves no position, given position_ids where the model takes them
+    _padding_is_inert: bool  # more or fewer columns of it change nothing but rounding
     _first_position: int  # what position_ids begin with
+    _head_route: HeadRoute  # whether a step makes logits
     _padding_watch: PaddingWatch  # for padding in what callers hand over
 
     tokenizer: PreTrainedTokenizerBase

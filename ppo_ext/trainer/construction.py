@@ -18,8 +18,9 @@ from ..models.wrapper import PreTrainedModelWrapper
 from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless
+from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
 
@@ -112,6 +113,7 @@ class ConstructionMixin(TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
@@ -135,7 +137,7 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:

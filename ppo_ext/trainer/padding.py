@@ -26,6 +26,30 @@ def left_padding_is_harmless(pretrained_model: Any) -> bool:
     return told or not has_absolute_positions(pretrained_model)
 
 
+def padding_is_inert(pretrained_model: Any) -> bool:
+    """Whether the number of padding columns changes nothing but rounding.
+
+    It does change more where angles follow the longest row (dynamic and long RoPE), where attention is sparse by blocks
+    or hashes, and where experts take a share of all tokens.
+    """
+    return not any(
+        key.startswith("expert_capacity") or value in ("dynamic", "longrope", "block_sparse", "lsh")
+        for key, value in _settings(pretrained_model.config.to_dict())
+    )
+
+
+def _settings(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values in a config, with the keys that they or the lists around them stand under."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _settings(value, str(name))
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from _settings(value, key)
+    else:
+        yield key, config
+
+
 def input_side(tokenizer: Any, left_is_harmless: bool) -> str:
     """The side on which inputs are padded: the tokenizer's, unless padding on the left would move positions."""
     return tokenizer.padding_side if left_is_harmless else "right"

@@ -1,6 +1,7 @@
 """PPOTrainer: one `step` from queries, responses and scores to an updated policy, with TRL's names and numbers."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from . import step_inputs
 from .construction import ConstructionMixin
-from .forward import ForwardMixin, hooks_see_logits
+from .forward import ForwardMixin
 from .generation import GenerationMixin
+from .head_route import hooks_see_logits
 from .loss_terms import mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
@@ -133,6 +135,7 @@ class PPOTrainer(
 
     def _train(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """config.ppo_epochs passes over the rollout, each in a new random order; returns the stacked statistics."""
+        rollout = replace(rollout, spans=self._spans(rollout.model_inputs))
         all_stats = []
         for _ in range(self.config.ppo_epochs):
             for rows in self._minibatches():
@@ -152,9 +155,10 @@ class PPOTrainer(
     def _train_on(self, batch: Rollout) -> dict[str, torch.Tensor]:
         """Forward pass, backward pass and, when enough minibatches are accumulated, the optimizer update.
 
-        The logits are given to the methods that a user has replaced, and stay as they are. If there are none, only the
-        graph holds the logits: its backward pass may write their gradient over them and frees them before it goes on
-        through the layers. A forward hook that sees the logits may keep them, so they are not written over then either.
+        Where nobody sees logits, none are made. Otherwise they are given to the methods that a user has replaced, and
+        stay as they are. If there are none, only the graph holds the logits: its backward pass may write their gradient
+        over them and frees them before it goes on through the layers. A forward hook that sees the logits may keep them,
+        so they are not written over then either.
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
@@ -164,8 +168,14 @@ class PPOTrainer(
                     *inputs, return_logits=True, response_masks=batch.response_masks
                 )
                 return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
+            scalings = self._head_route.choose(self)
             new = self._forward_pass(
-                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._inplace_backward_allowed()
+                *inputs,
+                batch.response_masks,
+                with_entropy=True,
+                inplace_backward=scalings is None and self._inplace_backward_allowed(),
+                scaling=scalings and scalings.policy,
+                spans=scalings and batch.spans,
             )
             return self.train_minibatch(
                 *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy

@@ -7,7 +7,7 @@ from ..ops.gae import gae
 from ..ops.kl_rewards import kl_rewards
 from ..ops.masked import masked_whiten
 from .base import TrainerBase
-from .forward import ForwardPass
+from .chunks import ForwardPass
 from .overrides import is_overridden, replaceable
 
 
@@ -76,6 +76,7 @@ class RewardsMixin(TrainerBase):
         kls = kl_rewards(no_score, row, ref_row, all_count, kl_coef=1.0, kl_penalty=self.config.kl_penalty)[2]
         return kls.reshape(logprob.shape)
 
+    @replaceable
     def compute_advantages(
         self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

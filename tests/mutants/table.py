@@ -460,7 +460,7 @@ MUTANTS = (
     Mutant(
         "policy and reference change places in the divergence",
         PYTHON,
-        "ppo_ext/trainer/forward.py",
+        "ppo_ext/trainer/chunks.py",
         "full_kl(logits, ref_logits, mask=mask)",
         "full_kl(ref_logits, logits, mask=mask)",
         "test_trl_parity.py",
