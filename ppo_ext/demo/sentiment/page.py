@@ -5,6 +5,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
+from . import base_model
 from . import metrics as metrics_module
 from .gate import Check
 from .metrics import Metrics
@@ -45,6 +46,7 @@ def subtitle(settings: Settings, seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return (
         f"seed {settings.seed} · {settings.steps} steps of {settings.batch} responses · LoRA rank {settings.lora_rank} · "
+        f"{str(base_model.fast_dtype()).removeprefix('torch.')} · "
         f"{minutes} min {rest} s in all"
     )
 

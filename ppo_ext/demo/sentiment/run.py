@@ -144,4 +144,5 @@ def _arguments(options) -> dict:
         "corpus": str(options.corpus.resolve()) if options.corpus else None,
         "scorer": options.scorer,
         "model": str(options.model.resolve()) if options.model else None,
+        "dtype": str(base_model.fast_dtype()).removeprefix("torch."),
     }
