@@ -3,6 +3,7 @@
 import random
 import warnings
 
+import accelerate
 import numpy as np
 import process_group
 import pytest
@@ -13,6 +14,10 @@ import torch
 def trainer(**config):
     config = {"accelerator_kwargs": {"cpu": True}, "gradient_accumulation_steps": 2, "mini_batch_size": 1, **config}
     return tiny_models.trainer(**config)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2)
 
 
 def batch(rank, seed):
@@ -66,6 +71,18 @@ def work(rank, folder):
         ours = trainer(early_stopping=True, target_kl=1e-9, ppo_epochs=4, exact_update=exact)
         report[f"tokens_trained, {exact}"] = ours.step(*batch(rank, 5))["ppo/policy/ratio"].size
 
+    for unused in (False, True):  # DDP looks for weights that the outputs do not depend on
+        handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=unused)
+        pair = []
+        for logits in (False, True):
+            ours = trainer(accelerator_kwargs={"cpu": True, "kwargs_handlers": [handler]}, optimizer=sgd)
+            if logits:
+                ours.model.register_forward_hook(lambda *_: None)
+            ours.step(*batch(rank, 6))
+            assert (ours.why_logits is None) != logits, ours.why_logits
+            pair.append(digest(ours))
+        report[f"without and with logits, {unused}"] = pair
+
     logged = []
     ours.accelerator.log = lambda values, step=None: logged.append(values)
     ours.log_stats(stats, {"query": [], "response": []}, [float(rank)] * 4)
@@ -115,6 +132,12 @@ def test_early_stopping_is_decided_together(reports):
 def test_processes_sample_differently_and_share_the_order_of_minibatches(reports):
     (torch_a, python_a, numpy_a), (torch_b, python_b, numpy_b) = (report["drawn"] for report in reports)
     assert torch_a != torch_b and python_a != python_b and numpy_a == numpy_b
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_head_without_logits_takes_part_in_ddp(reports, unused):
+    (ours, theirs), second = (report[f"without and with logits, {unused}"] for report in reports)
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5) and [ours, theirs] == second
 
 
 def test_rewards_are_gathered_and_logged_once(reports):

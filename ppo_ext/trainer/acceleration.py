@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
+from . import sharding
 from .config import PPOConfig, as_dict
 
 _CASTING: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()  # what `keep_logits_dtype` has made
@@ -25,6 +26,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project_config=ProjectConfiguration(**as_dict("project_kwargs", config.project_kwargs)),
         **as_dict("accelerator_kwargs", config.accelerator_kwargs),
     )
+    sharding.check_accelerator(accelerator, as_dict("accelerator_kwargs", config.accelerator_kwargs))
     if accelerator.dataloader_config.dispatch_batches is None:
         # else the main process reads a streaming dataset for all, and accelerate can cut batches of tensors only
         accelerator.dataloader_config.dispatch_batches = False

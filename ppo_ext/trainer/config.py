@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .callers import warn
 from .kl_controller import MAX_KL_ERROR
 from .stats import flatten_dict
 
@@ -144,10 +144,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
-            warnings.warn(
+            warn(
                 "PPOConfig: forward_batch_size is deprecated and overwrites mini_batch_size; use mini_batch_size",
                 FutureWarning,
-                stacklevel=3,
             )
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:

@@ -1,7 +1,6 @@
 """The constructor of `PPOTrainer`: model, reference, optimizer, devices, and the state that steps change."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,8 +14,9 @@ from ..models import lora
 from ..models.auto import create_reference_model
 from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
+from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks, sharding
 from .base import TrainerBase
+from .callers import warn
 from .config import PPOConfig, as_dict
 from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
@@ -96,6 +96,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         num_shared_layers: int | None,
         pattern: str | None,
     ) -> None:
+        sharding.check_model(model)
         model.rehearse_saving()
         self.model = model
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
@@ -103,7 +104,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         self.config.is_encoder_decoder = self.is_encoder_decoder
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
-            warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
+            warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed")
         own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
@@ -126,10 +127,9 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         elif self.is_distributed:
-            warnings.warn(
+            warn(
                 "PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
                 "example with trainer.accelerator.prepare(dataloader)",
-                stacklevel=3,
             )
 
     def _init_state(self) -> None:
@@ -158,9 +158,12 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         if self.accelerator.distributed_type == "DEEPSPEED":
             if self.ref_model is not None:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
-        elif self.ref_model is not None:
-            sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model without trainable parameters
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=not sharded)
+        elif self.accelerator.distributed_type == "FSDP":
+            self.model_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self.ref_model is not None:
+                self.ref_model = sharding.prepare_reference(self.accelerator, self.ref_model)
+        elif self.ref_model is not None:  # DDP refuses a model without trainable parameters
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         for prepared_model in (self.model, self.ref_model):
             acceleration.keep_logits_dtype(self.accelerator, prepared_model)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)

@@ -1,6 +1,5 @@
 """Padding: on which side it moves no position, and how many padding tokens came in with the samples."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..models.limits import Limits, has_absolute_positions
+from .callers import warn
 from .rollout import takes_position_ids
 from .stopping import end_ids
 
@@ -127,9 +127,8 @@ class PaddingWatch:
         """One warning in the life of a trainer; where: the method that was called."""
         if in_queries or in_responses:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"{where}: {in_queries} tokens at the ends of queries and {in_responses} at the ends of responses are "
                 f"padding (id {self.tokenizer.pad_token_id}), and count like all others; strip it, as in "
                 "ids[attention_mask == 1], or hide it with response_masks",
-                stacklevel=4,
             )

@@ -1,6 +1,5 @@
 """What `step` reports: its statistics, on the host and to the trackers."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from ..ops.check_labels import check_labels
 from ..ops.masked import masked_mean
 from .base import TrainerBase
+from .callers import warn
 from .processes import ProcessesMixin
 from .rollout import Rollout
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
@@ -112,10 +112,9 @@ class ReportingMixin(ProcessesMixin, TrainerBase):
         check_labels(self.current_device)  # no further host/device sync: the statistics have just been waited for
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if stats["objective/kl"] < -1.0:
-            warnings.warn(
+            warn(
                 f"PPOTrainer: the KL per sequence is {stats['objective/kl']:.2f}, below -1. The responses were "
                 "probably not sampled from the policy that is trained: sample with top_k=0, top_p=1.0 and temperature 1",
-                stacklevel=4,  # the line that called `step`
             )
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 

@@ -159,7 +159,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
     def _refuse_sharding(self, method: str) -> None:
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             raise ValueError(
-                f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type}; "
+                f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type.value}; "
                 "use trainer.accelerator.save_state and load_state"
             )
 

@@ -14,6 +14,7 @@ from ..models.staging import complete, staged
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .processes import ProcessesMixin
+from .sharding import whole_state_dict
 
 Trainer = TypeVar("Trainer", bound="SavingMixin")
 
@@ -38,6 +39,7 @@ model = AutoModelForCausalLMWithValueHead.from_pretrained("path or id of this fo
 class SavingMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.from_pretrained`, `save_pretrained`, `push_to_hub`, `create_model_card` and what they need."""
 
+    _whole_weights: dict[str, torch.Tensor] | None = None  # of a sharded model, while it is saved
     _tag_names: ClassVar[list[str]] = ["ppo_ext", "ppo", "reinforcement-learning"]  # of the model card
 
     @classmethod
@@ -90,6 +92,7 @@ class SavingMixin(ProcessesMixin, TrainerBase):
         All processes must call it; the main one writes and uploads, and none goes on before that is done.
         """
         name = repo_id or os.path.basename(os.path.normpath(save_directory))
+        self._gather_weights()
 
         def save() -> None:
             checkpoint.check_target(os.fspath(save_directory), self.is_peft_model)
@@ -99,13 +102,21 @@ class SavingMixin(ProcessesMixin, TrainerBase):
         self._on_main_process(save)
         return self._on_main_process(lambda: self._upload(save_directory, name, **kwargs)) if push_to_hub else None
 
+    def _gather_weights(self) -> None:
+        """Under FSDP, where no process has whole weights: those of all, for `_save_pretrained`. One collective a weight."""
+        if self.accelerator.distributed_type == "FSDP":
+            weights = whole_state_dict(self.accelerator.unwrap_model(self.model))
+            self._whole_weights = weights if self.accelerator.is_main_process else None
+
     def _on_main_process(self, action: Callable[[], Any]) -> Any:
         """The action's result on the main process, None on the others, which wait; its error on all."""
         return self._alike(action if self.accelerator.is_main_process else lambda: None)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes everything into a folder; called on the main process."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
+        whole = {} if self._whole_weights is None else {"state_dict": self._whole_weights}
+        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **whole)
+        self._whole_weights = None
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(save_directory)
 
@@ -114,6 +125,8 @@ class SavingMixin(ProcessesMixin, TrainerBase):
 
         All processes must call it; the main one saves and uploads.
         """
+
+        self._gather_weights()
 
         def push() -> Any:
             with TemporaryDirectory() as folder:

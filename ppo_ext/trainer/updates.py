@@ -1,6 +1,5 @@
 """Updates of several parts, accumulated or on several processes, that act as one large minibatch of one process."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
@@ -8,6 +7,7 @@ from typing import NoReturn
 import torch
 
 from .agreement import first_sentence, gather
+from .callers import warn
 from .processes import ProcessesMixin
 from .rollout import Rollout
 from .whole_update import stack_whole_updates, tokens_of_minibatches, weights_of_minibatches
@@ -75,10 +75,9 @@ class UpdatesMixin(ProcessesMixin):
     def _tell_skipped(self, ratio: float, minibatches: int = 1) -> None:
         self.skipped_minibatches += minibatches
         what = "minibatch" if self._minibatch_weight is None else "update"
-        warnings.warn(
+        warn(
             f"PPOTrainer: the mean ratio of a{'n' * (what == 'update')} {what} is {ratio:.2f}, above ratio_threshold = "
             f"{self.config.ratio_threshold:.2f}; the {what} is skipped",
-            stacklevel=5,
         )
 
     def _drop_gradients(self) -> None:
