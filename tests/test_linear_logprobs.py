@@ -8,7 +8,7 @@ from cases import FLOATS
 from conftest import assert_same_bits, assert_within_torch_error
 
 import ppo_ext
-from ppo_ext.ops import _linear_tiles, check_labels, reference
+from ppo_ext.ops import _linear_head, _linear_tiles, check_labels, reference
 
 INF = math.inf
 OPTIONS = {
@@ -48,20 +48,21 @@ def run(inputs, op=ppo_ext.linear_statistics, leaves=LEAVES, dtype=None, **optio
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 rows and 16 columns, so that small inputs have many of both."""
-    monkeypatch.setitem(_linear_tiles._SIZES, "cpu", (4, 64))
-    monkeypatch.setitem(_linear_tiles._SIZES, "cuda", (4, 64))
+    monkeypatch.setitem(_linear_head._SIZES, "cpu", (4, 64))
+    monkeypatch.setitem(_linear_head._SIZES, "cuda", (4, 64))
 
 
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of the factors of every matrix product."""
-    shapes, multiply = [], _linear_tiles._multiply
+    shapes, multiply = [], _linear_tiles.multiply
 
     def recorded(a, b, out, add=False):
         shapes.append((tuple(a.shape), tuple(b.shape)))
         multiply(a, b, out, add)
 
-    monkeypatch.setattr(_linear_tiles, "_multiply", recorded)
+    monkeypatch.setattr(_linear_tiles, "multiply", recorded)
+    monkeypatch.setattr(_linear_head, "multiply", recorded)
     return shapes
 
 
@@ -249,7 +250,7 @@ def spoilt(inputs, value, label):
 @pytest.mark.parametrize("capturing", (False, True))
 def test_rows_that_do_not_count_are_never_read(device, capturing, monkeypatch):
     """Neither where they are left out nor while a CUDA graph is captured, when zeros take their place."""
-    monkeypatch.setattr(_linear_tiles, "_capturing", lambda x: capturing)
+    monkeypatch.setattr(_linear_head, "capturing", lambda x: capturing)
     inputs = head_inputs((3, 4), 65, 8, torch.float32, device)
     expected = run(inputs)
     for value, label in ((math.nan, -100), (INF, 65), (-INF, 2**62)):
@@ -263,7 +264,7 @@ def test_rows_that_do_not_count_are_never_read(device, capturing, monkeypatch):
 def test_zeros_in_place_of_rows_change_only_rounding(device, monkeypatch):
     inputs = head_inputs((3, 4), 65, 8, torch.float64, device)
     expected = run(inputs)
-    monkeypatch.setattr(_linear_tiles, "_capturing", lambda x: True)
+    monkeypatch.setattr(_linear_head, "capturing", lambda x: True)
     for name, result in run(inputs).items():
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
@@ -334,7 +335,7 @@ def test_a_distributed_weight_is_refused_with_a_hint():
 def test_validate_looks_before_anything_is_computed(monkeypatch):
     inputs = head_inputs((2, 3), 7, 4, torch.float32)
     inputs["labels"][0, 1] = 7
-    monkeypatch.setattr(_linear_tiles, "_Head", None)
+    monkeypatch.setattr(_linear_tiles, "Head", None)
     for op in (ppo_ext.linear_logprobs, ppo_ext.linear_logprobs_and_entropy, ppo_ext.linear_statistics):
         with pytest.raises(ValueError, match=rf"^{op.__name__}: labels\[0, 1\] must be an id in \[0, 7\), got 7$"):
             op(inputs["hidden"], inputs["weight"], inputs["labels"], validate=True)
@@ -394,7 +395,7 @@ def test_same_bits_on_every_run(device):
 @pytest.mark.parametrize("rows", (1, 256, 1024, 8192, 100_000))
 def test_a_tile_is_small_beside_the_logits(rows):
     """No more than 16 MB, and from 1024 rows on a tenth of the logits of GPT-2, together with the gradient of hidden."""
-    tile_rows, tile_columns = _linear_tiles.tile_sizes(rows, 50257, "cpu")
+    tile_rows, tile_columns = _linear_head.tile_sizes(rows, 50257, "cpu")
     assert tile_rows * tile_columns * 4 <= 16 << 20
     if rows >= 1024:
         assert tile_rows * tile_columns + rows * 768 <= 0.1 * rows * 50257
