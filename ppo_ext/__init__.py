@@ -11,6 +11,8 @@ from .ops.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy, l
 from .ops.logprobs import logprobs, logprobs_and_entropy
 from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
+from .ops.ppo_loss_from_hidden import ppo_loss_from_hidden
+from .ops.ppo_loss_from_logits import ppo_loss_from_logits
 
 if TYPE_CHECKING:
     from .integrations.trl import patch_trl, unpatch_trl
@@ -58,6 +60,8 @@ __all__ = [
     "normalize_rewards",
     "patch_trl",
     "ppo_loss",
+    "ppo_loss_from_hidden",
+    "ppo_loss_from_logits",
     "reward_loss",
     "reward_scores",
     "unpatch_trl",

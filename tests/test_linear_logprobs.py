@@ -8,7 +8,7 @@ from cases import FLOATS
 from conftest import assert_same_bits, assert_within_torch_error
 
 import ppo_ext
-from ppo_ext.ops import _linear_head, _linear_tiles, check_labels, reference
+from ppo_ext.ops import _linear_gradients, _linear_head, _linear_tiles, check_labels, reference
 
 INF = math.inf
 OPTIONS = {
@@ -55,13 +55,13 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of the factors of every matrix product."""
-    shapes, multiply = [], _linear_tiles.multiply
+    shapes, multiply = [], _linear_head.multiply
 
     def recorded(a, b, out, add=False):
         shapes.append((tuple(a.shape), tuple(b.shape)))
         multiply(a, b, out, add)
 
-    monkeypatch.setattr(_linear_tiles, "multiply", recorded)
+    monkeypatch.setattr(_linear_gradients, "multiply", recorded)
     monkeypatch.setattr(_linear_head, "multiply", recorded)
     return shapes
 

@@ -1,17 +1,19 @@
 """The rows that count and the head of one call, and the matrix products by torch that make a tile of their logits."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ._linear_checks import arithmetic
+from ._pages import new_empty
 
 # Rows and entries of a tile. On a CPU it stays in the caches, and the products are still large enough to be fast. On
 # CUDA it is as wide as keeps the sums over its columns, which are read and written for each part of the vocabulary,
 # small beside the products.
 _SIZES = {"cpu": (1024, 1 << 20), "cuda": (8192, 1 << 26)}
 _MOST_COLUMNS = 8192
+_CHUNK_ROWS = {"cpu": 256, "cuda": 2048}  # rows whose logits are all held at a time, where gradients are made at once
 
 
 def tile_sizes(rows: int, vocabulary: int, device_type: str) -> tuple[int, int]:
@@ -19,6 +21,13 @@ def tile_sizes(rows: int, vocabulary: int, device_type: str) -> tuple[int, int]:
     most_rows, entries = _SIZES[device_type]
     tile_rows = max(1, min(rows, most_rows))
     return tile_rows, min(vocabulary, _MOST_COLUMNS, entries // tile_rows)
+
+
+def chunk_sizes(rows: int, vocabulary: int, device_type: str) -> tuple[int, int]:
+    """The rows of a chunk, of which all are nearly equal, and the columns of its tiles, which are parts of its logits."""
+    chunks = max(1, -(-rows // _CHUNK_ROWS[device_type]))
+    chunk_rows, columns = tile_sizes(-(-rows // chunks), vocabulary, device_type)
+    return chunk_rows, columns if columns == vocabulary else max(16, columns // 16 * 16)
 
 
 # ---- the rows that count --------------------------------------------------------------------------------------------
@@ -84,6 +93,7 @@ class Head:
 
     tensors: tuple
     numbers: tuple
+    sizes: Callable[[int, int, str], tuple[int, int]] = tile_sizes
 
     def __post_init__(self) -> None:
         hidden, self.weight, labels, bias, mask, temperatures = self.tensors
@@ -96,7 +106,7 @@ class Head:
         self.temperatures = self.of_tokens(temperatures)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.count, self.vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        self.tile_rows, self.tile_columns = tile_sizes(self.count, self.vocabulary, hidden.device.type)
+        self.tile_rows, self.tile_columns = self.sizes(self.count, self.vocabulary, hidden.device.type)
 
     def of_tokens(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """A number for each token as one for each row."""
@@ -113,8 +123,9 @@ class Head:
             columns = slice(first, min(first + self.tile_columns, self.vocabulary))
             yield columns, operand(self.weight[columns], self.operand_dtype)
 
-    def new_tile(self) -> torch.Tensor:
-        return self.hidden.new_empty(self.tile_rows, -(-self.tile_columns // 4) * 4, dtype=self.dtype)
+    def new_tile(self, columns: int | None = None) -> torch.Tensor:
+        """Memory for a tile or, if `columns` is the size of the vocabulary, for the tiles of a chunk side by side."""
+        return new_empty(self.hidden, self.tile_rows, -(-(columns or self.tile_columns) // 4) * 4, dtype=self.dtype)
 
     def fill(self, memory: torch.Tensor, block: slice, columns: slice, part: torch.Tensor) -> torch.Tensor:
         """The tile of products, plus bias, in this memory."""

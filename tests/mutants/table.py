@@ -408,7 +408,7 @@ MUTANTS = (
     Mutant(
         "the last rows overwrite the weight's gradient of the others",
         PYTHON,
-        "ppo_ext/ops/_linear_tiles.py",
+        "ppo_ext/ops/_linear_gradients.py",
         "multiply(grad.t(), self.head.hidden[block], grad_part, add=later)",
         "multiply(grad.t(), self.head.hidden[block], grad_part)",
         "test_linear_logprobs.py",
