@@ -10,6 +10,7 @@ The tests import this module as `ops`, the benchmarks as `tests.ops`, so it must
 
 import collections.abc
 import dataclasses
+import pathlib
 
 import torch
 
@@ -230,6 +231,28 @@ def _on_hidden(**more):
 
 
 _VALUES = {"values": TOKENS, "mask": WEIGHTS}
+_OF_ROLLOUT = dict.fromkeys(("old_logprobs", "advantages", "vpreds", "values", "returns"), TOKENS)
+_LOSS = {"cliprange": NOT_NEGATIVE, "cliprange_value": NOT_NEGATIVE, "vf_coef": FINITE, "ratio_threshold": THRESHOLD}
+_LOSS_CHOICES = {
+    "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
+    "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
+    "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
+    "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
+}
+# from the logits: few choices that multiply a rounding error of theirs
+_WHOLE_LOSS = {
+    "results": {"loss": NUMBER, "stats": STATS},
+    "scope": BATCH,
+    "variants": {"with a bonus": {"entropy_coef": 0.1, "temperature": 0.7, "ratio_threshold": 1e30}},
+}
+_WHOLE_LOSS_CHOICES = {
+    "temperature": (0.25, 1.0, 1.7),
+    "cliprange": (0.2, 0.5),
+    "cliprange_value": (0.0, 0.2, LARGEST),
+    "vf_coef": (0.1, -1.0, 0.0),
+    "ratio_threshold": (-1.0, LARGEST, float("inf")),
+    "entropy_coef": (0.0, 0.1, -1.0),
+}
 
 _LIST = (
     Op("logprobs", "logprobs", _LOGITS_AND_LABELS, {"logprobs": PER_TOKEN}, **_FROM_LOGITS),
@@ -332,27 +355,55 @@ _LIST = (
         "ppo_loss",
         {
             "logprobs": TOKENS,
-            "old_logprobs": TOKENS,
-            "advantages": TOKENS,
-            "vpreds": TOKENS,
-            "values": TOKENS,
-            "returns": TOKENS,
+            **_OF_ROLLOUT,
             "mask": MASK,
-            "cliprange": NOT_NEGATIVE,
-            "cliprange_value": NOT_NEGATIVE,
-            "vf_coef": FINITE,
-            "ratio_threshold": THRESHOLD,
+            **_LOSS,
         },
         {"loss": NUMBER, "stats": STATS},
         scope=BATCH,
         differentiable=("logprobs", "vpreds"),
-        choices={
-            "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
-            "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
-            "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
-            "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
-        },
+        choices=_LOSS_CHOICES,
         coarse=("logprobs", "old_logprobs"),
+    ),
+    Op(
+        "ppo_loss_from_logits",
+        "ppo_loss_from_logits",
+        {
+            "logits": LOGITS,
+            "labels": LABELS,
+            **_OF_ROLLOUT,
+            "mask": MASK,
+            "temperature": TEMPERATURE,
+            **_LOSS,
+            "entropy_coef": FINITE,
+            "inplace_forward": FLAG,
+            "inplace_backward": FLAG,
+            "validate": FLAG,
+        },
+        differentiable=("logits", "vpreds"),
+        choices=_WHOLE_LOSS_CHOICES,
+        **_WHOLE_LOSS,
+    ),
+    Op(
+        "ppo_loss_from_hidden",
+        "ppo_loss_from_hidden",
+        {
+            "hidden": HIDDEN,
+            "weight": HEAD,
+            "labels": LABELS,
+            **_OF_ROLLOUT,
+            "mask": MASK,
+            "bias": BIAS,
+            "temperature": TEMPERATURE,
+            "logit_scale": POSITIVE,
+            "softcap": SOFTCAP,
+            **_LOSS,
+            "entropy_coef": FINITE,
+            "validate": FLAG,
+        },
+        differentiable=("hidden", "weight", "bias", "vpreds"),
+        choices=_WHOLE_LOSS_CHOICES | {"logit_scale": (1.0, 0.25), "softcap": (None, 3.0)},
+        **_WHOLE_LOSS,
     ),
 )
 
@@ -360,7 +411,17 @@ OPS = {op.name: op for op in _LIST}
 # The names of the tensors that do not have the tokens' dimensions.
 OF_HEAD = {name for op in _LIST for name, role in op.arguments.items() if role in (HEAD, BIAS)}
 STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
-OP_TESTS = tuple(f"test_{stem}.py" for stem in STEMS)
+# Stems without kernels of their own: Python joins the operators of other stems.
+JOINED = {"ppo_loss_from_logits", "ppo_loss_from_hidden"}
+# The tests of one stem may be in several files, test_<stem>.py and test_<stem>_<theme>.py.
+OP_TESTS = tuple(
+    dict.fromkeys(
+        path.name
+        for stem in STEMS
+        for pattern in (f"test_{stem}.py", f"test_{stem}_*.py")
+        for path in sorted(pathlib.Path(__file__).parent.glob(pattern))
+    )
+)
 
 
 def of_stem(stem):

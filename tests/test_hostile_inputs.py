@@ -147,6 +147,11 @@ def mask_of(op):
     return f"{op.first} without its last dimension" if op.on_logits else op.first
 
 
+def tokens_of(op):
+    """What the error says that tensors of one number a token are compared with."""
+    return "labels" if op.has_vocabulary else op.first
+
+
 def shape_condition(op, argument, x):
     """What the error says that the shape of this argument must be."""
     role, whole = op.arguments[argument], str(list(x.shape))
@@ -159,6 +164,7 @@ def shape_condition(op, argument, x):
         ops.BIAS: "weight's first dimension",
         ops.MASK: mask_of(op),
         ops.SCORES: f"the first dimension of {op.first}",
+        ops.TOKENS: tokens_of(op),
     }
     return f"have the shape {whole} of {of.get(role, op.first)}, got "
 
@@ -365,6 +371,8 @@ def test_another_device(op, argument):
         getattr(ppo_ext, op)(**arguments)
     if OPS[op].arguments[argument] is ops.MASK:
         of = mask_of(OPS[op])
+    if OPS[op].arguments[argument] is ops.TOKENS:
+        of = tokens_of(OPS[op])
     assert str(error.value) == f"{op}: {argument} must be on the device cpu of {of}, got meta"
 
 

@@ -104,6 +104,8 @@ def assert_near(name, ours, torchs, exact, scale=0.0):
 def without_undefined_gradients(op, inputs, results):
     """The results with 0 for gradients that nothing defines: of rows whose result is not finite, and of tokens with an
     input that is not."""
+    if STATS in op.results.values() and op.has_vocabulary:
+        return results | defined_gradients_of_whole_loss(op, inputs, results)
     if op.on_logits:
         values = [x.isfinite() for name, x in results.items() if not name.startswith("grad_")]
         defined = torch.stack(values).all(0)[..., None]
@@ -119,8 +121,39 @@ def without_undefined_gradients(op, inputs, results):
     return results | {name: x.masked_fill(~defined, 0) for name, x in gradients(results).items()}
 
 
+def defined_gradients_of_whole_loss(op, inputs, results):
+    """The same for the gradients of a loss from logits or hidden states: one row that is not finite spoils a head."""
+    counts = inputs["mask"] != 0
+    tokens = [x for x in (results["policy/ratio"], *inputs.values()) if is_of_tokens(x, counts)]
+    defined = torch.stack([x.isfinite() for x in tokens]).all(0) & results["policy/entropy"].isfinite()
+    found = {}
+    for name, x in gradients(results).items():
+        kept = defined if name == "grad_vpreds" else defined[..., None] if op.on_logits else defined[counts].all()
+        found[name] = x.masked_fill(~kept, 0)
+    return found
+
+
+def is_of_tokens(x, like):
+    return isinstance(x, torch.Tensor) and x.shape == like.shape
+
+
+def scale_of_whole_loss(op, inputs, exact):
+    """The rounding error of a log-probability is that of the largest logit, and grows with the ratio."""
+    logit = (
+        largest_logit(inputs)
+        if op.on_hidden
+        else max(1.0, largest(inputs["logits"] / per_logit(inputs["temperature"])))
+    )
+    head = max(1.0, largest(inputs["weight"]), largest(inputs["hidden"])) if op.on_hidden else 1.0
+    ratio = max(1.0, largest(exact["policy/ratio"])) * max(1.0, largest(inputs["advantages"]))
+    values = max(1.0, *(largest(inputs[name]) for name in ("vpreds", "values", "returns")))
+    return head * logit * max(logit, ratio) + values**2
+
+
 def scale_of(op, name, inputs, grads, exact):
     """The size of the terms whose sum or difference a result is, where it may be much smaller itself."""
+    if STATS in op.results.values() and op.has_vocabulary:
+        return scale_of_whole_loss(op, inputs, exact)
     if name.startswith("grad_"):
         return scale_of_gradients(op, inputs, grads, exact)
     if op.on_hidden:

@@ -140,8 +140,10 @@ def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], numb
 
 
 def named_stats(found: TokenLoss) -> dict[str, torch.Tensor]:
-    stats = dict(zip(STAT_NAMES, found.stats.unbind()))
-    return stats | {"policy/advantages": found.counted_advantages, "policy/ratio": found.ratio}
+    *numbers, entropy = found.stats.unbind()
+    stats = dict(zip(_loss.STAT_NAMES, numbers))
+    stats |= {"policy/advantages": found.counted_advantages, "policy/ratio": found.ratio}
+    return stats | {"policy/entropy": entropy}
 
 
 # ---- the backward pass ----------------------------------------------------------------------------------------------
