@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .ops.check_labels import check_labels
 from .ops.full_kl import full_kl
-from .ops.gae import gae
+from .ops.gae import gae, length_adaptive_lam
 from .ops.kl_rewards import kl_rewards
 from .ops.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy, linear_statistics
 from .ops.logprobs import logprobs, logprobs_and_entropy
@@ -49,6 +49,7 @@ __all__ = [
     "full_kl",
     "gae",
     "kl_rewards",
+    "length_adaptive_lam",
     "linear_logprobs",
     "linear_logprobs_and_entropy",
     "linear_statistics",
