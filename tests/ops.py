@@ -71,6 +71,11 @@ MASK = Role("mask", _mask)  # nonzero where a token counts
 WEIGHTS = Role("weights", _mask)  # a mask that is broadcast and whose values are weights
 TOKENS = Role("one number a token", _floats)
 SCORES = Role("one number a sequence", _scores)
+BOOTSTRAP = Role("value after a sequence", _scores)
+LAM = Role("lambda")  # a number, or one for each sequence
+LAM_RETURNS = Role("lambda or None")
+CU_SEQLENS = Role("bounds of packed sequences, or None")
+MODE = Role("mode of whitening, or None")
 TEMPERATURE = Role("temperature")  # a number, or one for each token
 POSITIVE = Role("positive number")
 SOFTCAP = Role("positive number or None")
@@ -307,20 +312,34 @@ _LIST = (
         scope=SEQUENCE,
         rank=2,
         required={"kl_coef": 0.2},
-        choices={"kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST), "kl_penalty": ("kl", "abs", "mse", "full")},
+        choices={
+            "kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST),
+            "kl_penalty": ("kl", "abs", "mse", "k3", "full"),
+        },
         only_with={"kls": ("kl_penalty", "full")},
     ),
     Op(
         "gae",
         "gae",
-        {"values": TOKENS, "rewards": TOKENS, "mask": MASK, "gamma": FINITE, "lam": FINITE},
+        {
+            "values": TOKENS,
+            "rewards": TOKENS,
+            "mask": MASK,
+            "gamma": FINITE,
+            "lam": LAM,
+            "lam_returns": LAM_RETURNS,
+            "bootstrap": BOOTSTRAP,
+            "cu_seqlens": CU_SEQLENS,
+        },
         {"advantages": PER_TOKEN, "returns": PER_TOKEN},
         scope=SEQUENCE,
         rank=2,
         choices={
             "gamma": (0.0, 0.97, 1.0, -1.0, 4.0),  # a tiny one times itself is 0, and 0 * inf NaN
             "lam": (0.0, 0.9, 1.0, -1.0, 4.0),
+            "lam_returns": (None, 0.0, 0.9, 1.0),
         },
+        variants={"two lambdas": {"lam_returns": 1.0, "lam": 0.9}},
     ),
     Op(
         "masked_mean",
@@ -344,11 +363,12 @@ _LIST = (
     Op(
         "masked_whiten",
         "masked",
-        {**_VALUES, "shift_mean": FLAG},
+        {**_VALUES, "shift_mean": FLAG, "mode": MODE, "unbiased": FLAG, "eps": POSITIVE},
         {"whitened": PER_TOKEN},
         scope=BATCH,
         differentiable=("values",),
-        choices={"shift_mean": (True, False)},
+        choices={"mode": (None, "center", "keep_mean", "scale"), "unbiased": (True, False), "eps": (1e-8, 0.5)},
+        variants={"scale": {"mode": "scale", "unbiased": False}},
     ),
     Op(
         "ppo_loss",

@@ -6,7 +6,22 @@ import dataclasses
 import torch
 from cases import FLOATS
 from hypothesis import strategies as st
-from ops import BIAS, HEAD, HIDDEN, HIDDEN_SIZE, LABELS, LOGITS, MASK, REF_LOGITS, SCORES, TEMPERATURE, TOKENS, WEIGHTS
+from ops import (
+    BIAS,
+    BOOTSTRAP,
+    HEAD,
+    HIDDEN,
+    HIDDEN_SIZE,
+    LABELS,
+    LAM,
+    LOGITS,
+    MASK,
+    REF_LOGITS,
+    SCORES,
+    TEMPERATURE,
+    TOKENS,
+    WEIGHTS,
+)
 
 KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # of entries; zeros have both signs
 LAYOUTS = ("contiguous", "tokens first", "last first", "every second", "part of longer sequences", "behind an offset")
@@ -122,7 +137,9 @@ def arguments(op, case, device="cpu", draw=numbers):
             mask = torch.rand(shape, generator=generator) < case.density
             weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if role is WEIGHTS else 1
             made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
-        elif role is SCORES:
+        elif role is LAM and _pick(generator, True, False):
+            made[name] = torch.rand(shape[:1], generator=generator)
+        elif role in (SCORES, BOOTSTRAP):
             made[name] = draw(shape[:1], case, generator)
         elif role is TOKENS:
             step = {"step": 0.125} if name in op.coarse and draw is numbers else {}

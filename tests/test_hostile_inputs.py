@@ -137,7 +137,7 @@ BY_ROLE[ops.HIDDEN] += (
     ("H = 0", lambda x: x[..., :0], ValueError, "have the shape [..., H] with H >= 1, got [2, 3, 0]"),
 )
 BY_ROLE[ops.WEIGHTS] = BY_ROLE[ops.MASK]
-BY_ROLE[ops.SCORES] = BY_ROLE[ops.TOKENS]
+BY_ROLE[ops.SCORES] = BY_ROLE[ops.BOOTSTRAP] = BY_ROLE[ops.TOKENS]
 
 
 def mask_of(op):
@@ -164,6 +164,7 @@ def shape_condition(op, argument, x):
         ops.BIAS: "weight's first dimension",
         ops.MASK: mask_of(op),
         ops.SCORES: f"the first dimension of {op.first}",
+        ops.BOOTSTRAP: f"the first dimension of {op.first}",
         ops.TOKENS: tokens_of(op),
     }
     return f"have the shape {whole} of {of.get(role, op.first)}, got "
@@ -275,8 +276,26 @@ SCALARS = {
     + TOO_LARGE[:1],
     ops.THRESHOLD: NOT_NUMBERS + (("be a number", ValueError, NAN, NAN),),
     ops.FLAG: NOT_FLAGS,
+    ops.LAM: tuple(row for row in NOT_NUMBERS if not is_pair(row[2])) + NOT_FINITE + TOO_LARGE,
+    ops.LAM_RETURNS: tuple(row for row in NOT_NUMBERS if row[2] is not None) + NOT_FINITE + TOO_LARGE,
+    ops.CU_SEQLENS: tuple(
+        ("be a torch.Tensor", TypeError, value, type(value).__name__) for value in (0, [0, 6], "0", True)
+    )
+    + (
+        ("be int64 or int32", TypeError, torch.zeros(3), "torch.float32"),
+        ("have the shape [B + 1]", ValueError, torch.zeros((), dtype=torch.int64), "[]"),
+        ("have the shape [B + 1]", ValueError, torch.zeros(0, dtype=torch.int64), "[0]"),
+        ("be on the device cpu of values", ValueError, torch.zeros(3, dtype=torch.int64, device="meta"), "meta"),
+    ),
+    ops.MODE: tuple(("be None or a str", TypeError, value, type(value).__name__) for value in (1, True, ["center"]))
+    + tuple(
+        ("be one of 'center', 'keep_mean', 'scale'", ValueError, value, repr(value)) for value in ("", "Center", "mean")
+    ),
     ops.PENALTY: tuple(("be a str", TypeError, value, type(value).__name__) for value in (None, 1, True, ["kl"]))
-    + tuple(("be one of 'kl', 'abs', 'mse', 'full'", ValueError, value, repr(value)) for value in ("", "KL", "kl ")),
+    + tuple(
+        ("be one of 'kl', 'abs', 'mse', 'full', 'k3', 'low_var_kl'", ValueError, value, repr(value))
+        for value in ("", "KL", "kl ")
+    ),
     ops.AXIS: tuple(
         ("be None, an int or several", TypeError, value, type(value).__name__)
         for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2))

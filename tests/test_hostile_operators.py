@@ -34,9 +34,12 @@ NUMBERS = {
     ),
     ops.POSITIVE: (1.5, "be between 1e-30 and 1e30", (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
     ops.SOFTCAP: (2.0, "be between 1e-30 and 1e30", (-1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31)),
-    ops.FINITE: (0.9, "be a finite number", (math.nan, math.inf, -math.inf)),
+    **dict.fromkeys(
+        (ops.FINITE, ops.LAM, ops.LAM_RETURNS), (0.9, "be a finite number", (math.nan, math.inf, -math.inf))
+    ),
     ops.NOT_NEGATIVE: (0.2, "not be negative", (-1.0, math.nan, -math.inf)),
-    ops.PENALTY: (0, r"be in \[0, 4\)", (-1, 4, 2**62, -(2**62))),
+    ops.PENALTY: (0, r"be in \[0, 5\)", (-1, 5, 2**62, -(2**62))),
+    ops.MODE: (0, r"be in \[0, 3\)", (-1, 3, 2**62, -(2**62))),
     ops.THRESHOLD: (10.0, None, ()),
 }
 # What a forward pass saves, and other arguments that are not public, where they are no tensors of the tokens' shape.
@@ -45,6 +48,10 @@ INTERNAL = {
     "grad_loss": torch.ones(()),
     "moments": torch.ones(3),
     "stats": torch.ones(len(STAT_NAMES) + 1),
+    # of sequences, packed one after the other
+    "bootstrap": torch.ones(2),
+    "gamma_lams": torch.full((2,), 0.9),
+    "cu_seqlens": torch.tensor([0, 2, 6]),
     "label_note": torch.zeros(4, dtype=torch.int64),
     "hidden": torch.linspace(-1, 1, 30).view(2, 3, 5),
     "weight": torch.linspace(-1, 1, 35).view(7, 5),
@@ -89,7 +96,7 @@ def valid_arguments(name):
     for parameter in parameters(OPERATORS[name]):
         other = torch.rand(2, 3) if takes_tensor(parameter) else number(parameter)[0]
         found[parameter.name] = inputs.get(parameter.name, other)
-    if "tile" in found:
+    if "tile" in found or "cu_seqlens" in found:
         found |= {name: x.flatten() for name, x in found.items() if getattr(x, "shape", ()) == (2, 3)}
     return found
 
@@ -133,6 +140,7 @@ NO_FAULTS = {
     ("_ppo_loss_from_hidden", "label_note"): {"one more dimension"},
     ("_linear_logprobs_fold", "states"): {"one more dimension", "float64"},
     ("_linear_logprobs_fold", "results"): {"one more dimension"},
+    **{("_gae", argument): {"one more dimension"} for argument in ("bootstrap", "gamma_lams", "cu_seqlens")},
     ("_masked_whiten_backward", "moments"): {"one more dimension"},
     ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_backward", "stats"): {"one more dimension"},

@@ -24,7 +24,7 @@ FILES = (
     "tests/test_{}.py",
     "bench/bench_{}.py",
 )
-NO_OPS = {"check_labels"}  # public functions of ppo_ext.ops that compute nothing
+NO_OPS = {"check_labels", "length_adaptive_lam"}  # public functions of ppo_ext.ops without a kernel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -489,8 +489,8 @@ MUTANTS = (
         "the mask is applied after the recursion",
         PYTHON,
         "ppo_ext/ops/gae.py",
-        "return _gae(values.contiguous(), rewards.contiguous(), mask, gamma, lam)",
-        "found = _gae(values.contiguous(), rewards.contiguous(), None, gamma, lam)\n"
+        "return _gae(values, rewards, mask, bootstrap, gamma_lams, cu_seqlens, gamma, lam, lam_returns, decoupled)",
+        "found = _gae(values, rewards, None, bootstrap, gamma_lams, cu_seqlens, gamma, lam, lam_returns, decoupled)\n"
         "    return found if mask is None else tuple(x * mask for x in found)",
         "test_gae.py",
     ),
