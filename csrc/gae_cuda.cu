@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_tokens(const A (&x)[kTokens], int present,
 // packed: every run of kTokens tokens is whole and starts at a multiple of 16 bytes, in all four arrays. It is an int, as
 // nvcc 13.0 needs more registers for a bool.
 template <int kThreads, bool kDecoupled, class A>
-__global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int packed) {
+__global__ void __launch_bounds__(kBlock, 1) gae_kernel(const GAEJob<A> job, int packed) {
   constexpr int kGroups = kBlock / kThreads;
   constexpr int kTile = kThreads * kTokens;
   const int thread = thread_of_group<kThreads>();

@@ -145,6 +145,7 @@ def test_opcheck(device):
 def test_compiles_into_one_graph(device, name):
     op, _, options = OPS[name]
     values, mask = torch.randn(4, 9, device=device), torch.rand(4, 9, device=device) > 0.4
+    torch.compiler.reset()
     compiled = torch.compile(lambda x: op(x, mask, **options), fullgraph=True, backend="aot_eager")
     assert_same_bits(name, compiled(values), op(values, mask, **options))
 

@@ -62,8 +62,9 @@ class Gradients:
 
     def write_weight(self, columns: slice) -> None:
         """Rounds the sum of this part of the weight's gradient to the weight's dtype, if it has another."""
-        if self.weight is not None and self.sum is not None:
-            self.weight[columns] = self.of_weight(columns)
+        total = self.of_weight(columns)
+        if self.weight is not None and self.sum is not None and total is not None:
+            self.weight[columns] = total
 
     def add(self, tile: torch.Tensor, rows: dict[str, Any], block: slice, columns: slice, part: torch.Tensor) -> None:
         """Adds what a tile of logits gives; the tile is overwritten. rows: what it needs of each of them."""

@@ -52,8 +52,8 @@ def prepare(op: str, labels: torch.Tensor, tokens: tuple, mask: Any, dtype: torc
         check.device(op, name, x, labels.device, "labels")
         check.no_tangent(op, name, x)
     mask = check.mask(op, mask, labels.shape, labels.device, "labels")
-    *tokens, _ = check.same_dtype(*tokens, torch.empty(0, dtype=dtype, device=labels.device))
-    return [x.contiguous() for x in tokens], mask.contiguous()
+    *found, _ = check.same_dtype(*tokens, torch.empty(0, dtype=dtype, device=labels.device))
+    return [x.contiguous() for x in found], mask.contiguous()
 
 
 def numbers(

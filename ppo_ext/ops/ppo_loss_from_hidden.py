@@ -218,9 +218,8 @@ def ppo_loss_from_hidden(
         The chunks follow from the number of the rows alone, so the bits are the same on every run with the same number
         of threads. If no token counts, loss, gradients and statistics are 0.
     """
-    tensors = (hidden, weight, labels, bias)
-    tokens = (old_logprobs, advantages, vpreds, values, returns)
-    tensors, tokens, mask, numbers = _prepare(tensors, tokens, mask, temperature, logit_scale, softcap)
+    head, given = (hidden, weight, labels, bias), (old_logprobs, advantages, vpreds, values, returns)
+    tensors, tokens, mask, numbers = _prepare(head, given, mask, temperature, logit_scale, softcap)
     numbers += _ppo_tokens.numbers(_OP, cliprange, cliprange_value, vf_coef, ratio_threshold, entropy_coef)
     validate = check.flag(_OP, "validate", validate)
     native = _native.available(hidden.device.type)
@@ -237,9 +236,9 @@ def ppo_loss_from_hidden(
         raise check.value_error(_OP, error) from None
 
 
-def _prepare(tensors, tokens, mask, temperature, logit_scale, softcap):
+def _prepare(head, tokens, mask, temperature, logit_scale, softcap):
     """The arguments of the operator but for the last numbers and the flags, checked and in the forms that it takes."""
-    hidden, weight, labels, bias = tensors
+    hidden, weight, labels, bias = head
     check_head(_OP, hidden, weight, bias)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None:

@@ -172,8 +172,8 @@ def ppo_loss_from_logits(
     """
     labels, _, temperatures, temperature = _prepare_logits(_OP, logits, labels, temperature, None)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = (old_logprobs, advantages, vpreds, values, returns)
-    tokens, mask = _ppo_tokens.prepare(_OP, labels, tokens, mask, dtype)
+    given = (old_logprobs, advantages, vpreds, values, returns)
+    tokens, mask = _ppo_tokens.prepare(_OP, labels, given, mask, dtype)
     numbers = _ppo_tokens.numbers(_OP, cliprange, cliprange_value, vf_coef, ratio_threshold, entropy_coef)
     inplace_forward = check.flag(_OP, "inplace_forward", inplace_forward)
     inplace_backward = check.flag(_OP, "inplace_backward", inplace_backward)
