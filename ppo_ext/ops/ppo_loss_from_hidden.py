@@ -148,7 +148,8 @@ def _apply(hidden, weight, labels, bias, temperatures, tokens, mask, numbers, no
     return found.loss, _ppo_tokens.named_stats(found)
 
 
-def _reference(hidden, weight, labels, bias, temperatures, tokens, mask, numbers):
+def _reference(tensors, tokens, mask, numbers):
+    hidden, weight, labels, bias, temperatures = tensors
     temperature, logit_scale, softcap, *coefficients = numbers
     return reference.ppo_loss_from_hidden(
         hidden,
@@ -226,7 +227,7 @@ def ppo_loss_from_hidden(
     if validate or not native:
         check_values(_OP, weight.shape[0], tensors[2], mask, tensors[4])
     if not native:
-        return _reference(*tensors, tokens, mask, numbers)
+        return _reference(tensors, tokens, mask, numbers)
     arguments = (*tensors, tokens, mask, numbers, note(hidden.device))
     if torch.compiler.is_compiling():
         return _apply(*arguments)

@@ -187,7 +187,8 @@ def ppo_loss_from_logits(
     if not native:
         either = temperature if temperatures is None else temperatures
         options = dict(zip(_ppo_tokens.COEFFICIENTS, numbers), temperature=either)
-        return reference.ppo_loss_from_logits(logits, labels, *tokens, mask, **options)
+        named = dict(zip(_ppo_tokens.TOKENS, tokens), mask=mask)
+        return reference.ppo_loss_from_logits(logits, labels, **named, **options)
     arguments = (logits, labels, mask, temperatures, temperature, note(logits.device), tokens, numbers)
     if torch.compiler.is_compiling():
         return _apply(*arguments, inplace_forward, inplace_backward)
