@@ -1,11 +1,11 @@
 """One `PPOTrainer.step`, ours against TRL's: the same GPT-2 with its full vocabulary, batch, scores and seeds.
 
 The first rows time the whole step, including the model's own passes, which is the gain that a user sees with a model of
-this size. The following rows split it into the forward passes of policy and reference, the backward pass below the
-logits, the optimizer, and the rest, which is the loss path. Peak memory is what a step needs beyond what is held
-between steps, in buffers of the logits' size. The learning rate is 0, so that every step does the same work on the same
-numbers. There is no step in float64 to compare with; the check is that both trainers give the same statistics. There is
-no memory floor.
+this size. The following rows split it into the forward passes of policy and reference below the language model's head, the
+backward pass below the head, the optimizer, and the rest, which is the head and the loss path. Peak memory is what a step
+needs beyond what is held between steps, in buffers of the logits' size. The learning rate is 0, so that every step does
+the same work on the same numbers. There is no step in float64 to compare with; the check is that both trainers give the
+same statistics. There is no memory floor.
 """
 
 import copy
@@ -27,7 +27,8 @@ _STATS = (
     "ppo/returns/mean",
     "ppo/returns/var",
 )
-_FORWARD, _BACKWARD, _OPTIMIZER, _LOSS_PATH = "forward passes", "backward below the logits", "optimizer", "loss path"
+_FORWARD, _BACKWARD = "forward passes below the head", "backward below the head"
+_OPTIMIZER, _LOSS_PATH = "optimizer", "head and loss path"
 
 
 def _ours():
@@ -64,9 +65,10 @@ def _make(step, device):
         pad_token_id=0,
     )
     ids = torch.randint(3, step.vocabulary, (step.batch_size, step.tokens), device=device)
+    query = int(step.query * step.tokens)
     return {
-        "queries": list(ids[:, : step.tokens // 4]),
-        "responses": list(ids[:, step.tokens // 4 :]),
+        "queries": list(ids[:, :query]),
+        "responses": list(ids[:, query:]),
         "scores": list(torch.randn(step.batch_size, device=device)),
         "policy": GPT2LMHeadModel(config),
         "reference": GPT2LMHeadModel(config),
@@ -118,13 +120,16 @@ class _Stepper:
 
 
 def _watch_backbone(backbone, parts):
-    """Times the forward passes, and starts the backward part when the gradient reaches the logits."""
+    """Times the forward passes, and starts the backward part when the gradient reaches what the head reads.
+
+    The head itself has no hook, which would make our trainer keep to logits.
+    """
 
     def after(module, arguments, output):
         parts.end(_FORWARD)
-        logits = output[0] if isinstance(output, tuple) else output.logits
-        if logits.requires_grad:
-            logits.register_hook(lambda grad: parts.begin(_BACKWARD))
+        hidden = output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: parts.begin(_BACKWARD))
 
     return [backbone.register_forward_pre_hook(lambda *_: parts.begin(_FORWARD)), backbone.register_forward_hook(after)]
 
@@ -146,7 +151,7 @@ def parts_of(stepper, inputs, device):
     hooks = [
         hook
         for model in (trainer.model, trainer.ref_model)
-        for hook in _watch_backbone(accelerator.unwrap_model(model).pretrained_model, parts)
+        for hook in _watch_backbone(accelerator.unwrap_model(model).pretrained_model.base_model, parts)
     ]
     backward, update = accelerator.backward, optimizer.step
     accelerator.backward = _timed(backward, lambda: None, lambda: parts.end(_BACKWARD))

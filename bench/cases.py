@@ -74,12 +74,15 @@ class Step:
     hidden: int
     layers: int
     heads: int
+    query: float = 0.25  # the query's share of the tokens
 
 
 STEPS = (
     Step("2 layers of 128", 4, 64, GPT2, 128, 2, 4),
     Step("GPT-2 small", 4, 64, GPT2, 768, 12, 12),
     Step("2 layers of 128, long", 8, 256, GPT2, 128, 2, 4),
+    Step("GPT-2 small, long query", 4, 256, GPT2, 768, 12, 12, query=0.75),
+    Step("GPT-2 small, long", 8, 256, GPT2, 768, 12, 12),
 )
 
 

@@ -108,45 +108,87 @@ PPO_HD A token_ratio(A logprob, A old_logprob) {
   return exp(logprob - old_logprob);
 }
 
+// The clipped surrogate of one token: its value, its derivative by the ratio, and whether the clip decides.
 template <class A>
-PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, const PPOCoefficients& coefficients, PPOTerms<A>& out) {
-  const A zero = Number<A>::of(0), one = Number<A>::of(1), cliprange = Number<A>::of(coefficients.cliprange);
-  const A low = one - cliprange, high = one + cliprange;
+struct PPOSurrogate {
+  A loss, slope, clipped;
+};
+
+template <class A>
+PPO_HD PPOSurrogate<A> clipped_surrogate(A advantage, A ratio, A low, A high) {
+  const A zero = Number<A>::of(0), one = Number<A>::of(1);
   const A bounded = min_or_nan(max_or_nan(ratio, low), high);
-  const A pg1 = -x.advantage * ratio, pg2 = -x.advantage * bounded;
+  const A pg1 = -advantage * ratio, pg2 = -advantage * bounded;
   const A share = share_of_max(pg1, pg2);
   const A through_clip = ratio >= low && ratio <= high ? one - share : zero;
-  const A grad_ratio = -x.advantage * (share + through_clip);
+  return {max_or_nan(pg1, pg2), -advantage * (share + through_clip), pg2 > pg1 ? one : zero};
+}
+
+// The derivative by the log-ratio. An infinite ratio that the clip cuts off has the gradient 0 and not 0 * inf. A NaN
+// ratio still gives NaN.
+template <class A>
+PPO_HD A by_log_ratio(A slope, A ratio) {
+  const A zero = Number<A>::of(0);
+  return slope == zero && ratio == ratio ? zero : slope * ratio;
+}
+
+template <class A>
+PPO_HD void policy_statistics(const PPOToken<A>& x, A ratio, PPOTerms<A>& out) {
   const A d = x.old_logprob - x.logprob;
-  out.pg = max_or_nan(pg1, pg2);
-  out.pg_clipped = pg2 > pg1 ? one : zero;
   out.approxkl = Number<A>::of(0.5) * d * d;
   out.policykl = d;
   out.advantage = x.advantage;
   out.ratio = ratio;
-  // An infinite ratio that the clip cuts off has the gradient 0 and not 0 * inf. A NaN ratio still gives NaN.
-  out.grad_logprob = grad_ratio == zero && ratio == ratio ? zero : grad_ratio * ratio;
 }
 
 template <class A>
-PPO_HD void value_terms(const PPOToken<A>& x, const PPOCoefficients& coefficients, PPOTerms<A>& out) {
+PPO_HD void policy_terms(const PPOToken<A>& x, A ratio, const PPOCoefficients& coefficients, PPOTerms<A>& out) {
+  const A one = Number<A>::of(1), cliprange = Number<A>::of(coefficients.cliprange);
+  const PPOSurrogate<A> surrogate = clipped_surrogate(x.advantage, ratio, one - cliprange, one + cliprange);
+  out.pg = surrogate.loss;
+  out.pg_clipped = surrogate.clipped;
+  out.grad_logprob = by_log_ratio(surrogate.slope, ratio);
+  policy_statistics(x, ratio, out);
+}
+
+// Twice the penalty of an error, and the derivative of the penalty: of half its square, or with huber_delta > 0 of
+// Huber's, which is linear beyond it.
+template <class A>
+PPO_HD A doubled_penalty(A error, double huber_delta) {
+  if (huber_delta == 0) return error * error;
+  const A zero = Number<A>::of(0), delta = Number<A>::of(huber_delta), size = error < zero ? -error : error;
+  return size > delta ? delta * (size + size - delta) : error * error;
+}
+
+template <class A>
+PPO_HD A penalty_slope(A error, double huber_delta) {
+  if (huber_delta == 0) return error;
+  const A delta = Number<A>::of(huber_delta);
+  return min_or_nan(max_or_nan(error, -delta), delta);
+}
+
+// cliprange_value is INFINITY where the value is not clipped.
+template <class A>
+PPO_HD void value_terms(const PPOToken<A>& x, double cliprange_value, double huber_delta, double vf_coef,
+                        PPOTerms<A>& out) {
   const A zero = Number<A>::of(0), one = Number<A>::of(1);
-  const A cliprange_value = Number<A>::of(coefficients.cliprange_value);
-  const A high = x.value + cliprange_value, low = x.value - cliprange_value;
+  const A range = Number<A>::of(cliprange_value);
+  const A high = x.value + range, low = x.value - range;
   const A below = min_or_nan(x.vpred, high);
   const A clipped = max_or_nan(below, low);
   const A error1 = x.vpred - x.ret, error2 = clipped - x.ret;
-  const A vf1 = error1 * error1, vf2 = error2 * error2;
+  const A vf1 = doubled_penalty(error1, huber_delta), vf2 = doubled_penalty(error2, huber_delta);
   const A share = share_of_max(vf1, vf2);
   const A through_clip = share_of_max(high, x.vpred) * share_of_max(below, low);
   out.vf = Number<A>::of(0.5) * max_or_nan(vf1, vf2);
   out.vf_clipped = vf2 > vf1 ? one : zero;
   out.vpred = x.vpred;
-  out.error = vf1;
+  out.error = error1 * error1;
   // An infinite error that the clip cuts off has the gradient 0 as well. If the loss is NaN, the gradient is.
+  const A slope1 = penalty_slope(error1, huber_delta), slope2 = penalty_slope(error2, huber_delta);
   const A part2 = (one - share) * through_clip;
-  const A grad = (share == zero ? zero : share * error1) + (part2 == zero ? zero : part2 * error2);
-  out.grad_vpred = Number<A>::of(coefficients.vf_coef) * (out.vf != out.vf ? out.vf : grad);
+  const A grad = (share == zero ? zero : share * slope1) + (part2 == zero ? zero : part2 * slope2);
+  out.grad_vpred = Number<A>::of(vf_coef) * (out.vf != out.vf ? out.vf : grad);
 }
 
 // If all inputs and the ratio are 0, every term must come out as 0. The CPU's loop relies on that: it computes whole
@@ -155,7 +197,7 @@ template <class A>
 PPO_HD PPOTerms<A> ppo_terms(const PPOToken<A>& x, A ratio, const PPOCoefficients& coefficients) {
   PPOTerms<A> out;
   policy_terms(x, ratio, coefficients, out);
-  value_terms(x, coefficients, out);
+  value_terms(x, coefficients.cliprange_value, 0.0, coefficients.vf_coef, out);
   return out;
 }
 
@@ -213,22 +255,15 @@ PPO_HD PPOSums ppo_merge(const PPOSums& a, const PPOSums& b) {
   return sums;
 }
 
+// The statistics that are means over the counted tokens; scale is 1 / count.
 template <class A>
-PPO_HD void ppo_write_stats(const PPOSums& sums, const PPOJob<A>& job) {
-  const PPOCoefficients& coefficients = job.coefficients;
-  A* const stats = job.stats;
-  const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
-  const bool skipped = sums.ratio * scale > coefficients.ratio_threshold;
-  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
-  stats[kLossPolicy] = A(pg);
-  stats[kLossValue] = A(vf);
-  stats[kLossTotal] = *job.loss = A(pg + coefficients.vf_coef * vf);
+PPO_HD void ppo_write_means(const PPOSums& sums, double scale, A* stats) {
+  const double count = sums.returns.weight;
   stats[kApproxKL] = A(sums.approxkl * scale);
   stats[kPolicyKL] = A(sums.policykl * scale);
   stats[kClipFrac] = A(sums.pg_clipped * scale);
   stats[kAdvantagesMean] = A(sums.advantage * scale);
   stats[kRatioMean] = A(sums.ratio * scale);
-  stats[kSkipped] = skipped ? A(1) : A(0);
   stats[kReturnsMean] = A(sums.returns.mean);
   stats[kReturnsVar] = A(unbiased_var(count, biased_var(sums.returns)));
   stats[kVPred] = A(sums.vpred * scale);
@@ -236,7 +271,20 @@ PPO_HD void ppo_write_stats(const PPOSums& sums, const PPOJob<A>& job) {
   stats[kValClipFrac] = A(sums.vf_clipped * scale);
   stats[kValMean] = A(sums.values.mean);
   stats[kValVar] = A(unbiased_var(count, biased_var(sums.values)));
-  stats[kGradScale] = skipped ? A(0) : A(scale);
+}
+
+template <class A>
+PPO_HD void ppo_write_stats(const PPOSums& sums, const PPOJob<A>& job) {
+  const PPOCoefficients& coefficients = job.coefficients;
+  const double count = sums.returns.weight, scale = count > 0 ? 1.0 / count : 0.0;
+  const bool skipped = sums.ratio * scale > coefficients.ratio_threshold;
+  const double pg = skipped ? 0.0 : sums.pg * scale, vf = skipped ? 0.0 : sums.vf * scale;
+  job.stats[kLossPolicy] = A(pg);
+  job.stats[kLossValue] = A(vf);
+  job.stats[kLossTotal] = *job.loss = A(pg + coefficients.vf_coef * vf);
+  job.stats[kSkipped] = skipped ? A(1) : A(0);
+  job.stats[kGradScale] = skipped ? A(0) : A(scale);
+  ppo_write_means(sums, scale, job.stats);
 }
 
 }  // namespace ppo_ext

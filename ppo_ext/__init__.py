@@ -13,6 +13,7 @@ from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
 from .ops.ppo_loss_from_hidden import ppo_loss_from_hidden
 from .ops.ppo_loss_from_logits import ppo_loss_from_logits
+from .ops.rollout_weights import rollout_weights
 
 if TYPE_CHECKING:
     from .integrations.trl import patch_trl, unpatch_trl
@@ -65,6 +66,7 @@ __all__ = [
     "ppo_loss_from_logits",
     "reward_loss",
     "reward_scores",
+    "rollout_weights",
     "unpatch_trl",
 ]
 

@@ -59,7 +59,7 @@ def token_inputs(shape, device="cpu", dtype=torch.float32):
     }
 
 
-def valid_arguments(op, shape=(2, 3), vocabulary=7, device="cpu", dtype=torch.float32):
+def valid_arguments(op, shape=(2, 3), vocabulary=7, device="cpu", dtype=torch.float32, mode=None):
     """Arguments that `op`, an entry of `ops.OPS`, accepts, by name; about two thirds of the tokens count."""
     inputs = token_inputs(shape, device, dtype) | logits_inputs((*shape, vocabulary), dtype, device)
-    return op.pick(inputs, shape, vocabulary, dtype, device)
+    return op.pick(inputs, shape, vocabulary, dtype, device, mode)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from cases import valid_arguments
 from conftest import assert_same_bits, assert_within_torch_error
-from ops import OPS
+from ops import OPS, Mode
 
 from ppo_ext.ops import reference
 
@@ -25,12 +25,12 @@ class Call:
     run: Callable
 
 
-def call_of(op, options, shape, vocabulary, dtype):
-    """The Call of an op with these options and at this size. Its inputs are the arguments and, as grad_<result>, the
-    incoming gradients, so that a replayed CUDA graph can be given others."""
+def call_of(op, options, shape, vocabulary, dtype, tensors=()):
+    """The Call of an op with these options and optional tensors, and at this size. Its inputs are the arguments and, as
+    grad_<result>, the incoming gradients, so that a replayed CUDA graph can be given others."""
 
     def make(device):
-        inputs = valid_arguments(op, shape, vocabulary, device, dtype)
+        inputs = valid_arguments(op, shape, vocabulary, device, dtype, Mode(options, tensors))
         inputs = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
         if op.differentiable:
             results = op.outputs(inputs | op.required | options)
@@ -50,11 +50,12 @@ def call_of(op, options, shape, vocabulary, dtype):
 def calls_of(op):
     """{title: Call} of an op."""
     sizes = LOGITS_SIZES if op.has_vocabulary else [(shape, 1, torch.float32) for shape in TOKEN_SIZES]
+    variants = {title: Mode(options) for title, options in {"": {}, **op.variants}.items()} | op.modes
     return {
         f"{op.name}{', ' * bool(variant)}{variant}, {'x'.join(map(str, shape))}{f'x{V}' * op.has_vocabulary}": call_of(
-            op, options, shape, V, dtype
+            op, mode.options, shape, V, dtype, mode.tensors
         )
-        for variant, options in {"": {}, **op.variants}.items()
+        for variant, mode in variants.items()
         for shape, V, dtype in sizes
     }
 

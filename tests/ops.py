@@ -60,6 +60,10 @@ def _scores(shape, vocabulary, dtype):
     return torch.randn(shape[:1]).to(dtype)
 
 
+def _row_counts(shape, vocabulary, dtype):
+    return torch.full(shape[:-1], shape[-1] + 1)
+
+
 HIDDEN_SIZE = 5
 LOGITS = Role("logits", _logits)
 HIDDEN = Role("hidden states", _hidden)
@@ -85,7 +89,19 @@ NOT_NEGATIVE = Role("finite number, not negative")
 THRESHOLD = Role("number or infinity")
 FLAG = Role("flag")
 AXIS = Role("axis")
+GROUP = Role("group of processes or None")
+VOCAB_START = Role("first id of a shard or None")
 PENALTY = Role("KL penalty")
+CLIPRANGE = Role("finite number, not negative, or a pair of them")
+NOT_NEGATIVE_OR_NONE = Role("finite number, not negative, or None")
+ABOVE_ONE = Role("number larger than 1 or None")
+POSITIVE_OR_NONE = Role("positive number or None")
+DENOMINATOR = Role("number, tensor of one number, or None")
+ROW_COUNTS = Role("one number a row", _row_counts)
+ROLLOUT_KIND, ROLLOUT_LEVEL, BOUNDS = Role("kind of weights"), Role("level of ratios"), Role("pair of bounds")
+RATIO_LEVEL, POLICY_LOSS, KL_ESTIMATOR, KL_GRADIENT, VALUE_LOSS, AGGREGATION = (
+    Role(name) for name in ("ratio level", "policy loss", "KL estimator", "KL gradient", "value loss", "aggregation")
+)
 
 # ---- what a result is -----------------------------------------------------------------------------------------------
 
@@ -93,6 +109,17 @@ PER_TOKEN, NUMBER, STATS = "a tensor of the tokens' shape", "a tensor of shape [
 CONSTANT = "a tensor of the tokens' shape that never requires a gradient"
 # What one entry of a result depends on: its own token, the tokens of its sequence, or all tokens of the batch.
 TOKEN, SEQUENCE, BATCH = "token", "sequence", "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """Options of an op, the optional tensors that go with them, and whether results depend on which tokens make a row.
+    `differentiable` are those of the tensors that receive a gradient."""
+
+    options: dict
+    tensors: tuple = ()
+    by_row: bool = False
+    differentiable: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +136,7 @@ class Op:
     choices: {option: values that the property tests draw from}.
     variants: {name: options} that take other ways through the kernels than the defaults do.
     only_with: {argument: (option, value)}: the argument is given if the option has this value, and only then.
+    modes: {title: Mode}, calls with options that take other ways through the kernels. The property tests draw from them.
     coarse: the arguments that the property tests draw in multiples of 1/8, so that no ratio of probabilities is so near
         to a clip bound that rounding decides on which side it lies.
     """
@@ -124,12 +152,22 @@ class Op:
     choices: dict = dataclasses.field(default_factory=dict)
     variants: dict = dataclasses.field(default_factory=dict)
     only_with: dict = dataclasses.field(default_factory=dict)
+    modes: dict = dataclasses.field(default_factory=dict)
     coarse: tuple = ()
 
     @property
     def tensors(self):
         """The names of the arguments that are tensors."""
         return [name for name, role in self.arguments.items() if role.make]
+
+    @property
+    def optional(self):
+        """The names of the tensors that only some modes give."""
+        return {name for mode in self.modes.values() for name in mode.tensors}
+
+    def mode_with(self, argument):
+        """A mode that gives this optional tensor."""
+        return next(mode for mode in self.modes.values() if argument in mode.tensors)
 
     @property
     def first(self):
@@ -158,14 +196,15 @@ class Op:
         """The names of the results that a gradient can come from, if the op is differentiable."""
         return [name for name, shape in self.results.items() if shape in (PER_TOKEN, NUMBER)]
 
-    def pick(self, inputs, shape=(2, 3), vocabulary=7, dtype=torch.float32, device="cpu"):
+    def pick(self, inputs, shape=(2, 3), vocabulary=7, dtype=torch.float32, device="cpu", mode=None):
         """Valid arguments by name: tensors of these names out of `inputs`, and random ones for the names it lacks."""
+        mode = mode or Mode({})
         found = {
             name: inputs[name] if name in inputs else self.arguments[name].make(shape, vocabulary, dtype).to(device)
             for name in self.tensors
-            if name not in self.only_with
+            if name not in self.only_with and (name not in self.optional or name in mode.tensors)
         }
-        return found | self.required
+        return found | self.required | mode.options
 
     def outputs(self, arguments, module=ppo_ext):
         """The results by name, the statistics among them. `module` has the function: ppo_ext, or the reference."""
@@ -183,7 +222,10 @@ class Op:
         different; statistics have no gradient.
         """
         arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-        leaves = {name: arguments[name].requires_grad_() for name in self.differentiable}
+        given = {name for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        in_modes = (name for mode in self.modes.values() for name in mode.differentiable)
+        differentiable = [name for name in dict.fromkeys((*self.differentiable, *in_modes)) if name in given]
+        leaves = {name: arguments[name].requires_grad_() for name in differentiable}
         # The op gets a view: with inplace_backward the gradient is written over its input, which must be no leaf.
         outputs = self.outputs(arguments | {name: leaf.view_as(leaf) for name, leaf in leaves.items()}, module)
         results = {name: x.detach() for name, x in outputs.items()}
@@ -205,7 +247,8 @@ def _incoming(output, grad):
 
 LARGEST = torch.finfo(torch.float32).max
 _ON_LOGITS = {"temperature": TEMPERATURE, "mask": MASK, "inplace_backward": FLAG}
-_LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG}
+_SHARD = {"group": GROUP, "vocab_start": VOCAB_START}
+_LOGITS_AND_LABELS = {"logits": LOGITS, "labels": LABELS, **_ON_LOGITS, "validate": FLAG, **_SHARD}
 _FROM_LOGITS = {
     "scope": TOKEN,
     "differentiable": ("logits",),
@@ -235,15 +278,49 @@ def _on_hidden(**more):
     }
 
 
+# Each option is in one of them at least. A mode whose name begins with "row" is by row.
+_PPO_MODES = {
+    "bounds": Mode({"cliprange": (0.25, 0.5), "dual_clip": 2.5, "log_ratio_clamp": 1.5}, ("weights",)),
+    "a term each": Mode(
+        {"kl_coef": 0.5, "kl_estimator": "k3", "kl_gradient": "weighted", "entropy_coef": 0.25},
+        ("ref_logprobs", "entropy"),
+        differentiable=("entropy",),
+    ),
+    "sums": Mode({"policy_loss": "reinforce", "aggregation": "token_sum", "scale": 0.5}, ("weights",)),
+    "cispo": Mode(
+        {"policy_loss": "cispo", "cliprange": (1.0, 2.0), "kl_coef": 0.5, "kl_estimator": "abs"}, ("ref_logprobs",)
+    ),
+    "values": Mode(
+        {"value_loss": "huber", "huber_delta": 0.5, "cliprange_value": None, "denominator": 7.0, "scale": 2.0}
+    ),
+    "no critic": Mode(
+        {
+            **dict.fromkeys(("vpreds", "values", "returns")),
+            "kl_coef": -0.5,
+            "kl_estimator": "k2",
+            "kl_gradient": "straight_through",
+        },
+        ("ref_logprobs",),
+    ),
+    "row ratios": Mode(
+        {"ratio_level": "sequence", "aggregation": "seq_mean_token_mean", "log_ratio_clamp": 0.7, "dual_clip": 1.2},
+        ("weights",),
+        by_row=True,
+    ),
+    "row ratios of tokens": Mode(
+        {"ratio_level": "sequence_token", "aggregation": "seq_mean_token_sum", "value_loss": "huber"}, by_row=True
+    ),
+    "row sums": Mode(
+        {"aggregation": "seq_mean_token_sum_norm", "norm_length": 7.0, "policy_loss": "cispo", "entropy_coef": 0.5},
+        ("entropy",),
+        by_row=True,
+        differentiable=("entropy",),
+    ),
+    "row parts": Mode({"aggregation": "seq_mean_token_mean", "denominator": 3.0}, ("row_counts",), by_row=True),
+}
 _VALUES = {"values": TOKENS, "mask": WEIGHTS}
 _OF_ROLLOUT = dict.fromkeys(("old_logprobs", "advantages", "vpreds", "values", "returns"), TOKENS)
 _LOSS = {"cliprange": NOT_NEGATIVE, "cliprange_value": NOT_NEGATIVE, "vf_coef": FINITE, "ratio_threshold": THRESHOLD}
-_LOSS_CHOICES = {
-    "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
-    "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
-    "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
-    "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
-}
 # from the logits: few choices that multiply a rounding error of theirs
 _WHOLE_LOSS = {
     "results": {"loss": NUMBER, "stats": STATS},
@@ -271,15 +348,15 @@ _LIST = (
     Op(
         "full_kl",
         "full_kl",
-        {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS},
+        {"logits": LOGITS, "ref_logits": REF_LOGITS, **_ON_LOGITS, "group": GROUP},
         {"kl": PER_TOKEN},
         **_FROM_LOGITS,
     ),
-    Op("linear_logprobs", "linear_logprobs", _on_hidden(), {"logprobs": PER_TOKEN}, **_FROM_HIDDEN),
+    Op("linear_logprobs", "linear_logprobs", _on_hidden() | _SHARD, {"logprobs": PER_TOKEN}, **_FROM_HIDDEN),
     Op(
         "linear_logprobs_and_entropy",
         "linear_logprobs",
-        _on_hidden(),
+        _on_hidden() | _SHARD,
         {"logprobs": PER_TOKEN, "entropy": PER_TOKEN},
         **_FROM_HIDDEN,
     ),
@@ -344,7 +421,7 @@ _LIST = (
     Op(
         "masked_mean",
         "masked",
-        {**_VALUES, "axis": AXIS},
+        {**_VALUES, "axis": AXIS, "group": GROUP},
         {"mean": NUMBER},
         scope=BATCH,
         differentiable=("values",),
@@ -363,7 +440,7 @@ _LIST = (
     Op(
         "masked_whiten",
         "masked",
-        {**_VALUES, "shift_mean": FLAG, "mode": MODE, "unbiased": FLAG, "eps": POSITIVE},
+        {**_VALUES, "shift_mean": FLAG, "mode": MODE, "unbiased": FLAG, "eps": POSITIVE, "group": GROUP},
         {"whitened": PER_TOKEN},
         scope=BATCH,
         differentiable=("values",),
@@ -377,13 +454,60 @@ _LIST = (
             "logprobs": TOKENS,
             **_OF_ROLLOUT,
             "mask": MASK,
-            **_LOSS,
+            "cliprange": CLIPRANGE,
+            "cliprange_value": NOT_NEGATIVE_OR_NONE,
+            "vf_coef": FINITE,
+            "ratio_threshold": THRESHOLD,
+            "dual_clip": ABOVE_ONE,
+            "log_ratio_clamp": POSITIVE_OR_NONE,
+            "ratio_level": RATIO_LEVEL,
+            "policy_loss": POLICY_LOSS,
+            "weights": TOKENS,
+            "ref_logprobs": TOKENS,
+            "kl_coef": FINITE,
+            "kl_estimator": KL_ESTIMATOR,
+            "kl_gradient": KL_GRADIENT,
+            "entropy": TOKENS,
+            "entropy_coef": FINITE,
+            "value_loss": VALUE_LOSS,
+            "huber_delta": POSITIVE,
+            "aggregation": AGGREGATION,
+            "norm_length": POSITIVE_OR_NONE,
+            "denominator": DENOMINATOR,
+            "scale": FINITE,
+            "row_counts": ROW_COUNTS,
         },
         {"loss": NUMBER, "stats": STATS},
         scope=BATCH,
         differentiable=("logprobs", "vpreds"),
-        choices=_LOSS_CHOICES,
-        coarse=("logprobs", "old_logprobs"),
+        choices={
+            "cliprange": (0.1, 0.2, 0.5, 0.0, 1e-38, LARGEST),
+            "cliprange_value": (0.0, 0.2, 1e-38, LARGEST),
+            "vf_coef": (0.1, -1.0, 0.0, 1e-38, 1e30),
+            "ratio_threshold": (10.0, 0.0, -1.0, 1e-38, LARGEST, float("inf")),
+        },
+        modes=_PPO_MODES,
+        coarse=("logprobs", "old_logprobs", "ref_logprobs"),
+    ),
+    Op(
+        "rollout_weights",
+        "rollout_weights",
+        {
+            "old_logprobs": TOKENS,
+            "rollout_logprobs": TOKENS,
+            "mask": MASK,
+            "kind": ROLLOUT_KIND,
+            "level": ROLLOUT_LEVEL,
+            "bounds": BOUNDS,
+        },
+        {"weights": CONSTANT, "stats": STATS},
+        scope=BATCH,
+        choices={"kind": ("tis", "icepop"), "bounds": ((0.0, 2.0), (0.5, 1.5), (0.0, 0.0), (1.0, LARGEST))},
+        modes={
+            "products": Mode({"level": "sequence"}, by_row=True),
+            "geometric means": Mode({"level": "geometric", "kind": "icepop", "bounds": (0.5, 2.0)}, by_row=True),
+        },
+        coarse=("old_logprobs", "rollout_logprobs"),
     ),
     Op(
         "ppo_loss_from_logits",

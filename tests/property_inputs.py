@@ -17,10 +17,12 @@ from ops import (
     LOGITS,
     MASK,
     REF_LOGITS,
+    ROW_COUNTS,
     SCORES,
     TEMPERATURE,
     TOKENS,
     WEIGHTS,
+    Mode,
 )
 
 KINDS = ("normal", "1e4", "-inf", "subnormal", "zero")  # of entries; zeros have both signs
@@ -112,12 +114,23 @@ def _pick(generator, *choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def arguments(op, case, device="cpu", draw=numbers):
+def _mode(op, generator, by_row):
+    """One of the op's modes, or in a third of the cases none. by_row: also those whose results depend on the rows."""
+    modes = [mode for mode in op.modes.values() if by_row or not mode.by_row]
+    return _pick(generator, *modes, *[Mode({})] * (len(modes) // 2)) if modes else Mode({})
+
+
+def arguments(op, case, device="cpu", draw=numbers, by_row=True):
     """Arguments of `op`, an entry of ops.OPS, by name, and incoming gradients for its per-token results."""
     generator, shape = case.generator(), (case.sequences, case.tokens)
     made = {name: _pick(generator, *values) for name, values in op.choices.items()}
+    mode = _mode(op, generator, by_row)
     for name, role in op.arguments.items():
         if name in op.only_with and made[op.only_with[name][0]] != op.only_with[name][1]:
+            continue
+        if role is ROW_COUNTS and name not in mode.tensors:
+            continue
+        if name in op.optional and name not in mode.tensors:
             continue
         if role in (LOGITS, REF_LOGITS):
             made[name] = draw((*shape, case.vocabulary), case, generator)
@@ -139,11 +152,14 @@ def arguments(op, case, device="cpu", draw=numbers):
             made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
         elif role is LAM and _pick(generator, True, False):
             made[name] = torch.rand(shape[:1], generator=generator)
+        elif role is ROW_COUNTS:
+            made[name] = torch.randint(case.tokens, case.tokens + 5, shape[:1], generator=generator)
         elif role in (SCORES, BOOTSTRAP):
             made[name] = draw(shape[:1], case, generator)
         elif role is TOKENS:
             step = {"step": 0.125} if name in op.coarse and draw is numbers else {}
             made[name] = draw(shape, case, generator, **step)
+    made |= mode.options
     grads = {name: torch.randn(shape, generator=generator).to(device) for name in op.per_token}
     return {
         name: laid_out(x.to(device), case.layout) if isinstance(x, torch.Tensor) else x for name, x in made.items()

@@ -138,6 +138,7 @@ BY_ROLE[ops.HIDDEN] += (
 )
 BY_ROLE[ops.WEIGHTS] = BY_ROLE[ops.MASK]
 BY_ROLE[ops.SCORES] = BY_ROLE[ops.BOOTSTRAP] = BY_ROLE[ops.TOKENS]
+BY_ROLE[ops.ROW_COUNTS] = NO_TENSORS + MASK_DTYPES[4:6] + dtypes("be int or float, got ", COMPLEX) + SAME_NUMBERS
 
 
 def mask_of(op):
@@ -166,6 +167,7 @@ def shape_condition(op, argument, x):
         ops.SCORES: f"the first dimension of {op.first}",
         ops.BOOTSTRAP: f"the first dimension of {op.first}",
         ops.TOKENS: tokens_of(op),
+        ops.ROW_COUNTS: f"the rows of {op.first}",
     }
     return f"have the shape {whole} of {of.get(role, op.first)}, got "
 
@@ -192,6 +194,8 @@ def wrong_shapes(op, argument, x):
 
 def with_arguments(op, argument):
     """Valid arguments among which `argument` is given."""
+    if argument in op.optional:
+        return valid_arguments(op, mode=op.mode_with(argument))
     arguments = valid_arguments(op)
     if argument in op.only_with:
         option, value = op.only_with[argument]
@@ -274,6 +278,30 @@ SCALARS = {
         for x, y in ((-1, -1.0), (-5e-324, -5e-324), (NAN, NAN), (INF, INF), (-INF, -INF), (10**400, INF))
     )
     + TOO_LARGE[:1],
+    ops.CLIPRANGE: tuple(row for row in NOT_NUMBERS if not isinstance(row[2], list))
+    + tuple(
+        ("be a number or a pair (low, high)", ValueError, x, y) for x, y in (([1.0], "1 numbers"), ((), "0 numbers"))
+    )
+    + tuple(("be finite and not negative", ValueError, (0.1, x), float(x)) for x in (-1, NAN, INF))
+    + (("be a number", TypeError, ("0.1", 0.1), "str"),),
+    ops.BOUNDS: tuple(
+        ("be a pair (low, high)", TypeError, value, got)
+        for value, got in ((None, "NoneType"), (1.0, "float"), ("ab", "str"), ((), "0 numbers"), ([1], "1 numbers"))
+    )
+    + tuple(("be finite and not negative", ValueError, (0.1, x), float(x)) for x in (-1, NAN, INF))
+    + (("have low <= high", ValueError, (2.0, 1.0), "(2.0, 1.0)"), ("be a number", TypeError, ("0", 1), "str")),
+    ops.NOT_NEGATIVE_OR_NONE: tuple(row for row in NOT_NUMBERS if row[2] is not None),
+    ops.ABOVE_ONE: tuple(row for row in NOT_NUMBERS if row[2] is not None)
+    + tuple(
+        ("be None or a finite number larger than 1", ValueError, x, float(x)) for x in (1, 0.5, 0, -3, NAN, INF, -INF)
+    )
+    + (("be between 1e-30 and 1e30", ValueError, 2e30, 2e30),),
+    ops.DENOMINATOR: tuple(row for row in NOT_NUMBERS if row[2] is not None and not isinstance(row[2], torch.Tensor))
+    + (
+        ("be positive where the mask has tokens that count", ValueError, 0, 0.0),
+        ("be a number or a tensor of one number", ValueError, torch.ones(2), "[2]"),
+        ("be on the device cpu of logprobs", ValueError, torch.ones((), device="meta"), "meta"),
+    ),
     ops.THRESHOLD: NOT_NUMBERS + (("be a number", ValueError, NAN, NAN),),
     ops.FLAG: NOT_FLAGS,
     ops.LAM: tuple(row for row in NOT_NUMBERS if not is_pair(row[2])) + NOT_FINITE + TOO_LARGE,
@@ -296,12 +324,40 @@ SCALARS = {
         ("be one of 'kl', 'abs', 'mse', 'full', 'k3', 'low_var_kl'", ValueError, value, repr(value))
         for value in ("", "KL", "kl ")
     ),
+    ops.GROUP: tuple(
+        ("be None or a torch.distributed.ProcessGroup with this process", TypeError, value, type(value).__name__)
+        for value in (0, -100, True, "gloo", [0, 1])
+    ),
+    ops.VOCAB_START: tuple(
+        ("be None or an int", TypeError, value, type(value).__name__) for value in (True, 0.0, "0", [0], torch.ones(1))
+    )
+    + tuple(("be given with a group, and only then", ValueError, value, value) for value in (0, 3, -1)),
     ops.AXIS: tuple(
         ("be None, an int or several", TypeError, value, type(value).__name__)
         for value in ("0", 0.0, NAN, 1j, [0.0], (None,), {0}, torch.zeros(2))
     )
     + tuple((AXIS_TEXT, ValueError, value, value) for value in (2, -3, 10**400, (), [], (0, 2), (0, 0), (0, -2))),
 }
+NOT_NEGATIVES = tuple(row for row in SCALARS[ops.NOT_NEGATIVE] if row[0] != "be a number")
+for role in (ops.CLIPRANGE, ops.NOT_NEGATIVE_OR_NONE, ops.DENOMINATOR):
+    SCALARS[role] += NOT_NEGATIVES
+SCALARS[ops.POSITIVE_OR_NONE] = SCALARS[ops.SOFTCAP]
+for role, allowed in (
+    (ops.ROLLOUT_KIND, "'tis', 'icepop'"),
+    (ops.ROLLOUT_LEVEL, "'token', 'sequence', 'geometric'"),
+    (ops.RATIO_LEVEL, "'token', 'sequence', 'sequence_token'"),
+    (ops.POLICY_LOSS, "'clip', 'cispo', 'reinforce'"),
+    (ops.KL_ESTIMATOR, "'k1', 'k2', 'k3', 'abs'"),
+    (ops.KL_GRADIENT, "'exact', 'straight_through', 'weighted'"),
+    (ops.VALUE_LOSS, "'mse', 'huber'"),
+    (
+        ops.AGGREGATION,
+        "'token_mean', 'seq_mean_token_mean', 'seq_mean_token_sum', 'seq_mean_token_sum_norm', 'token_sum'",
+    ),
+):
+    SCALARS[role] = SCALARS[ops.PENALTY][:4] + tuple(
+        (f"be one of {allowed}", ValueError, value, repr(value)) for value in ("", "Token", "kl ")
+    )
 ALL_NAMES = tuple(NAMES_TEXT.removeprefix("be names out of ").split(", "))
 
 
@@ -338,6 +394,10 @@ SAME_SCALARS[ops.POSITIVE] = SAME_SCALARS[ops.SOFTCAP] = SAME_SCALARS[ops.TEMPER
 SAME_SCALARS[ops.OUTPUTS] = tuple((make(ALL_NAMES), ALL_NAMES) for make in (list, set, frozenset, reversed_tuple))
 SAME_SCALARS[ops.FINITE] = SAME_SCALARS[ops.TEMPERATURE] + ((-1, -1.0), (5e-324, 0.0), (-0.0, 0.0))
 SAME_SCALARS[ops.NOT_NEGATIVE] = SAME_SCALARS[ops.TEMPERATURE] + ((3e38, 2e38),)
+SAME_SCALARS[ops.CLIPRANGE] = SAME_SCALARS[ops.NOT_NEGATIVE] + (([0.1, 0.2], (0.1, 0.2)),)
+SAME_SCALARS[ops.NOT_NEGATIVE_OR_NONE] = SAME_SCALARS[ops.NOT_NEGATIVE]
+SAME_SCALARS[ops.ABOVE_ONE] = ((2, 2.0), (np.float64(1.5), 1.5), (torch.tensor([2]), 2.0), (Fraction(3, 2), 1.5))
+SAME_SCALARS[ops.DENOMINATOR] = SAME_SCALARS[ops.TEMPERATURE]
 SAME_SCALARS[ops.THRESHOLD] = SAME_SCALARS[ops.TEMPERATURE] + ((-1, -1.0), (INF, 1e300), (10**400, INF))
 
 
@@ -365,7 +425,8 @@ def test_scalar(op, argument, condition, kind, value, got):
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # of numpy
 @pytest.mark.parametrize("op, argument, value, plain", scalar_cases(SAME_SCALARS))
 def test_scalar_of_another_type(op, argument, value, plain):
-    arguments = valid_arguments(OPS[op])
+    mode = next((mode for mode in OPS[op].modes.values() if argument in mode.options), None)
+    arguments = valid_arguments(OPS[op], mode=mode)
     expected = OPS[op].run(copy.deepcopy(arguments) | {argument: plain})
     for name, result in OPS[op].run(arguments | {argument: value}).items():
         assert_same_bits(name, result, expected[name])

@@ -17,7 +17,7 @@ from cases import logits_inputs, token_inputs
 from conftest import assert_same_bits
 from ops import JOINED, OPS, STEMS
 
-from ppo_ext.ops.ppo_loss import STAT_NAMES
+from ppo_ext.ops._ppo_options import STAT_NAMES
 
 OPERATORS = {
     name.removeprefix("ppo_ext::"): getattr(torch.ops.ppo_ext, name.removeprefix("ppo_ext::")).default
@@ -42,6 +42,7 @@ NUMBERS = {
     ops.MODE: (0, r"be in \[0, 3\)", (-1, 3, 2**62, -(2**62))),
     ops.THRESHOLD: (10.0, None, ()),
 }
+NUMBERS |= dict.fromkeys((ops.CLIPRANGE, ops.NOT_NEGATIVE_OR_NONE), NUMBERS[ops.NOT_NEGATIVE])
 # What a forward pass saves, and other arguments that are not public, where they are no tensors of the tokens' shape.
 INTERNAL = {
     "weights": torch.ones(2, 3),
@@ -52,6 +53,8 @@ INTERNAL = {
     "bootstrap": torch.ones(2),
     "gamma_lams": torch.full((2,), 0.9),
     "cu_seqlens": torch.tensor([0, 2, 6]),
+    "denominator": torch.ones(()),
+    "row_counts": torch.full((2,), 4.0),
     "label_note": torch.zeros(4, dtype=torch.int64),
     "hidden": torch.linspace(-1, 1, 30).view(2, 3, 5),
     "weight": torch.linspace(-1, 1, 35).view(7, 5),
@@ -66,6 +69,13 @@ INTERNAL = {
 INTERNAL_NUMBERS = {
     "first": (0, r"lie in \[0, vocabulary - columns\]", (-1, 1, 2**62, -(2**62))),
     "vocabulary": (8, None, ()),
+    "kind": (1, r"be in \[0, 2\)", (-1, 2, 2**62, -(2**62))),
+    "level": (1, r"be in \[0, 3\)", (-1, 3, 2**62, -(2**62))),
+    "low": (0.5, r"lie in \[0, high\]", (-1.0, 1e30, math.nan, math.inf)),
+    "high": (2.0, "be a finite number", (math.nan, math.inf)),
+    # the options of ppo_loss, in lists
+    "numbers": ([0.2] * 13, "(have 13 entries|be numbers)", ([], [0.2] * 12, [0.2] * 14, [math.nan] * 13)),
+    "choices": ([0, 0, 0, 0, 0, 1], "(have 6 entries|be the numbers of names)", ([], [0] * 7, [-1] * 6, [9] * 6)),
 }
 
 
@@ -144,6 +154,10 @@ NO_FAULTS = {
     ("_masked_whiten_backward", "moments"): {"one more dimension"},
     ("_ppo_loss_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_backward", "stats"): {"one more dimension"},
+    ("_ppo_loss_options", "denominator"): {"one more dimension", "a number"},
+    ("_ppo_loss_options", "row_counts"): {"one more dimension"},
+    ("_ppo_loss_options_backward", "grad_loss"): {"one more dimension", "a number"},
+    ("_ppo_loss_options_backward", "stats"): {"one more dimension", "one long", "flat and longer"},
 }
 
 
@@ -154,8 +168,8 @@ def tensor_cases():
         for parameter in parameters(operator)
         if takes_tensor(parameter)
         for change in CHANGES
-        if parameter.name != "grad_loss" or change not in STRIDES
-    ]  # grad_loss has one entry only
+        if parameter.name not in ("grad_loss", "denominator") or change not in STRIDES
+    ]  # which have one entry only
 
 
 def call(name, arguments):

@@ -72,7 +72,7 @@ def test_ratio_guard_skips_the_update_too():
 
 
 def test_ratio_guard_keeps_the_other_mini_batches_of_an_update():
-    trainer = tiny_models.trainer(gradient_accumulation_steps=2, ppo_epochs=1)
+    trainer = tiny_models.trainer(gradient_accumulation_steps=2, ppo_epochs=1, exact_update=False)
     norms = spy_on_updates(trainer)
     loss, calls = trainer.loss, []
 
@@ -117,7 +117,7 @@ def test_kl_coefficient_stays_a_float():
 def test_ratio_is_one_before_the_first_update():
     (stats,) = steps(tiny_models.trainer(learning_rate=0.0))
     ratio = stats["ppo/policy/ratio"]
-    assert (ratio[ratio != 0] == 1).all()
+    assert ratio[ratio != 0] == pytest.approx(1, abs=1e-6)  # scored and trained in chunks of different widths
 
 
 def test_early_stopping_ends_the_epochs():
@@ -136,8 +136,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         results.append(scalars(steps(trainer)[0]))
         counts.append(len(calls))
-    rollout, training = 2, 4  # minibatches
-    assert counts == [rollout + training, rollout + 2 * training]
+    measured, rollout, training = 2, 2, 4  # passes over a few tokens, before the first step; minibatches
+    assert counts == [measured + rollout + training, measured + rollout + 2 * training]
     assert results[1] == pytest.approx(results[0], rel=1e-5, abs=1e-7)
 
 

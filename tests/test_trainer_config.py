@@ -14,7 +14,14 @@ from conftest import require_trl
 
 import ppo_ext
 
-OURS = {"gae_through_padding", "inplace_logits_grad", "total_ppo_epochs"}  # the last is an attribute in TRL
+OURS = {
+    "cliprange_high",
+    "dual_clip",
+    "exact_update",
+    "gae_through_padding",
+    "inplace_logits_grad",
+    "total_ppo_epochs",
+}  # the last is an attribute in TRL
 
 
 def test_fields_and_defaults_are_those_of_trl():
@@ -82,6 +89,8 @@ def test_command_lines(parse):
         ({"gamma": 1.1}, ValueError, "gamma must lie in [0, 1], got 1.1"),
         ({"lam": -0.1}, ValueError, "lam must lie in [0, 1], got -0.1"),
         ({"cliprange": -0.2}, ValueError, "cliprange must be finite and not negative, got -0.2"),
+        ({"cliprange_high": -0.2}, ValueError, "cliprange_high must be None or finite and not negative, got -0.2"),
+        ({"dual_clip": 1.0}, ValueError, "dual_clip must be None or larger than 1 and at most 1e30, got 1.0"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive or None, got 0.0"),
         ({"score_clip": -1}, ValueError, "score_clip must be positive or None, got -1"),
         ({"ratio_threshold": 0}, ValueError, "ratio_threshold must be positive, got 0"),

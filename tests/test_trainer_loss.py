@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from tiny_models import steps
 
-from ppo_ext.trainer import forward
+from ppo_ext.trainer import chunks
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_full_penalty_takes_whole_distributions_too():
 
 
 def test_full_penalty_holds_the_logits_of_one_mini_batch(monkeypatch):
-    seen, op = [], forward.full_kl
+    seen, op = [], chunks.full_kl
     monkeypatch.setattr(
-        forward, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
+        chunks, "full_kl", lambda logits, *args, **kw: seen.append(len(logits)) or op(logits, *args, **kw)
     )
     steps(tiny_models.trainer(kl_penalty="full"))
     assert seen == [2, 2]
@@ -90,15 +90,38 @@ def test_the_two_losses_have_gradients_of_their_own():
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_the_backward_pass_lets_go_of_the_logits_before_it_reaches_the_layers(inplace, monkeypatch):
-    trainer = tiny_models.trainer(inplace_logits_grad=inplace)
-    op, logits, held = forward.logprobs_and_entropy, [], []
+    trainer = tiny_models.trainer(inplace_logits_grad=inplace, kl_penalty="full")  # which makes logits
+    op, logits, held = chunks.logprobs_and_entropy, [], []
 
     def spy(x, *arguments, **options):
         logits.append(weakref.ref(x))
         return op(x, *arguments, **options)
 
-    monkeypatch.setattr(forward, "logprobs_and_entropy", spy)
+    monkeypatch.setattr(chunks, "logprobs_and_entropy", spy)
     layer = trainer.model.pretrained_model.transformer.h[1]
     layer.register_full_backward_hook(lambda *_: held.append(logits[-1]() is not None))
     steps(trainer)
     assert held == [False] * 4
+
+
+def test_the_policy_loss_takes_the_bounds_of_the_config():
+    """One token each: above the upper bound with a positive advantage, and far above it with a negative one."""
+    logprobs = torch.tensor([[0.5, 2.0]])
+    tensors = {name: torch.zeros(1, 2) for name in ("old_logprobs", "values", "vpreds", "returns")}
+    tensors |= {"logprobs": logprobs, "advantages": torch.tensor([[1.0, -1.0]]), "mask": torch.ones(1, 2)}
+    far = logprobs[0, 1].exp().item()
+    for settings, expected in (
+        ({}, (-1.2 + far) / 2),
+        ({"cliprange_high": 0.4}, (-1.4 + far) / 2),
+        ({"dual_clip": 3.0}, (-1.2 + 3.0) / 2),
+        ({"cliprange_high": 0.4, "dual_clip": 3.0}, (-1.4 + 3.0) / 2),
+    ):
+        trainer = tiny_models.trainer(**settings)
+        pg_loss, vf_loss, stats = trainer.loss(logits=None, entropy=torch.zeros(1, 2), **tensors)
+        assert pg_loss.item() == pytest.approx(expected) and vf_loss == 0
+        assert ("policy/clipfrac_high" in stats) == bool(settings)
+
+
+def test_a_step_with_both_bounds():
+    (stats,) = steps(tiny_models.trainer(cliprange_high=0.28, dual_clip=3.0), 1)
+    assert stats["ppo/policy/clipfrac_dual"] == 0 and stats["ppo/policy/ratio_max"] >= 1

@@ -9,7 +9,7 @@ from tiny_models import scalars, steps
 from torch.nn.modules import module as torch_module
 
 import ppo_ext.trl
-from ppo_ext.trainer import forward
+from ppo_ext.trainer import chunks
 from ppo_ext.trainer.overrides import is_overridden
 
 WAYS = ("subclass", "instance", "class")
@@ -122,24 +122,26 @@ def test_a_forward_hook_may_keep_the_logits(hooked):
 
 def overwriting(monkeypatch, trainer):
     """Whether each training minibatch of a step lets its logits be overwritten."""
-    flags, op = [], forward.logprobs_and_entropy
+    flags, op = [], chunks.logprobs_and_entropy
 
     def spy(*arguments, inplace_backward, **options):
         flags.append(inplace_backward)
         return op(*arguments, inplace_backward=inplace_backward, **options)
 
-    monkeypatch.setattr(forward, "logprobs_and_entropy", spy)
+    monkeypatch.setattr(chunks, "logprobs_and_entropy", spy)
     steps(trainer)
     return flags
 
 
 def test_logits_are_overwritten_where_nobody_sees_them(monkeypatch):
-    assert overwriting(monkeypatch, tiny_models.trainer()) == [True] * 4
-    assert overwriting(monkeypatch, tiny_models.trainer(inplace_logits_grad=False)) == [False] * 4
+    for flag in (True, False):
+        trainer = tiny_models.trainer(inplace_logits_grad=flag, kl_penalty="full")  # which makes logits
+        assert overwriting(monkeypatch, trainer) == [flag] * 4
 
 
 def test_hooks_that_do_not_see_or_keep_the_logits_do_not_matter(monkeypatch):
-    trainer = tiny_models.trainer("llama", gradient_checkpointing=True)  # which hooks the embeddings
+    # gradient checkpointing hooks the embeddings; the penalty makes logits
+    trainer = tiny_models.trainer("llama", gradient_checkpointing=True, kl_penalty="full")
     language_model = trainer.model.pretrained_model
     language_model.model.layers[1].register_forward_hook(lambda *_: None)
 
@@ -152,7 +154,8 @@ def test_hooks_that_do_not_see_or_keep_the_logits_do_not_matter(monkeypatch):
 
 
 def test_overwriting_the_logits_changes_no_number():
-    kept, overwritten = (steps(tiny_models.trainer(inplace_logits_grad=flag), 2) for flag in (False, True))
+    options = {"kl_penalty": "full"}
+    kept, overwritten = (steps(tiny_models.trainer(inplace_logits_grad=flag, **options), 2) for flag in (False, True))
     assert [scalars(stats) for stats in kept] == [scalars(stats) for stats in overwritten]
 
 
@@ -276,7 +279,9 @@ class WithTrlStep(ppo_ext.PPOTrainer):
         return ppo_ext.trl.core.convert_to_scalar(stats)
 
 
-@pytest.mark.parametrize("config", [{}, {"kl_penalty": "full"}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"kl_penalty": "full"}, {"gradient_accumulation_steps": 2, "exact_update": False}], ids=str
+)
 def test_a_copied_step_gives_our_statistics(config):
     plain, copied = (steps(tiny_models.trainer(kind=kind, **config), 2) for kind in (None, WithTrlStep))
     for ours, theirs in zip(plain, copied, strict=True):

@@ -55,7 +55,9 @@ def run(
 ):
     """`ours` holds options that TRL does not have."""
     model = with_value_heads(library, name, peft_config, **(changes or {}))
-    options |= ours or {} if library is ppo_ext.trl else {}
+    if library is ppo_ext.trl:
+        # TRL's accumulated update is a mean of means; without accumulation either setting gives the same bits
+        options |= {"exact_update": options.get("gradient_accumulation_steps", 1) == 1, **(ours or {})}
     trainer = make_trainer(library, model, **options)
     history = []
     for step in range(steps):

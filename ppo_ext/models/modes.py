@@ -16,3 +16,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def recompute_layers_without_dropout(model: nn.Module) -> None:
+    """Makes gradient checkpointing work in eval mode, where transformers does not recompute.
+
+    transformers recomputes only layers in training mode. So the layers are put into that mode and the modules inside
+    them, such as nn.Dropout, are not. A layer with a dropout of its own, applied as a function, has to stay in eval mode
+    and keeps its activations.
+    """
+    for module in model.modules():
+        drops = any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+        module.training = getattr(module, "gradient_checkpointing", False) and not drops

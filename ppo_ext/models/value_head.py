@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .token_scores import HeadInput
+
 
 class ValueHead(nn.Module):
     """Dropout, then Linear(hidden_size, 1): [B, T, H] any float -> [B, T, 1] in the dtype of its own weight.
@@ -97,10 +99,11 @@ class _Capture:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Removes the hooks of a call of `run` that Ctrl-C has interrupted between setting and noting them."""
+    """Removes the hooks of a forward pass that Ctrl-C has interrupted between setting and noting them."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Capture)]:
-            del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (_Capture, HeadInput))]:
+                del hooks[key]
 
 
 def _backbones(model: Any) -> list[nn.Module]:

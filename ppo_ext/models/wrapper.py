@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from . import checkpoint, keywords, loading, lora
 from .saving import SavingMixin, split_state
+from .token_scores import HeadInput, TokenRequest, token_scores
 from .value_head import ValueHead, run
 
 logger = logging.getLogger(__name__)
@@ -166,26 +167,35 @@ class PreTrainedModelWrapper(SavingMixin):
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
         return_past_key_values: bool = False,
+        token_request: TokenRequest | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """A forward pass of the wrapped model and of the value head.
 
         Args:
             input_ids, attention_mask: [B, T] int64. kwargs: go to the wrapped model.
+            token_request: the tokens to score, without logits; see `ppo_ext/trainer/head_route.py` for when that works.
 
         Returns: (logits [B, T, V] in the backbone's dtype, loss or None, value [B, T] fp32, or float64 of a float64
-        head), and the key/value cache with return_past_key_values.
+        head), and the key/value cache with return_past_key_values. With token_request, `TokenScores` instead of logits.
         """
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         elif not return_past_key_values:
             # nobody reads the cache, which costs memory; with gradient checkpointing transformers would warn about it
             kwargs.setdefault("use_cache", False)
-        output, hidden_states = run(self.pretrained_model, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        scores = None
+        if token_request is None:
+            output, hidden_states = run(self.pretrained_model, **kwargs)
+        else:
+            with HeadInput(self._find_lm_head()) as read:
+                output, hidden_states = run(self.pretrained_model, **kwargs)
+            scores = token_scores(read.head, read.hidden, token_request)
         value = self.v_head(hidden_states.to(self.v_head.summary.weight.device)).squeeze(-1)
         if value.dtype in (torch.float16, torch.bfloat16):
             value = value.float()
-        outputs: tuple[Any, ...] = (output.logits, output.loss, value)
+        outputs: tuple[Any, ...] = (output.logits if scores is None else scores, output.loss, value)
         if self._output_device is not None:
             outputs = tuple(x.to(self._output_device) if isinstance(x, torch.Tensor) else x for x in outputs)
         return (*outputs, output.past_key_values) if return_past_key_values else outputs

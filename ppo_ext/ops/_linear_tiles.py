@@ -4,6 +4,8 @@ The outer loop is over the vocabulary and the inner one over all rows, so that e
 complete when it is written, once. The sizes of the tiles follow from the shapes alone.
 """
 
+from typing import Any
+
 import torch
 
 from ._linear_checks import arithmetic, check_note, check_numbers, check_operator, check_values
@@ -38,24 +40,30 @@ def forward(
         check_values(_OP, weight.shape[0], labels, mask, temperatures)
     elif noted is not None:
         note_labels(noted, labels, mask, weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
-        results = _folded(Head(tensors, numbers), with_entropy, with_statistics)
+    results = _folded(tensors, numbers, with_entropy, with_statistics)
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(
         results[:, i].clone().view(labels.shape) if want else results.new_empty(0) for i, want in enumerate(wanted)
     )
 
 
-def _folded(head, with_entropy, with_statistics):
+def _folded(tensors, numbers, with_entropy, with_statistics):
     """[tokens, RESULTS]."""
-    results = head.hidden.new_zeros(head.count, RESULTS, dtype=head.dtype)
-    states, memory = head.hidden.new_empty(head.count, STATES, dtype=torch.float64), head.new_tile()
-    for columns, part in head.parts():
-        for block in head.blocks():
-            tile = head.fill(memory, block, columns, part)
-            outputs = (states[block], results[block])
-            fold(tile, *head.at(block), *outputs, *head.where(columns), with_entropy, with_statistics)
-    return head.rows.back(results)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        head = Head(tensors, numbers)
+        results = head.hidden.new_zeros(head.count, RESULTS, dtype=head.dtype)
+        states, memory = head.hidden.new_empty(head.count, STATES, dtype=torch.float64), head.new_tile()
+        for columns, part in head.parts():
+            for block in head.blocks():
+                tile = head.fill(memory, block, columns, part)
+                outputs = (states[block], results[block])
+                fold(tile, *head.at(block), *outputs, *head.where(columns), with_entropy, with_statistics)
+        return head.rows.back(results)
+
+
+def rows_of_head(tensors: tuple, numbers: tuple, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logprobs, entropy, row_max, log_sum), a number a token each, of arguments that are checked."""
+    return _folded(tensors, numbers, with_entropy, False)[:, :4].unbind(1)
 
 
 def backward(
@@ -70,22 +78,31 @@ def backward(
     check_numbers(_OP, *numbers)
     if hidden.device.type == "cpu":
         check_values(_OP, weight.shape[0], labels, mask, temperatures)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(tensors, numbers)
-        inside = (head.targets >= 0) & (head.targets < head.vocabulary)
-        rows = {name: head.of_tokens(x) for name, x in saved.items()}
+    if hidden.is_cuda:
+        inside = (labels >= 0) & (labels < weight.shape[0])
         for name in ("grad_logprobs", "grad_entropy"):
-            if rows[name] is not None and hidden.is_cuda:
-                rows[name] = torch.where(inside, rows[name], 0)
-        if grad_logprobs is None:
-            rows["grad_logprobs"] = torch.zeros_like(rows["row_max"])
-        rows["entropy"] = rows["row_max"] if grad_entropy is None else head.of_tokens(entropy)
-        grads = Gradients(head, (needs_hidden, needs_weight, needs_bias and bias is not None))
-        _add_tiles(head, rows, grads)
+            saved[name] = None if saved[name] is None else torch.where(inside, saved[name], 0)
+    grads = gradients_of_head(tensors, numbers, saved, entropy, (needs_hidden, needs_weight, needs_bias))
     return grads.results(hidden, weight, bias)
 
 
-def _add_tiles(head, rows, grads):
+def gradients_of_head(
+    tensors: tuple, numbers: tuple, saved: dict[str, Any], entropy: torch.Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """The gradients of hidden, weight and bias, of arguments that are checked. A label that is no column has no share."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        head = Head(tensors, numbers)
+        rows: dict[str, Any] = {name: head.of_tokens(x) for name, x in saved.items()}
+        if rows["grad_logprobs"] is None:
+            rows["grad_logprobs"] = torch.zeros_like(rows["row_max"])
+        rows["entropy"] = rows["row_max"] if rows["grad_entropy"] is None else head.of_tokens(entropy)
+        needs_hidden, needs_weight, needs_bias = needs
+        grads = Gradients(head, (needs_hidden, needs_weight, needs_bias and tensors[3] is not None))
+        _add_tiles(head, rows, grads)
+    return grads
+
+
+def _add_tiles(head: Head, rows: dict[str, Any], grads: Gradients) -> None:
     memory = head.new_tile()
     for columns, part in head.parts() if head.count else ():
         for block in head.blocks():

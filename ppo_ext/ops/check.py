@@ -100,14 +100,14 @@ def labels(op: str, x: Any, expected: torch.Size, of: str) -> torch.Tensor:
 def ids(op: str, labels: torch.Tensor, vocabulary: int, mask: torch.Tensor | None) -> None:
     """Labels that count must be in [0, vocabulary). The host waits for their device."""
     flat = labels.reshape(-1)
-    found = _first((flat < 0) | (flat >= vocabulary), mask, labels.shape)
+    found = first((flat < 0) | (flat >= vocabulary), mask, labels.shape)
     if found is not None:
         got = labels[tuple(found)].item()
         hint = "; leave rows without a label out by the mask" if got == -100 else ""
         fail(op, f"labels{found}", f"be an id in [0, {vocabulary})", f"{got}{hint}")
 
 
-def _first(wrong: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Size) -> list[int] | None:
+def first(wrong: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Size) -> list[int] | None:
     """The place of the first token that counts where something is wrong; None if there is none. `wrong` is flat, as
     torch compares tensors of up to 64 dimensions only."""
     if mask is not None:
@@ -126,6 +126,15 @@ def no_tangent(op: str, argument: str, x: torch.Tensor) -> None:
     """The operators have no rule for forward mode, so without this error it would take the op for a constant."""
     if forward_ad.unpack_dual(x).tangent is not None:
         fail(op, argument, "be differentiated in reverse mode", "a forward-mode tangent", NotImplementedError)
+
+
+def no_gradient_of_gradient(op: str, grad_loss: torch.Tensor) -> None:
+    """For an op whose loss is all that could need a second derivative. Cheaper than once_differentiable."""
+    if grad_loss.requires_grad:
+        raise RuntimeError(
+            f"{op}: the gradient of the loss must not need a gradient itself, got one that does; "
+            f"{op} is differentiable once"
+        )
 
 
 def overwritable(x: torch.Tensor, read: torch.Tensor | None = None) -> bool:
@@ -204,7 +213,7 @@ def temperature(
 def temperatures(op: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
     """The temperatures of tokens that count must be in their range. The host waits for their device."""
     flat = x.reshape(-1)
-    found = _first(~((flat >= _LEAST) & (flat <= _MOST)), mask, x.shape)
+    found = first(~((flat >= _LEAST) & (flat <= _MOST)), mask, x.shape)
     if found is not None:
         fail(op, f"temperature{found}", _IN_RANGE, x[tuple(found)].item())
 

@@ -1,9 +1,15 @@
 """The KL divergence of the policy from the reference at each token, summed over the whole vocabulary."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import _native, check, reference
+from ._groups import check_group
+from ._sharded_kl import ShardedKL
+from ._sharded_vocabulary import require_native
+from .logprobs import _forward as logprobs_forward
 
 _forward, _forward_name = _native.define(
     "_full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? temperatures, float temperature)"
@@ -64,6 +70,7 @@ def full_kl(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
+    group: Any = None,
 ) -> torch.Tensor:
     """KL divergence of the policy from the reference at each token, over the whole vocabulary.
 
@@ -77,6 +84,8 @@ def full_kl(
         mask: [...] bool, int or float, nonzero where a token counts; None counts all. The other rows are not read;
             their result and their gradient are 0.
         inplace_backward: let the backward pass write the gradient over `logits`, see `logprobs`.
+        group: a torch.distributed.ProcessGroup, of which each process has other columns of both, and all rows; see
+            `logprobs`. The reference is read once more then.
 
     Returns:
         [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
@@ -116,6 +125,12 @@ def full_kl(
         mask = check.mask("full_kl", mask, logits.shape[:-1], logits.device, tokens)
         mask = mask.contiguous()
     ref_logits = ref_logits.detach()
+    check_group("full_kl", group)
+    if group is not None:
+        require_native("full_kl", logits.device.type)
+        operators = (_forward, _backward, _backward_inplace, logprobs_forward)
+        options = (mask, temperatures, temperature, inplace_backward)
+        return ShardedKL.apply(logits, ref_logits, *options, operators, group)
     if not _native.available(logits.device.type):
         if temperatures is not None:
             check.temperatures("full_kl", temperatures, mask)

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from . import _linear_tiles, _native, check, reference
 from ._linear_checks import arithmetic, check_head, check_values
+from ._sharded_linear import ShardedLinearLogprobs
+from ._sharded_vocabulary import check_shard
 from .check_labels import note
 
 _INPUTS = (
@@ -107,11 +109,17 @@ def _prepare(op, hidden, weight, labels, bias, temperature, logit_scale, softcap
 
 
 def _run(
-    op, with_entropy, with_statistics, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask, validate
-):
+    op, with_entropy, with_statistics, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask, validate,
+    group=None, vocab_start=None,
+):  # fmt: skip
     """The results of the forward operator that were asked for, in its order."""
     tensors, numbers = _prepare(op, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask)
     validate = check.flag(op, "validate", validate)
+    shard = check_shard(op, group, vocab_start, hidden.device.type)
+    if shard is not None:
+        hidden, weight, labels, bias, *rest = tensors
+        tensors = (hidden, weight, bias, labels, *rest)
+        return ShardedLinearLogprobs.apply(*tensors, numbers, with_entropy, op, shard, validate)
     native = _native.available(hidden.device.type)
     if validate or not native:
         check_values(op, weight.shape[0], *tensors[2:3], *tensors[4:])
@@ -166,6 +174,8 @@ def linear_logprobs(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     validate: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> torch.Tensor:
     """Log-probability of each label, straight from what the language model's head reads: no tensor of all logits exists.
 
@@ -187,6 +197,9 @@ def linear_logprobs(
             place.
         validate: on CUDA, check ids and temperatures before anything is computed, for which the host waits for the
             device. On the CPU they are always checked.
+        group, vocab_start: for weight and bias that are a shard of the head, as in tensor parallelism, see `logprobs`:
+            the rows of the ids from vocab_start on. The gradient of hidden is that of all shards, by one all_reduce;
+            those of weight and bias are the shard's.
 
     Returns:
         [...] float32 (float64 if hidden or weight is), differentiable once with respect to hidden, weight and bias.
@@ -209,7 +222,20 @@ def linear_logprobs(
         -inf, NaN and empty input are as in `logprobs`.
     """
     return _run(
-        "linear_logprobs", False, False, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask, validate
+        "linear_logprobs",
+        False,
+        False,
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        mask,
+        validate,
+        group,
+        vocab_start,
     )[0]
 
 
@@ -224,6 +250,8 @@ def linear_logprobs_and_entropy(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     validate: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each label and entropy of each token's distribution, straight from what the head reads.
 
@@ -248,6 +276,8 @@ def linear_logprobs_and_entropy(
         softcap,
         mask,
         validate,
+        group,
+        vocab_start,
     )
     return logprobs, entropy
 

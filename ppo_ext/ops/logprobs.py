@@ -1,9 +1,12 @@
 """Token log-probabilities, and the entropy of each token's distribution, from logits in one pass."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import _native, check, reference
+from ._sharded_vocabulary import ShardedLogprobs, check_shard
 from .check_labels import note
 
 _forward, _forward_name = _native.define(
@@ -90,10 +93,16 @@ def _prepare(op, logits, labels, temperature, mask):
     return labels, mask, temperatures, temperature
 
 
-def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate):
+def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, validate, group, vocab_start):
     labels, mask, temperatures, temperature = _prepare(op, logits, labels, temperature, mask)
     inplace_backward = check.flag(op, "inplace_backward", inplace_backward)
     validate = check.flag(op, "validate", validate)
+    shard = check_shard(op, group, vocab_start, logits.device.type)
+    if shard is not None:
+        arguments = (mask, temperatures, temperature, with_entropy, inplace_backward)
+        operators = (_forward, _backward, _backward_inplace)
+        results = ShardedLogprobs.apply(logits, labels, *arguments, op, operators, shard, validate)
+        return results if with_entropy else (results,)
     native = _native.available(logits.device.type)
     if validate or not native:
         check.ids(op, labels, logits.shape[-1], mask)
@@ -128,6 +137,8 @@ def logprobs(
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     validate: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> torch.Tensor:
     """Log-probability of each label under the softmax of its row of logits.
 
@@ -147,6 +158,11 @@ def logprobs(
             tensor do.
         validate: on CUDA, check the ids and temperatures before anything is computed, for which the host waits for the
             device. On the CPU they are always checked.
+        group, vocab_start: for logits that are a shard of the vocabulary, as in tensor parallelism: a
+            torch.distributed.ProcessGroup, of which each process has all rows, the same labels, and the columns of the
+            ids from its vocab_start on; as many as it likes, and -inf in columns that pad. One all_gather of four
+            numbers a row gives all processes the same bits; the backward pass has no collective, and its gradient is
+            that of the shard. On CUDA an id that is in no shard gives NaN; `validate` refuses it.
 
     Returns:
         [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
@@ -167,7 +183,7 @@ def logprobs(
 
     Source: TRL 0.11.4, `logprobs_from_logits`.
     """
-    return _run("logprobs", logits, labels, temperature, mask, False, inplace_backward, validate)[0]
+    return _run("logprobs", logits, labels, temperature, mask, False, inplace_backward, validate, group, vocab_start)[0]
 
 
 def logprobs_and_entropy(
@@ -178,6 +194,8 @@ def logprobs_and_entropy(
     mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
     validate: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each label and entropy of each row, from one read of the logits.
 
@@ -191,4 +209,6 @@ def logprobs_and_entropy(
 
     Source: TRL 0.11.4, `logprobs_from_logits` and `entropy_from_logits` (which gives NaN when a logit is -inf).
     """
-    return _run("logprobs_and_entropy", logits, labels, temperature, mask, True, inplace_backward, validate)
+    return _run(
+        "logprobs_and_entropy", logits, labels, temperature, mask, True, inplace_backward, validate, group, vocab_start
+    )

@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _native, check, reference
+from . import _group_moments, _native, check, reference
+from ._groups import check_group
 
 _MODES = {"center": 0, "keep_mean": 1, "scale": 2}  # WhitenMode in csrc/masked.h
 _OPTIONS = "int mode, bool unbiased, float eps"
@@ -71,6 +73,15 @@ class _Whiten(torch.autograd.Function):
         return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 
 
+def _moments_of(values, weights):
+    """(sum of weights, mean, biased variance) of each row [R, C], as a tensor [R, 3], on any device."""
+    if _native.available(values.device.type):
+        return _moments(values.contiguous(), weights.contiguous())
+    pairs = zip(values, weights, strict=True)
+    rows = [(w.sum(), reference.masked_mean(x, w), reference.masked_var(x, w, False)) for x, w in pairs]
+    return torch.stack([torch.stack(row) for row in rows]) if rows else values.new_empty((0, 3))
+
+
 def _prepare(op, values, mask):
     check.floating(op, "values", values)
     check.weights(op, mask)
@@ -110,7 +121,13 @@ def _rows(values, mask, axes):
     )
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
+def masked_mean(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    axis: int | Sequence[int] | None = None,
+    *,
+    group: Any = None,
+) -> torch.Tensor:
     """Mean over the tokens that count.
 
         masked_mean = sum(mask * values) / sum(mask)
@@ -120,14 +137,18 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[i
         mask: of a shape that broadcasts to that of values; bool, int or float. 0 where an entry does not count,
             elsewhere its weight, which is not negative and is rounded to the dtype of the result.
         axis: None for all dimensions, or one or several to reduce, each named once; negative ones count from the last.
+        group: None, or a torch.distributed.ProcessGroup: the mean over the tokens of all its processes, the same bits on
+            each. The result must have the same shape on all; the reduced dimensions may differ, also be empty. All
+            processes must call it: one all_gather in the forward and one in the backward pass, whose gradient is that of
+            the sum of all processes' losses. No host/device sync.
 
     Returns:
         A tensor of the shape of values without the reduced dimensions; float32 (float64 for float64). 0 where nothing
         counts. Differentiable once with respect to `values`.
 
     Raises:
-        TypeError: values is not of a floating dtype, mask is complex or quantized, a tensor is not dense, or axis is
-            not of ints.
+        TypeError: values is not of a floating dtype, mask is complex or quantized, a tensor is not dense, axis is not
+            of ints, or group is no process group.
         ValueError: mask does not broadcast to values, the devices differ, or axis does not name dimensions of values.
 
     Notes:
@@ -139,6 +160,10 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | Sequence[i
     """
     values, mask = _prepare("masked_mean", values, mask)
     axis = None if axis is None else _dimensions(values, axis)
+    check_group("masked_mean", group)
+    if group is not None:
+        rows, weights, shape = _rows(values, mask, axis)
+        return _group_moments.mean_of_rows(rows, weights, _moments_of, group).reshape(shape)
     if not _native.available(values.device.type):
         return reference.masked_mean(values, mask, axis)
     rows, weights, shape = _rows(values, mask, axis)
@@ -177,6 +202,7 @@ def masked_whiten(
     mode: str | None = None,
     unbiased: bool = True,
     eps: float = reference.WHITEN_EPS,
+    group: Any = None,
 ) -> torch.Tensor:
     """Values shifted and scaled to mean 0 and variance 1 over the tokens that count.
 
@@ -185,7 +211,7 @@ def masked_whiten(
                         values / sqrt(var + eps)                        mode "scale"
 
     with the unbiased or the biased variance of `masked_var`. Arguments, errors and determinism are those of
-    `masked_mean`.
+    `masked_mean`. With a group, mean and variance are over the tokens of all its processes, whose shapes may differ.
 
     Args:
         shift_mean: TRL's name of the mode: True is "center", False "keep_mean".
@@ -205,6 +231,10 @@ def masked_whiten(
     """
     values, mask = _prepare("masked_whiten", values, mask)
     options = _whiten_options(shift_mean, mode, unbiased, eps)
+    check_group("masked_whiten", group)
+    if group is not None:
+        mode = next(name for name, number in _MODES.items() if number == options[0])
+        return _group_moments.whiten(values, mask.to(values.dtype), (mode, *options[1:]), _moments_of, group)
     if not _native.available(values.device.type):
         shift_mean, mode = True, next(name for name, number in _MODES.items() if number == options[0])
         return reference.masked_whiten(values, mask, shift_mean, mode=mode, unbiased=options[1], eps=options[2])

@@ -1,28 +1,13 @@
-"""PPO's clipped policy loss and clipped value loss with their statistics, in one pass."""
+"""PPO's clipped policy loss and clipped value loss with their statistics, in one pass; `_ppo_options_run` has the
+options."""
+
+from typing import Any
 
 import torch
 
-from . import _native, check, reference
+from . import _native, _ppo_options, _ppo_options_run, check, reference
+from ._ppo_options import STAT_NAMES, Aggregation, KLEstimator, KLGradient, PolicyLoss, RatioLevel, ValueLoss
 
-# The order of PPOStat in csrc/ppo_loss.h.
-STAT_NAMES = (
-    "loss/policy",
-    "loss/value",
-    "loss/total",
-    "policy/approxkl",
-    "policy/policykl",
-    "policy/clipfrac",
-    "policy/advantages_mean",
-    "policy/ratio_mean",
-    "policy/skipped",
-    "returns/mean",
-    "returns/var",
-    "val/vpred",
-    "val/error",
-    "val/clipfrac",
-    "val/mean",
-    "val/var",
-)
 _INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
 _ARGUMENTS = (*_INPUTS, "mask", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold")
 # One more than the names. The forward pass computes the gradients without the division by the number of tokens, which
@@ -62,12 +47,7 @@ class _PPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # This check is cheaper than once_differentiable, and nothing else here could need a second derivative.
-        if grad_loss.requires_grad:
-            raise RuntimeError(
-                "ppo_loss: the gradient of the loss must not need a gradient itself, got one that does; "
-                "ppo_loss is differentiable once"
-            )
+        check.no_gradient_of_gradient("ppo_loss", grad_loss)
         return *_backward(grad_loss, *ctx.saved), None
 
 
@@ -105,19 +85,41 @@ def _run_unprepared(tensors, mask, coefficients):
         return None
 
 
+def _is(x: Any, default: float) -> bool:
+    return isinstance(x, (int, float)) and x == default
+
+
 def ppo_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    vpreds: torch.Tensor,
-    values: torch.Tensor,
-    returns: torch.Tensor,
+    vpreds: torch.Tensor | None,
+    values: torch.Tensor | None,
+    returns: torch.Tensor | None,
     mask: torch.Tensor,
     *,
-    cliprange: float = 0.2,
-    cliprange_value: float = 0.2,
+    cliprange: float | tuple[float, float] = 0.2,
+    cliprange_value: float | None = 0.2,
     vf_coef: float = 0.1,
     ratio_threshold: float = float("inf"),
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ratio_level: RatioLevel = "token",
+    policy_loss: PolicyLoss = "clip",
+    weights: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
+    kl_gradient: KLGradient = "exact",
+    entropy: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    value_loss: ValueLoss = "mse",
+    huber_delta: float = 10.0,
+    aggregation: Aggregation = "token_mean",
+    norm_length: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    scale: float = 1.0,
+    row_counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped policy loss and clipped value loss of a minibatch, with TRL's statistics.
 
@@ -127,19 +129,42 @@ def ppo_loss(
         vf_loss = 0.5 * mean max((vpreds - returns)^2, (clipped - returns)^2)
         loss = pg_loss + vf_coef * vf_loss
 
-    where every mean is over the tokens that count.
+    where every mean is over the tokens that count. That is the loss without options; docs/losses.md has the formulas of
+    all options.
 
     Args:
         logprobs: [B, T] (or any shape) float32, bfloat16, float16 or float64, log-probabilities of the tokens under the
             current policy; differentiable.
         old_logprobs: same shape, log-probabilities under the policy of the rollout.
         advantages, values, returns: same shape, of the rollout, see `gae`.
-        vpreds: same shape, the current values; differentiable.
+        vpreds: same shape, the current values; differentiable. Without a critic vpreds, values and returns are None.
         mask: same shape, bool, int or float, nonzero where a token counts.
-        cliprange, cliprange_value: half the widths of the two clip intervals, finite in float32 and not negative.
+        cliprange: how far the ratio may go from 1, finite in float32 and not negative; a pair (low, high) for below and
+            above.
+        cliprange_value: how far vpreds may go from values, likewise; None for an unclipped value loss.
         vf_coef: weight of the value loss, finite in float32.
         ratio_threshold: if the mean ratio is larger, loss and gradients are exactly 0 and policy/skipped is 1. Infinity
             means never.
+        dual_clip: for a negative advantage the loss is at most -advantages * dual_clip; larger than 1.
+        log_ratio_clamp: bound of the log-ratio on both sides, beyond which it has no gradient.
+        ratio_level: "token"; "sequence", the ratio of the mean log-ratio of the row, with the gradient through the mean;
+            "sequence_token", the same value with each token's own gradient. A row is the last dimension.
+        policy_loss: "clip", as above; "cispo", the clipped ratio as a constant weight of -advantages * logprobs;
+            "reinforce", -advantages * logprobs.
+        weights: same shape, constant factors of the policy terms, see `rollout_weights`; 0 drops a token.
+        ref_logprobs: same shape, log-probabilities under a reference. kl_coef times the mean KL estimate is added.
+        kl_estimator, kl_gradient: with D = logprobs - ref_logprobs, "k1" is D, "k2" D^2 / 2, "k3" exp(-D) - 1 + D, "abs"
+            |D|; "exact" is its derivative, "straight_through" the gradient D, "weighted" multiplies value and gradient by
+            the ratio.
+        entropy: same shape, differentiable. entropy_coef times its mean is subtracted.
+        value_loss: "mse", or "huber" with the bound huber_delta.
+        aggregation: "token_mean"; "seq_mean_token_mean", the mean over rows of their means; "seq_mean_token_sum", of their
+            sums; "seq_mean_token_sum_norm", of their sums divided by norm_length (default: the last dimension);
+            "token_sum". A row in which no token counts is no row. All terms are aggregated alike.
+        denominator: a number or a tensor of one number in the place of the number of tokens or rows that count here: that
+            of the whole batch, of which these tokens are a part.
+        scale: factor of the loss, finite in float32.
+        row_counts: [B], the tokens of each whole row, where rows are split ("seq_mean_token_mean").
 
     Returns:
         (loss, stats): a tensor of shape [] that is differentiable once, and a dict of detached tensors under TRL's keys
@@ -147,12 +172,17 @@ def ppo_loss(
         advantages_mean, ratio_mean, skipped}, returns/{mean, var}, val/{vpred, error, clipfrac, mean, var}. Of the
         shape of the input, and 0 where the mask is 0: policy/{advantages, ratio}. All are float32 (float64 if an input
         is float64).
+        With options also policy/{approxkl_k3, clipfrac_low, clipfrac_high, ratio_max, ratio_min} and, where they are
+        given, policy/{clipfrac_dual, weights_mean, weights_zero, ref_kl, entropy} and loss/{kl, entropy}; without a
+        critic none of loss/value, returns/ and val/. loss/ are what the loss is the sum of, all others means over tokens.
 
     Raises:
         TypeError: an input is not of a floating dtype, a tensor is not dense, or a coefficient is not a number.
         ValueError: shapes or devices do not match, a clip range is negative or not finite, vf_coef is not finite, or
-            ratio_threshold is NaN.
-        NotImplementedError: logprobs or vpreds carry a forward-mode tangent.
+            ratio_threshold is NaN; an option is out of its range; two options mean nothing together, such as dual_clip with
+            "cispo" or kl_coef without ref_logprobs; or denominator is the number 0 and a token counts. A denominator on the
+            device that is not positive makes the loss NaN.
+        NotImplementedError: logprobs, vpreds or entropy carry a forward-mode tangent.
 
     Notes:
         Masked inputs never influence a result, and their gradients are 0. If no token counts, loss, gradients and
@@ -164,12 +194,34 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
     """
+    if not (
+        dual_clip is None
+        and weights is None
+        and ref_logprobs is None
+        and entropy is None
+        and denominator is None
+        and log_ratio_clamp is None
+        and norm_length is None
+        and row_counts is None
+        and vpreds is not None
+        and cliprange_value is not None
+        and not isinstance(cliprange, (tuple, list))
+        and ratio_level == "token"
+        and policy_loss == "clip"
+        and aggregation == "token_mean"
+        and value_loss == "mse"
+        and kl_estimator == "k1"
+        and kl_gradient == "exact"
+        and _is(scale, 1.0)
+        and _is(kl_coef, 0.0)
+        and _is(entropy_coef, 0.0)
+        and _is(huber_delta, 10.0)
+    ):
+        return _ppo_options_run.run(locals())
     cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
     cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
     vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
-    ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
-    if ratio_threshold != ratio_threshold:
-        check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
+    ratio_threshold = _ppo_options.threshold(ratio_threshold)
     tensors = logprobs, old_logprobs, advantages, vpreds, values, returns
     coefficients = cliprange, cliprange_value, vf_coef, ratio_threshold
     outputs = _run_unprepared(tensors, mask, coefficients)

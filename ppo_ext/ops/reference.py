@@ -8,6 +8,9 @@ concern execution.
 
 import torch
 
+from .reference_ppo_loss import ppo_loss as ppo_loss
+from .reference_rollout_weights import rollout_weights as rollout_weights
+
 WHITEN_EPS = 1e-8  # added to the variance under the square root, as in TRL's masked_whiten
 
 
@@ -208,66 +211,6 @@ def masked_whiten(values, mask, shift_mean=True, *, mode=None, unbiased=True, ep
     selected, weights = _select(values, mask)
     whitened = (selected if mode == "scale" else selected - mean) * torch.rsqrt(var + eps)
     return torch.where(weights != 0, whitened + mean if mode == "keep_mean" else whitened, 0.0)
-
-
-def ppo_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    vpreds,
-    values,
-    returns,
-    mask,
-    *,
-    cliprange=0.2,
-    cliprange_value=0.2,
-    vf_coef=0.1,
-    ratio_threshold=float("inf"),
-):
-    counts = mask != 0
-    inputs = (logprobs, old_logprobs, advantages, vpreds, values, returns)
-    logprobs, old_logprobs, advantages, vpreds, values, returns = (
-        torch.where(counts, _accumulate(x), 0.0) for x in inputs
-    )
-    old_logprobs, advantages, values, returns = (x.detach() for x in (old_logprobs, advantages, values, returns))
-
-    vpreds_clipped = torch.max(torch.min(vpreds, values + cliprange_value), values - cliprange_value)
-    vf_losses1 = (vpreds - returns) ** 2
-    vf_losses2 = (vpreds_clipped - returns) ** 2
-    vf_loss = 0.5 * masked_mean(torch.max(vf_losses1, vf_losses2), counts)
-
-    ratio = torch.exp(logprobs - old_logprobs)
-    pg_losses1 = -advantages * ratio
-    # This is torch.clamp as up to torch 2.14. Later versions have a gradient of 0 at the bounds, where it is 1 here.
-    low, high = 1.0 - cliprange, 1.0 + cliprange
-    pg_losses2 = -advantages * torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
-    pg_loss = masked_mean(torch.max(pg_losses1, pg_losses2), counts)
-
-    ratio_mean = masked_mean(ratio, counts)
-    skipped = ratio_mean > ratio_threshold
-    pg_loss, vf_loss = torch.where(skipped, 0.0, pg_loss), torch.where(skipped, 0.0, vf_loss)
-    loss = pg_loss + vf_coef * vf_loss
-    stats = {
-        "loss/policy": pg_loss,
-        "loss/value": vf_loss,
-        "loss/total": loss,
-        "policy/approxkl": 0.5 * masked_mean((logprobs - old_logprobs) ** 2, counts),
-        "policy/policykl": masked_mean(old_logprobs - logprobs, counts),
-        "policy/clipfrac": masked_mean((pg_losses2 > pg_losses1).to(ratio.dtype), counts),
-        "policy/advantages_mean": masked_mean(advantages, counts),
-        "policy/ratio_mean": ratio_mean,
-        "policy/skipped": skipped.to(ratio.dtype),
-        "returns/mean": masked_mean(returns, counts),
-        "returns/var": masked_var(returns, counts),
-        "val/vpred": masked_mean(vpreds, counts),
-        "val/error": masked_mean((vpreds - returns) ** 2, counts),
-        "val/clipfrac": masked_mean((vf_losses2 > vf_losses1).to(ratio.dtype), counts),
-        "val/mean": masked_mean(values, counts),
-        "val/var": masked_var(values, counts),
-        "policy/advantages": advantages,
-        "policy/ratio": torch.where(counts, ratio, 0.0),
-    }
-    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def _with_bonus(found, entropy, mask, entropy_coef):

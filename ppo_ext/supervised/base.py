@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..models import lora
 from ..models.limits import limits_of
+from .together import check_together
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -42,6 +43,11 @@ class SupervisedTrainer(Trainer):
         self.limits = limits_of(self.model)
         # compute_loss divides by num_items_in_batch; with this transformers does not divide by the accumulation steps
         self.model_accepts_loss_kwargs = True
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training. What would let one of several processes stop alone at its start is raised by all."""
+        check_together(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def count_items(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The number of items in a batch, a 0-d tensor."""

@@ -14,6 +14,7 @@ from .base import SupervisedTrainer, choose_tokenizer, copy_arguments, refuse
 from .reward_loss import pair_losses
 from .reward_scores import check_reward_model, one_score_each
 from .sequences import Example, check_readable, check_row, convert_dataset, right_pad, tokenize
+from .together import raised_by_all
 
 SIDES = ("chosen", "rejected")
 
@@ -82,6 +83,7 @@ class RewardTrainer(SupervisedTrainer):
 
     args: RewardConfig
 
+    @raised_by_all
     def __init__(
         self,
         model: torch.nn.Module | None = None,

@@ -12,6 +12,7 @@ from ..models.limits import NO_LIMITS, Limits, limits_of
 from ..ops.logprobs import logprobs
 from .base import SupervisedTrainer, choose_tokenizer, copy_arguments, refuse
 from .sequences import Example, check_readable, check_row, convert_dataset, right_pad, tokenize
+from .together import raised_by_all
 
 IGNORED = -100  # label of a token that the loss leaves out, as everywhere in transformers
 DEFAULT_MAX_LENGTH = 1024  # of texts, as in TRL
@@ -92,6 +93,7 @@ class SFTTrainer(SupervisedTrainer):
     Source: TRL 0.11.4, `SFTTrainer`.
     """
 
+    @raised_by_all
     def __init__(
         self,
         model: torch.nn.Module | str | None = None,

@@ -2,13 +2,18 @@
 
 import copy
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
+from . import sharding
 from .config import PPOConfig, as_dict
+
+_CASTING: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()  # what `keep_logits_dtype` has made
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
@@ -21,6 +26,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project_config=ProjectConfiguration(**as_dict("project_kwargs", config.project_kwargs)),
         **as_dict("accelerator_kwargs", config.accelerator_kwargs),
     )
+    sharding.check_accelerator(accelerator, as_dict("accelerator_kwargs", config.accelerator_kwargs))
     if accelerator.dataloader_config.dispatch_batches is None:
         # else the main process reads a streaming dataset for all, and accelerate can cut batches of tensors only
         accelerator.dataloader_config.dispatch_batches = False
@@ -51,7 +57,13 @@ def keep_logits_dtype(accelerator: Accelerator, model: Any) -> None:
         with accelerator.autocast():
             return forward(*args, **kwargs)
 
+    _CASTING.add(autocast_forward)
     model.forward = autocast_forward
+
+
+def only_casts(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is one that `keep_logits_dtype` has made."""
+    return forward in _CASTING
 
 
 def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:

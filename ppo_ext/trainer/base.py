@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.limits import Limits
 from .config import PPOConfig
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
 from .padding import PaddingWatch
 from .stats import RunningMoments
@@ -36,7 +37,9 @@ class TrainerBase:
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
     _limits: Limits  # of what policy and reference can read
     _left_padding_is_harmless: bool  # it moves no position, given position_ids where the model takes them
+    _padding_is_inert: bool  # more or fewer columns of it change nothing but rounding
     _first_position: int  # what position_ids begin with
+    _head_route: HeadRoute  # whether a step makes logits
     _padding_watch: PaddingWatch  # for padding in what callers hand over
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +53,8 @@ class TrainerBase:
     kl_ctl: AdaptiveKLController | FixedKLController
     running: RunningMoments  # of the scores
     _update_guard: UpdateGuard
+    _samples: list[int]  # of each process, those that count in this step; 0 where it sits out
+    _minibatch_weight: torch.Tensor | None  # what its mean loss is multiplied by in an update of several parts
     skipped_minibatches: int  # by the ratio guard, since the trainer was made
 
     current_step: int  # steps sent to tensorboard

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .callers import warn
 from .kl_controller import MAX_KL_ERROR
 from .stats import flatten_dict
 
@@ -31,6 +31,7 @@ _SWITCHES = (
     "whiten_rewards",
     "gae_through_padding",
     "early_stopping",
+    "exact_update",
     "use_score_scaling",
     "use_score_norm",
     "remove_unused_columns",
@@ -50,6 +51,10 @@ class PPOConfig:
     `train_minibatch` or `batched_forward_pass` is overridden and where a forward hook sees the logits. Set it to False
     if the model itself keeps its logits, for example in an attribute.
 
+    (**) Each minibatch counts by its tokens, over accumulation and processes; advantages and rewards are whitened over the
+    tokens of all processes; ratio guard, early stopping and statistics are of all of them. False: TRL's numbers, which are
+    means of the means of the parts, and whitening on each process alone.
+
     Raises: ValueError for a value out of range, TypeError for a value of the wrong type, ImportError if
     `log_with="wandb"` and wandb is not installed.
     """
@@ -64,6 +69,7 @@ class PPOConfig:
     mini_batch_size: int = 128  # samples per forward pass
     gradient_accumulation_steps: int = 1  # minibatches per optimizer update
     ppo_epochs: int = 4  # passes over the batch per step()
+    exact_update: bool = True  # accumulated and distributed parts make the update of one large minibatch (**)
 
     # --- optimizer
     learning_rate: float = 1.41e-5  # of the Adam optimizer that is made when none is passed
@@ -86,6 +92,10 @@ class PPOConfig:
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
+    cliprange_high: float | None = None  # the ratio's upper bound is 1 + this; None: cliprange
+    dual_clip: float | None = (
+        None  # for a negative advantage A the loss is at most -A dual_clip; above 1, None: no bound
+    )
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
     ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
@@ -134,10 +144,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
-            warnings.warn(
+            warn(
                 "PPOConfig: forward_batch_size is deprecated and overwrites mini_batch_size; use mini_batch_size",
                 FutureWarning,
-                stacklevel=3,
             )
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
@@ -163,6 +172,10 @@ class PPOConfig:
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
         given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
         self._require(given, lambda x: x > 0, "be positive or None")
+        if self.cliprange_high is not None:
+            self._require(("cliprange_high",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
+        if self.dual_clip is not None:
+            self._require(("dual_clip",), lambda x: 1 < x <= 1e30, "be None or larger than 1 and at most 1e30")
         if self.adap_kl_ctrl:
             self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
             self._require_horizon()

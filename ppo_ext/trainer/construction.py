@@ -1,7 +1,6 @@
 """The constructor of `PPOTrainer`: model, reference, optimizer, devices, and the state that steps change."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,16 +14,19 @@ from ..models import lora
 from ..models.auto import create_reference_model
 from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks
+from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks, sharding
 from .base import TrainerBase
+from .callers import warn
 from .config import PPOConfig, as_dict
+from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless
+from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
+from .processes import ProcessesMixin
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
 
 
-class ConstructionMixin(TrainerBase):
+class ConstructionMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.__init__` and `prepare_dataloader`."""
 
     def __init__(
@@ -43,7 +45,8 @@ class ConstructionMixin(TrainerBase):
     ) -> None:
         """
         Args:
-            config: `PPOConfig`; its seed is set here, for random, numpy and torch.
+            config: `PPOConfig`; its seed is set here, for random, numpy and torch. Of several processes each gets the
+                seed plus its number for random and torch, so that they sample differently.
             model: the policy, a transformers model with a value head.
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
                 model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
@@ -84,6 +87,7 @@ class ConstructionMixin(TrainerBase):
             model.gradient_checkpointing_enable()
             model.pretrained_model.enable_input_require_grads()  # frozen embeddings would otherwise cut the graph
         self._prepare()
+        self._draw_differently()
 
     def _init_models(
         self,
@@ -92,6 +96,7 @@ class ConstructionMixin(TrainerBase):
         num_shared_layers: int | None,
         pattern: str | None,
     ) -> None:
+        sharding.check_model(model)
         model.rehearse_saving()
         self.model = model
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
@@ -99,7 +104,7 @@ class ConstructionMixin(TrainerBase):
         self.config.is_encoder_decoder = self.is_encoder_decoder
         self.config.is_peft_model = self.is_peft_model
         if ref_model is not None and num_shared_layers is not None:
-            warnings.warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed", stacklevel=3)
+            warn("PPOTrainer: num_shared_layers is ignored, since a ref_model was passed")
         own_reference = ref_model is None and self.is_peft_model
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
@@ -112,6 +117,7 @@ class ConstructionMixin(TrainerBase):
         if ref_model is not None:
             self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
+        self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
@@ -121,10 +127,9 @@ class ConstructionMixin(TrainerBase):
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         elif self.is_distributed:
-            warnings.warn(
+            warn(
                 "PPOTrainer: without a dataset every process sees the same samples unless you shard them, for "
                 "example with trainer.accelerator.prepare(dataloader)",
-                stacklevel=3,
             )
 
     def _init_state(self) -> None:
@@ -135,7 +140,8 @@ class ConstructionMixin(TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
+        self._samples, self._minibatch_weight = [config.batch_size], None
         self.skipped_minibatches = self.current_step = self.compare_step = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
@@ -152,9 +158,12 @@ class ConstructionMixin(TrainerBase):
         if self.accelerator.distributed_type == "DEEPSPEED":
             if self.ref_model is not None:
                 self.ref_model = self._prepare_deepspeed(self.ref_model)
-        elif self.ref_model is not None:
-            sharded = self.accelerator.distributed_type == "FSDP"  # DDP refuses a model without trainable parameters
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=not sharded)
+        elif self.accelerator.distributed_type == "FSDP":
+            self.model_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self.ref_model is not None:
+                self.ref_model = sharding.prepare_reference(self.accelerator, self.ref_model)
+        elif self.ref_model is not None:  # DDP refuses a model without trainable parameters
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         for prepared_model in (self.model, self.ref_model):
             acceleration.keep_logits_dtype(self.accelerator, prepared_model)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)

@@ -1,31 +1,32 @@
 """Forward passes of policy and reference over queries with their responses."""
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers import DataCollatorForLanguageModeling
 
-from ..ops.full_kl import full_kl
-from ..ops.logprobs import logprobs as token_logprobs
-from ..ops.logprobs import logprobs_and_entropy
+from ..models.modes import recompute_layers_without_dropout
+from ..models.token_scores import TokenRequest
 from .base import TrainerBase
+from .chunks import ForwardPass, divergences, each, forward_chunk, in_columns, join_passes, scored_chunk
+from .head_route import Scaling
 from .overrides import is_overridden, replaceable
 from .padding import input_side, padding_side
-from .rollout import join, next_tokens, position_ids, takes_position_ids, token_mask
-
-
-class ForwardPass(NamedTuple):
-    """What a model says about B responses. T is the padded length; column t is about token t + 1."""
-
-    logprobs: torch.Tensor  # [B, T-1] float32, 0 where the mask is 0
-    logits: torch.Tensor | None  # [B, T-1, V] in the model's dtype, if asked for
-    values: torch.Tensor  # [B, T-1] float32
-    mask: torch.Tensor  # [B, T-1] int64, 1 where a response token counts
-    entropy: torch.Tensor | None  # [B, T-1] float32, a constant for autograd, if asked for
+from .rollout import (
+    Spans,
+    counted_tokens,
+    join,
+    next_tokens,
+    position_ids,
+    takes_position_ids,
+    token_mask,
+    token_rows,
+    token_spans,
+    without_padding,
+)
 
 
 class ForwardMixin(TrainerBase):
@@ -94,10 +95,19 @@ class ForwardMixin(TrainerBase):
         models exist for one minibatch only. If a user has replaced the methods that take the divergence, the logits of
         the whole batch are kept for them, and no divergences are computed.
         """
+        scalings = self._head_route.choose(self)
+        ref_model = self.model if self.ref_model is None else self.ref_model
+        if scalings is not None:
+            whole = (queries, responses, model_inputs, response_masks)
+            # a method of the user's may read the values of the padding
+            spans = None if is_overridden(self, "compute_advantages") else self._spans(model_inputs)
+            policy = self._forward_pass(self.model, *whole, scaling=scalings.policy, spans=spans)
+            with self.optional_peft_ctx():
+                reference = self._forward_pass(ref_model, *whole, scaling=scalings.reference, spans=spans)
+            return policy, reference, None
         full = self.config.kl_penalty == "full"
         keep_logits = full and is_overridden(self, "compute_rewards", "_kl_penalty")
         rows_at_once = self.config.mini_batch_size if full else len(queries)
-        ref_model = self.model if self.ref_model is None else self.ref_model
         policy_parts, reference_parts, kls = [], [], []
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, start + rows_at_once)
@@ -155,8 +165,14 @@ class ForwardMixin(TrainerBase):
         return_logits: bool = False,
         with_entropy: bool = False,
         inplace_backward: bool = False,
+        scaling: Scaling | None = None,
+        spans: Spans | None = None,
     ) -> ForwardPass:
-        """See `batched_forward_pass`. inplace_backward: the backward pass may write the gradient over the logits."""
+        """See `batched_forward_pass`. inplace_backward: the backward pass may write the gradient over the logits.
+
+        scaling: what the head does to its output; given where no logits are to be made, see `head_route.py`. spans: each
+        chunk is cut to the columns of its own samples; the results are 0 in the others.
+        """
         model.eval()
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             recompute_layers_without_dropout(model)
@@ -165,88 +181,42 @@ class ForwardMixin(TrainerBase):
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)
             inputs = {name: x[rows] for name, x in model_inputs.items()}
-            decoder = "decoder_" if self.is_encoder_decoder else ""
-            input_ids, attention_mask = inputs[f"{decoder}input_ids"], inputs[f"{decoder}attention_mask"]
-            mask = token_mask(
-                attention_mask,
-                [len(query) for query in queries[rows]],
-                [len(ids) for ids in responses[rows]],
-                response_masks and response_masks[rows],
-                self.is_encoder_decoder,
-            )
+            width, columns = inputs[f"{self._decoder}input_ids"].shape[1], slice(None)
+            if spans is not None:
+                inputs, columns = without_padding(inputs, {name: found[rows] for name, found in spans.items()})
+            input_ids, attention_mask = inputs[f"{self._decoder}input_ids"], inputs[f"{self._decoder}attention_mask"]
+            lengths = ([len(query) for query in queries[rows]], [len(ids) for ids in responses[rows]])
+            masks = response_masks and response_masks[rows]
+            mask = token_mask(attention_mask, *lengths, masks, self.is_encoder_decoder)
             if with_positions:
                 inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
-            parts.append(forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward))
+            if scaling is None:
+                part = forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward)
+            else:
+                counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
+                request = TokenRequest(labels, mask, token_rows(mask, counted), *scaling, with_entropy)
+                part = scored_chunk(model, inputs, request)
+            parts.append(in_columns(part, columns, width))
         whole = join_passes(parts)
         self._empty_device_cache()
-        columns: list[Any] = [None if x is None else x[:, :-1] for x in whole]
-        return ForwardPass(*columns)
+        return each(whole, lambda x: x[:, :-1])
+
+    @property
+    def why_logits(self) -> str | None:
+        """Why the last step had to make logits; None if it did without, or if there was none."""
+        return self._head_route.why_logits
+
+    @property
+    def _decoder(self) -> str:
+        """What the names of the inputs with the responses begin with."""
+        return "decoder_" if self.is_encoder_decoder else ""
+
+    def _spans(self, model_inputs: Mapping[str, torch.Tensor]) -> Spans | None:
+        """Where the samples are in the padded inputs, if each minibatch may be cut to its own longest sample."""
+        return token_spans(model_inputs) if self._padding_is_inert else None
 
     def _empty_device_cache(self) -> None:
         if self.config.optimize_device_cache and torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def forward_chunk(
-    model: Callable[..., Any],
-    inputs: Mapping[str, torch.Tensor],
-    labels: torch.Tensor,
-    mask: torch.Tensor,
-    return_logits: bool,
-    with_entropy: bool,
-    inplace_backward: bool,
-) -> ForwardPass:
-    """One call of the model. Every result has T columns, of which the last one is masked.
-
-    The op gets all T columns of the logits: autograd would make one more tensor of their size for a slice of them.
-    """
-    logits, _, values = model(**inputs)
-    entropy = None
-    if with_entropy:
-        logprobs, entropy = logprobs_and_entropy(logits, labels, mask=mask, inplace_backward=inplace_backward)
-        entropy = entropy.detach()
-    else:
-        logprobs = token_logprobs(logits, labels, mask=mask, inplace_backward=inplace_backward)
-    return ForwardPass(logprobs, logits if return_logits else None, values, mask, entropy)
-
-
-def join_passes(parts: Sequence[ForwardPass]) -> ForwardPass:
-    """One forward pass from those of consecutive samples."""
-    columns: list[Any] = [None if column[0] is None else join(column) for column in zip(*parts, strict=True)]
-    return ForwardPass(*columns)
-
-
-def divergences(policy: ForwardPass, reference: ForwardPass) -> torch.Tensor:
-    """KL(policy || reference) of each token over the whole vocabulary, [B, T-1]."""
-    logits, ref_logits, mask = policy.logits, reference.logits, policy.mask
-    if logits is None or ref_logits is None:
-        raise TypeError("PPOTrainer.step: batched_forward_pass must return logits when return_logits is True, got None")
-    return full_kl(logits, ref_logits, mask=mask)
-
-
-def recompute_layers_without_dropout(model: nn.Module) -> None:
-    """Makes gradient checkpointing work in eval mode, where transformers does not recompute.
-
-    transformers recomputes only layers in training mode. So the layers are put into that mode and the modules inside
-    them, such as nn.Dropout, are not. A layer with a dropout of its own, applied as a function, has to stay in eval mode
-    and keeps its activations.
-    """
-    for module in model.modules():
-        drops = any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
-        module.training = getattr(module, "gradient_checkpointing", False) and not drops
-
-
-def hooks_see_logits(model: nn.Module, lm_head: nn.Module | None) -> bool:
-    """Whether a forward hook gets the model's logits, and may keep them: one on the LM head, around it or on all modules.
-
-    The hooks of FSDP2 are passed over: they gather and free weights and keep no outputs.
-    """
-    if torch_module._global_forward_hooks:
-        return True
-    for module in model.modules():
-        hooks = [h for h in module._forward_hooks.values() if not str(h.__module__).startswith("torch.distributed.")]
-        if hooks and (lm_head is None or any(inner is lm_head for inner in module.modules())):
-            return True
-    return False

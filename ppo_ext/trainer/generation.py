@@ -10,6 +10,7 @@ from ..models.modes import evaluating
 from . import generation_inputs, stopping
 from .base import TrainerBase
 from .padding import check_padding_id, input_side, padding_side
+from .sharding import gathered
 from .step_inputs import check_ids, token_ids
 
 
@@ -191,7 +192,9 @@ class GenerationMixin(TrainerBase):
             yield unwrapped
 
     def _gathered(self, model: Any) -> AbstractContextManager[Any]:
-        """Under DeepSpeed ZeRO-3 the weights are sharded over the ranks: gathers them once instead of for every token."""
+        """Under FSDP and DeepSpeed ZeRO-3 the weights are sharded: gathers them once instead of for every token."""
+        if self.accelerator.distributed_type == "FSDP":
+            return gathered(model)
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or plugin.zero_stage != 3:
             return nullcontext()

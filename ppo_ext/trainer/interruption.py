@@ -7,6 +7,7 @@ import torch
 
 from ..models import value_head
 from ..ops.check_labels import check_labels
+from .agreement import is_loss_of_a_process, raise_lost
 from .base import TrainerBase
 from .fingerprint import inner
 from .update_guard import UpdateGuard
@@ -22,10 +23,13 @@ class _Interruptible:
         model = self.trainer.model
         self.trainer._flags_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         if kind is not None:
             self.trainer._discard_unfinished_step()
         self.trainer._flags_before = None
+        if self.trainer.is_distributed and is_loss_of_a_process(error):
+            assert error is not None
+            raise_lost(error)
 
 
 class InterruptionMixin(TrainerBase):
@@ -65,7 +69,7 @@ class InterruptionMixin(TrainerBase):
         for parameter in [*self.model.parameters(), *(p for group in groups for p in group["params"])]:
             parameter.grad = None
         self._discard_half_created_state()
-        self._update_guard = UpdateGuard()
+        self._update_guard, self._minibatch_weight = UpdateGuard(), None
         self.accelerator.step = 0
         self.accelerator.gradient_state._set_sync_gradients(True)
         self._reset_scaler()

@@ -33,7 +33,7 @@ def policy_and_value_loss(
     mask: torch.Tensor,
     *,
     vf_coef: float,
-    **coefficients: float,
+    **coefficients: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(policy loss, vf_coef * value loss, stats), from one call of `ppo_loss`, whose arguments these are.
 

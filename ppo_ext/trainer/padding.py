@@ -1,6 +1,5 @@
 """Padding: on which side it moves no position, and how many padding tokens came in with the samples."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..models.limits import Limits, has_absolute_positions
+from .callers import warn
 from .rollout import takes_position_ids
 from .stopping import end_ids
 
@@ -24,6 +24,30 @@ def left_padding_is_harmless(pretrained_model: Any) -> bool:
         return False
     told = takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
     return told or not has_absolute_positions(pretrained_model)
+
+
+def padding_is_inert(pretrained_model: Any) -> bool:
+    """Whether the number of padding columns changes nothing but rounding.
+
+    It does change more where angles follow the longest row (dynamic and long RoPE), where attention is sparse by blocks
+    or hashes, and where experts take a share of all tokens.
+    """
+    return not any(
+        key.startswith("expert_capacity") or value in ("dynamic", "longrope", "block_sparse", "lsh")
+        for key, value in _settings(pretrained_model.config.to_dict())
+    )
+
+
+def _settings(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values in a config, with the keys that they or the lists around them stand under."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _settings(value, str(name))
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from _settings(value, key)
+    else:
+        yield key, config
 
 
 def input_side(tokenizer: Any, left_is_harmless: bool) -> str:
@@ -103,9 +127,8 @@ class PaddingWatch:
         """One warning in the life of a trainer; where: the method that was called."""
         if in_queries or in_responses:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"{where}: {in_queries} tokens at the ends of queries and {in_responses} at the ends of responses are "
                 f"padding (id {self.tokenizer.pad_token_id}), and count like all others; strip it, as in "
                 "ids[attention_mask == 1], or hide it with response_masks",
-                stacklevel=4,
             )

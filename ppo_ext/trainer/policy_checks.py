@@ -1,11 +1,11 @@
 """Checks of a policy when the trainer is made: something is trained, and the reference is and stays the loaded model."""
 
-import warnings
 from typing import Any
 
 import torch
 
 from ..models import lora, probe
+from .callers import warn
 
 
 def check(model: Any, ref_model: Any, optimizer: Any) -> None:
@@ -19,10 +19,9 @@ def check(model: Any, ref_model: Any, optimizer: Any) -> None:
     held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
     trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad and (id(p) in held or not held)}
     if not trained:
-        warnings.warn(
+        warn(
             "PPOTrainer: only the value head is trained, since no weight of the language model requires a gradient and is "
             "in the optimizer; an adapter is loaded for training with from_pretrained(..., is_trainable=True)",
-            stacklevel=5,
         )
     if not lora.is_peft_model(backbone):
         return
@@ -60,11 +59,10 @@ def _check_reference(model: Any, trained: dict[str, torch.nn.Parameter], on: tor
             "the model without its adapters, which is the reference, must be the model that was loaded",
             f"an initialisation ({kind}) that changes the base weights; use init_lora_weights=True, or pass a ref_model",
         )
-    warnings.warn(
+    warn(
         f"PPOTrainer: at the start the policy differs from its reference, the model without adapters, by "
         f"{probe.divergence(on, off):.3g} nats per token on a probe. That is right for an adapter that was trained from "
         "this reference before; to keep to the policy as it is now, pass ref_model=create_reference_model(model)",
-        stacklevel=6,
     )
 
 

@@ -1,6 +1,7 @@
 """PPOTrainer: one `step` from queries, responses and scores to an updated policy, with TRL's names and numbers."""
 
-import warnings
+import math
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from . import step_inputs
 from .construction import ConstructionMixin
-from .forward import ForwardMixin, hooks_see_logits
+from .forward import ForwardMixin
 from .generation import GenerationMixin
+from .head_route import hooks_see_logits
 from .loss_terms import mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
@@ -21,6 +23,7 @@ from .saving import SavingMixin
 from .stats import Clock
 from .step_inputs import Scores, Tensors
 from .update_guard import RATIO_MEAN, SKIPPED, all_finite
+from .updates import UpdatesMixin
 
 
 class PPOTrainer(
@@ -31,6 +34,7 @@ class PPOTrainer(
     ReportingMixin,
     SavingMixin,
     ResumeMixin,
+    UpdatesMixin,
 ):
     """PPO on a language model with a value head.
 
@@ -57,9 +61,8 @@ class PPOTrainer(
         Raises: ValueError or TypeError that names the argument, before any weight has changed.
         """
         clock = Clock()
-        self._start_step()
-        queries, responses, checked_scores, response_masks = self._step_safety_checker(
-            self.config.batch_size, queries, responses, scores, response_masks
+        queries, responses, checked_scores, response_masks = self._check_together(
+            lambda: self._start_step(queries, responses, scores, response_masks)
         )
         with self._interruptible():
             all_scores = self._scale_scores(torch.stack(checked_scores))
@@ -89,18 +92,23 @@ class PPOTrainer(
 
     def _update_schedules(self, kl: float) -> None:
         """The KL coefficient and the learning rate of the next step."""
-        self.kl_ctl.update(kl, self.config.batch_size * self.accelerator.num_processes)
+        all_samples = self.config.batch_size * self.accelerator.num_processes
+        self.kl_ctl.update(kl, sum(self._samples) if self._shares_statistics() else all_samples)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
     # ---- before the first forward pass -----------------------------------------------------------------------------
 
-    def _start_step(self) -> None:
-        """Takes up config fields that may have been set since the last step, and drops what an interrupted step left."""
+    def _start_step(
+        self, queries: Tensors, responses: Tensors, scores: Scores, masks: Tensors | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]:
+        """Takes up config fields that may have been set since the last step, drops what an interrupted step left, and
+        checks the batch."""
         self._discard_unfinished_step()
         self.config.check()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
+        return self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
 
     def _step_safety_checker(
         self,
@@ -123,16 +131,20 @@ class PPOTrainer(
         for rows in lengths if self.is_encoder_decoder else [[q + r for q, r in zip(*lengths, strict=True)]]:
             check_padding_id("PPOTrainer.step", self.tokenizer, self._limits, rows)
         padding = self._padding_watch.count(queries, responses, checked_masks)
+        batch = (queries, responses, checked_scores, checked_masks)
         padding_counts = step_inputs.check_contents(
-            queries, responses, checked_scores, checked_masks, self._limits, self.is_encoder_decoder, padding
+            *batch, self._limits, self.is_encoder_decoder, padding, may_sit_out=self._shares_statistics()
         )
         self._padding_watch.warn("PPOTrainer.step", *padding_counts)
-        return queries, responses, checked_scores, checked_masks
+        return batch
 
     # ---- training --------------------------------------------------------------------------------------------------
 
     def _train(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """config.ppo_epochs passes over the rollout, each in a new random order; returns the stacked statistics."""
+        rollout = replace(rollout, spans=self._spans(rollout.model_inputs))
+        if self._makes_whole_updates():
+            return self._train_whole_updates(rollout)
         all_stats = []
         for _ in range(self.config.ppo_epochs):
             for rows in self._minibatches():
@@ -152,9 +164,10 @@ class PPOTrainer(
     def _train_on(self, batch: Rollout) -> dict[str, torch.Tensor]:
         """Forward pass, backward pass and, when enough minibatches are accumulated, the optimizer update.
 
-        The logits are given to the methods that a user has replaced, and stay as they are. If there are none, only the
-        graph holds the logits: its backward pass may write their gradient over them and frees them before it goes on
-        through the layers. A forward hook that sees the logits may keep them, so they are not written over then either.
+        Where nobody sees logits, none are made. Otherwise they are given to the methods that a user has replaced, and
+        stay as they are. If there are none, only the graph holds the logits: its backward pass may write their gradient
+        over them and frees them before it goes on through the layers. A forward hook that sees the logits may keep them,
+        so they are not written over then either.
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
@@ -164,8 +177,14 @@ class PPOTrainer(
                     *inputs, return_logits=True, response_masks=batch.response_masks
                 )
                 return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
+            scalings = self._head_route.choose(self)
             new = self._forward_pass(
-                *inputs, batch.response_masks, with_entropy=True, inplace_backward=self._inplace_backward_allowed()
+                *inputs,
+                batch.response_masks,
+                with_entropy=True,
+                inplace_backward=scalings is None and self._inplace_backward_allowed(),
+                scaling=scalings and scalings.policy,
+                spans=scalings and batch.spans,
             )
             return self.train_minibatch(
                 *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy
@@ -199,13 +218,15 @@ class PPOTrainer(
         loss_p, loss_v, train_stats = self.loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, **known
         )
-        self._backward(loss_p + loss_v)
+        loss, weight = loss_p + loss_v, self._minibatch_weight
         read = {"old_logprobs": old_logprobs, "values": values, "advantages": advantages, "returns": returns}
         read |= {"logprobs": logprobs.detach(), "vpreds": vpreds.detach(), "mask": mask}
         ratio_facts = (train_stats.pop(SKIPPED, None), train_stats.pop(RATIO_MEAN, None))
-        self._update_guard.add(loss_p + loss_v, *ratio_facts, read)
-        if self.accelerator.sync_gradients:
-            self._update()
+        self._update_guard.add(loss, *ratio_facts, read, weight)
+        if not self._leaves_update_out():
+            self._backward(loss if weight is None else loss * weight)
+            if self.accelerator.sync_gradients:
+                self._update()
         self._empty_device_cache()
         return train_stats
 
@@ -236,6 +257,7 @@ class PPOTrainer(
 
         Source: TRL 0.11.4, `PPOTrainer.loss`.
         """
+        cliprange, high = self.config.cliprange, self.config.cliprange_high
         pg_loss, vf_loss, stats = policy_and_value_loss(
             logprobs,
             old_logprobs,
@@ -245,9 +267,11 @@ class PPOTrainer(
             returns,
             mask,
             vf_coef=self.config.vf_coef,
-            cliprange=self.config.cliprange,
+            cliprange=cliprange if high is None else (cliprange, high),
             cliprange_value=self.config.cliprange_value,
-            ratio_threshold=self.config.ratio_threshold,
+            dual_clip=self.config.dual_clip,
+            # in an update of several parts all of them are judged together
+            ratio_threshold=self.config.ratio_threshold if self._minibatch_weight is None else math.inf,
         )
         stats["policy/entropy"] = mean_entropy(entropy, logits, mask)
         return pg_loss, vf_loss, stats
@@ -269,28 +293,23 @@ class PPOTrainer(
 
         The decision costs one host/device sync. Raises ValueError for a loss or a gradient that is NaN or infinite.
         """
-        update, finite, skipped_ratios = self._update_guard.decide(self.accelerator, self.model_params)
+        judged = self._minibatch_weight is not None
+        update, finite, skipped_ratios = self._update_guard.decide(self.accelerator, self.model_params, judged)
         if not finite:
-            self._give_up_update(self._update_guard.fault())
+            self._give_up_update(self._fault())
         self._update_guard.clear()
         for ratio in skipped_ratios:
-            self.skipped_minibatches += 1
-            warnings.warn(
-                f"PPOTrainer: the mean ratio of a minibatch is {ratio:.2f}, above ratio_threshold = "
-                f"{self.config.ratio_threshold:.2f}; the minibatch is skipped",
-                stacklevel=4,
-            )
+            self._tell_skipped(ratio)
         if update:
             if self.config.max_grad_norm is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self._update_optimizer()
-        self.optimizer.zero_grad()
-        self.model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
+        self._drop_gradients()
 
     def _give_up_update(self, fault: str, cause: Exception | None = None) -> NoReturn:
         """Drops the gradients and raises. Weights, optimizer and KL coefficient are those of before this update."""
         self._update_guard.clear()
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         raise ValueError(f"PPOTrainer.step: {fault}. This update was not made") from cause
 
     def _check_weights(self) -> None:
@@ -306,9 +325,12 @@ class PPOTrainer(
             )
 
     def _early_stop(self, policykl: torch.Tensor) -> bool:
-        """Whether the policy has moved further than 1.5 * config.target_kl, on average over the processes."""
+        """Whether the policy has moved further than 1.5 * config.target_kl, on average over the processes.
+
+        With config.exact_update, policykl is that of the tokens of all processes.
+        """
         if not self.config.early_stopping:
             return False
-        if self.is_distributed:
+        if self.is_distributed and not self._shares_statistics():
             policykl = self.accelerator.reduce(policykl.clone(), reduction="mean")
         return bool(policykl > 1.5 * self.config.target_kl)

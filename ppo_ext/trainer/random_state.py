@@ -14,9 +14,10 @@ def random_state() -> dict[str, torch.Tensor]:
     Raises: ValueError if numpy draws from another generator than its default one, whose state has another form.
     """
     _, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
+    kind = cast(Any, np.random.get_state(legacy=False))["bit_generator"]
     if kind != "MT19937":
         raise ValueError(f"save_run: numpy's global generator must be MT19937, got {kind}")
+    _, keys, position, has_gauss, cached = cast(Any, np.random.get_state())
     states = {
         "python": torch.tensor([*words, 0 if gauss is None else 1], dtype=torch.int64),
         "python_gauss": torch.tensor([gauss or 0.0], dtype=torch.float64),
@@ -43,7 +44,7 @@ def check_random_state(owner: str, states: Mapping[str, torch.Tensor]) -> None:
     try:
         random.Random().setstate(_python(states))
         np.random.RandomState().set_state(_numpy(states))
-        torch.Generator().set_state(states["torch"].contiguous())
+        torch.Generator().set_state(_whole(states["torch"]))
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{owner} must hold random states that the generators take, got {error}") from None
 
@@ -52,9 +53,9 @@ def set_random_state(states: Mapping[str, torch.Tensor]) -> None:
     """Sets what `random_state` returned."""
     random.setstate(_python(states))
     np.random.set_state(_numpy(states))
-    torch.set_rng_state(states["torch"].contiguous())
+    torch.set_rng_state(_whole(states["torch"]))
     if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].contiguous())
+        torch.cuda.set_rng_state(_whole(states["cuda"]))
 
 
 def _python(states: Mapping[str, torch.Tensor]) -> Any:
@@ -65,3 +66,8 @@ def _python(states: Mapping[str, torch.Tensor]) -> Any:
 def _numpy(states: Mapping[str, torch.Tensor]) -> Any:
     *keys, position, has_gauss = states["numpy"].tolist()
     return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()
+
+
+def _whole(state: torch.Tensor) -> torch.Tensor:
+    """A copy: torch reads a generator's state from the beginning of its storage, and a row of a table is elsewhere."""
+    return state.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,5 @@
 """What `step` reports: its statistics, on the host and to the trackers."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,8 @@ import torch
 from ..ops.check_labels import check_labels
 from ..ops.masked import masked_mean
 from .base import TrainerBase
+from .callers import warn
+from .processes import ProcessesMixin
 from .rollout import Rollout
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
 from .update_guard import RATIO_MEAN, SKIPPED
@@ -40,7 +41,7 @@ def _lengths(name: str, samples: Sequence[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-class ReportingMixin(TrainerBase):
+class ReportingMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.record_step_stats`, `gather_stats`, `log_stats` and what they need."""
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
@@ -85,28 +86,35 @@ class ReportingMixin(TrainerBase):
         return {**stats, **dict(zip(keys, unpack(mean, tensors), strict=True))}
 
     def _record(self, rollout: Rollout, train_stats: Mapping[str, torch.Tensor], **data: Any) -> dict[str, Any]:
-        """The statistics that `step` returns. data: what `record_step_stats` takes beside the rollout's tensors."""
-        stats = self.record_step_stats(
-            kl_coef=self.kl_ctl.value,
-            train_stats=train_stats,
-            logprobs=rollout.logprobs,
-            masks=rollout.mask,
-            queries=rollout.queries,
-            responses=rollout.responses,
+        """The statistics that `step` returns. data: what `record_step_stats` takes beside the rollout's tensors.
+
+        With several processes and config.exact_update they are those of the samples of all processes.
+        """
+        of_batch = {
+            "logprobs": rollout.logprobs,
+            "masks": rollout.mask,
+            "queries": rollout.queries,
+            "responses": rollout.responses,
             **data,
-        )
+        }
+        if self._shares_statistics():
+            of_batch = self._all_samples(rollout, data)
+        stats = self.record_step_stats(kl_coef=self.kl_ctl.value, train_stats=train_stats, **of_batch)
         return self._to_host(stats)
 
     def _to_host(self, stats: Mapping[str, Any]) -> dict[str, Any]:
-        """Numpy and floats, averaged over processes; with wandb one-element arrays stay arrays, as in TRL."""
-        stats = stats_to_np(self.gather_stats(stats) if self.is_distributed else stats)
+        """Numpy and floats, averaged over processes unless they are of all of them.
+
+        With wandb one-element arrays stay arrays, as in TRL.
+        """
+        averaged = self.is_distributed and not self._shares_statistics()
+        stats = stats_to_np(self.gather_stats(stats) if averaged else stats)
         check_labels(self.current_device)  # no further host/device sync: the statistics have just been waited for
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if stats["objective/kl"] < -1.0:
-            warnings.warn(
+            warn(
                 f"PPOTrainer: the KL per sequence is {stats['objective/kl']:.2f}, below -1. The responses were "
                 "probably not sampled from the policy that is trained: sample with top_k=0, top_p=1.0 and temperature 1",
-                stacklevel=4,  # the line that called `step`
             )
         return stats if self.config.log_with == "wandb" else convert_to_scalar(stats)
 

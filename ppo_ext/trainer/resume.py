@@ -4,25 +4,24 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 
 from ..models import checkpoint
 from ..models.saving import plain_name
+from .agreement import gather
 from .base import TrainerBase
 from .fingerprint import fingerprint, first_difference, inner, named
 from .interruption import InterruptionMixin
 from .plain_data import decode, difference, encode
+from .processes import ProcessesMixin
 from .random_state import check_random_state, random_state, set_random_state
 
 STATE_FILE = "trainer_state.safetensors"
 _COUNTERS = ("current_step", "compare_step", "skipped_minibatches")
 _MOMENTS = ("mean", "std", "var", "count")
-
-Result = TypeVar("Result")
 
 
 class SavedRun(NamedTuple):
@@ -36,7 +35,7 @@ class SavedRun(NamedTuple):
     fingerprint: dict[str, Any]
 
 
-class ResumeMixin(InterruptionMixin, TrainerBase):
+class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
     """`PPOTrainer.save_run` and `load_run`.
 
     They are not called save_state and load_state: in a class that inherits from PPOTrainer and transformers.Trainer they
@@ -49,18 +48,23 @@ class ResumeMixin(InterruptionMixin, TrainerBase):
         These are the trained weights, the buffers, the optimizer, the learning rate schedule, the KL controller, the
         running moments of the scores, and the state of every random generator of every process. Not included are frozen
         weights and the reference, of which the file has checksums, and the position of a dataloader. All processes must
-        call it; the main one writes.
+        call it; the main one writes, and none goes on before the file is whole.
 
         Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state); for a
         state that would not come back equal, such as a function in a schedule; and for a learning rate, KL coefficient
         or running moment that is not finite. OSError that names the folder if the disk is full.
         """
         self._refuse_sharding("save_run")
-        self._discard_unfinished_step()
+
+        def own_random_state() -> dict[str, torch.Tensor]:
+            self._discard_unfinished_step()
+            return random_state()
+
+        states = self._alike(own_random_state)
         model = self.accelerator.unwrap_model(self.model)
         tensors: dict[str, torch.Tensor] = {f"model.{name}": p for name, p in named(model) if p.requires_grad}
         tensors.update({f"buffer.{plain_name(name)}": buffer for name, buffer in model.named_buffers()})
-        tensors.update({f"random.{name}": self._gather_rows(state) for name, state in random_state().items()})
+        tensors.update({f"random.{name}": self._gather_rows(state) for name, state in states.items()})
 
         def write() -> None:
             state = self._state()
@@ -130,44 +134,32 @@ class ResumeMixin(InterruptionMixin, TrainerBase):
         return run
 
     def _load_optimizer(self, run: SavedRun) -> None:
-        """Loads optimizer, schedule and scaler; if one of them refuses, the others get back what they had."""
+        """Loads optimizer, schedule and scaler; if one of them refuses, on any process, all get back what they had."""
         owners = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
         old = {name: copy.copy(owner.state_dict()) for name, owner in owners.items() if owner is not None}
-        try:
+
+        def load() -> None:
             for name in old:
-                owners[name].load_state_dict(run.state[name])
-        except Exception as error:
+                try:
+                    owners[name].load_state_dict(run.state[name])
+                except Exception as error:
+                    raise ValueError(f"load_run: {name} must take its state in {run.path}, got {error}") from error
+
+        try:
+            self._alike(load)
+        except ValueError:
             for name, state in old.items():
                 owners[name].load_state_dict(state)
-            raise ValueError(f"load_run: {name} must take its state in {run.path}, got {error}") from error
+            raise
 
     def _gather_rows(self, state: torch.Tensor) -> torch.Tensor:
         """[n] of every process -> [processes, n]."""
-        gathered = (
-            self.accelerator.gather(state[None].to(self.accelerator.device)) if self.is_distributed else state[None]
-        )
-        return gathered.cpu()
-
-    def _alike(self, action: Callable[[], Result]) -> Result:
-        """Runs the action on every process; an error of one of them is raised by all, so that none waits for ever."""
-        if not self.is_distributed:
-            return action()
-        result, error = None, None
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-        errors = [text for text in gather_object([None if error is None else str(error)]) if text is not None]
-        if error is not None:
-            raise error
-        if errors:
-            raise ValueError(errors[0])
-        return result  # type: ignore[return-value]  # the action has not raised
+        return gather(self.accelerator, state) if self.is_distributed else state[None].cpu()
 
     def _refuse_sharding(self, method: str) -> None:
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             raise ValueError(
-                f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type}; "
+                f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type.value}; "
                 "use trainer.accelerator.save_state and load_state"
             )
 

@@ -1,5 +1,7 @@
 """Per-token rewards from scores and the KL penalty, and advantages from rewards and values."""
 
+from typing import Any
+
 import torch
 
 from ..ops.full_kl import full_kl
@@ -7,17 +9,19 @@ from ..ops.gae import gae
 from ..ops.kl_rewards import kl_rewards
 from ..ops.masked import masked_whiten
 from .base import TrainerBase
-from .forward import ForwardPass
+from .chunks import ForwardPass
 from .overrides import is_overridden, replaceable
+from .processes import ProcessesMixin
 
 
-class RewardsMixin(TrainerBase):
+class RewardsMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.compute_rewards`, `compute_advantages` and what they need."""
 
     def _scale_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B] divided by their running standard deviation and clipped, as the config asks."""
         if self.config.use_score_scaling:
-            self.running.update(scores)
+            sits_out = self.is_distributed and not self._samples[self.accelerator.process_index]
+            self.running.update(scores[:0] if sits_out else scores)
             scores = self.running.scale(scores, subtract_mean=self.config.use_score_norm)
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
@@ -76,10 +80,13 @@ class RewardsMixin(TrainerBase):
         kls = kl_rewards(no_score, row, ref_row, all_count, kl_coef=1.0, kl_penalty=self.config.kl_penalty)[2]
         return kls.reshape(logprob.shape)
 
+    @replaceable
     def compute_advantages(
         self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Advantages, whitened over the tokens that count, and returns.
+
+        With several processes and config.exact_update these are the tokens of all processes, which must all call it.
 
         Args: values, rewards, mask: [B, T-1].
         Returns: (values, advantages, returns), each [B, T-1]; values and advantages are 0 where the mask is 0.
@@ -89,10 +96,11 @@ class RewardsMixin(TrainerBase):
         """
         values = values.masked_fill(mask == 0, 0.0)
         gae_mask = None if self.config.gae_through_padding else mask
+        group = self._token_group()
         if self.config.whiten_rewards:
-            rewards = whiten_rewards(rewards, mask, self.config.gae_through_padding)
+            rewards = whiten_rewards(rewards, mask, self.config.gae_through_padding, group)
         advantages, returns = gae(values, rewards, gae_mask, gamma=self.config.gamma, lam=self.config.lam)
-        return values, masked_whiten(advantages, mask), returns
+        return values, masked_whiten(advantages, mask, group=group), returns
 
 
 def whole_logprobs(logits: torch.Tensor) -> torch.Tensor:
@@ -100,12 +108,12 @@ def whole_logprobs(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def whiten_rewards(rewards: torch.Tensor, mask: torch.Tensor, through_padding: bool) -> torch.Tensor:
-    """Rewards divided by the standard deviation of those that count; their mean stays.
+def whiten_rewards(rewards: torch.Tensor, mask: torch.Tensor, through_padding: bool, group: Any = None) -> torch.Tensor:
+    """Rewards divided by the standard deviation of those that count; their mean stays. group: see `masked_whiten`.
 
     through_padding: as in TRL 0.11.4, the zeros of the masked tokens are transformed as well, which leaves rewards there.
     """
     if through_padding:
         weights = (mask != 0).float().clamp(min=1e-30)  # 1e-30: transformed, and too small to change a moment
-        return masked_whiten(rewards.masked_fill(mask == 0, 0.0), weights, shift_mean=False)
-    return masked_whiten(rewards, mask, shift_mean=False)
+        return masked_whiten(rewards.masked_fill(mask == 0, 0.0), weights, shift_mean=False, group=group)
+    return masked_whiten(rewards, mask, shift_mean=False, group=group)

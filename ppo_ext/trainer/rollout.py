@@ -3,10 +3,12 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+Spans: TypeAlias = Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Rollout:
     mask: torch.Tensor  # [B, T-1] int64
     advantages: torch.Tensor  # [B, T-1] float32
     returns: torch.Tensor  # [B, T-1] float32
+    spans: "Spans | None" = None  # see `token_spans`; None: minibatches keep the padding of the whole batch
 
     def __getitem__(self, rows: list[int]) -> "Rollout":
         """The rollout of some of the samples; `rows` is a list of indices."""
@@ -40,6 +43,7 @@ class Rollout:
             mask=self.mask[index],
             advantages=self.advantages[index],
             returns=self.returns[index],
+            spans=self.spans and {mask: [spans[row] for row in rows] for mask, spans in self.spans.items()},
         )
 
 
@@ -80,6 +84,50 @@ def token_mask(
         index = (column - token_0[:, None]).clamp(0, chosen.shape[1] - 1)
         counts &= chosen.gather(1, index)
     return counts.to(attention_mask.dtype)
+
+
+def token_spans(model_inputs: Mapping[str, torch.Tensor]) -> Spans:
+    """By the name of each attention mask: the first column that is no padding and the one after the last, of each row.
+
+    One host/device sync.
+    """
+    masks = {name: mask for name, mask in model_inputs.items() if name.endswith("attention_mask") and mask.dim() == 2}
+    ends = [[mask.argmax(dim=1), mask.shape[1] - mask.flip(1).argmax(dim=1)] for mask in masks.values()]
+    found = torch.stack([torch.stack(pair, dim=1) for pair in ends]).tolist() if ends else []
+    return dict(zip(masks, found, strict=True))
+
+
+def without_padding(model_inputs: Mapping[str, torch.Tensor], spans: Spans) -> tuple[dict[str, torch.Tensor], slice]:
+    """Model inputs without the columns that are padding in every row, and which columns those of the labels are."""
+    columns = {
+        mask: slice(min(span[0] for span in rows), max(span[1] for span in rows)) for mask, rows in spans.items()
+    }
+    cut = dict(model_inputs)
+    for name, x in model_inputs.items():
+        mask = "decoder_attention_mask" if name.startswith("decoder_") else "attention_mask"
+        if mask in columns and x.shape[:2] == model_inputs[mask].shape:
+            cut[name] = x[:, columns[mask]]
+    return cut, columns.get("decoder_attention_mask", columns.get("attention_mask", slice(None)))
+
+
+def counted_tokens(
+    query_lengths: Sequence[int], response_lengths: Sequence[int], width: int, is_encoder_decoder: bool
+) -> int | None:
+    """How many tokens `token_mask` counts without response masks; None if padding of this width has cut samples off."""
+    if is_encoder_decoder:
+        return sum(max(length - 2, 0) for length in response_lengths) if width >= max(response_lengths) else None
+    longest = max(q + r for q, r in zip(query_lengths, response_lengths, strict=True))
+    return sum(response_lengths) if width >= longest else None
+
+
+def token_rows(mask: torch.Tensor, count: int | None) -> torch.Tensor:
+    """Where a mask [B, T] counts, as indices [count] into its flattened form; no host/device sync if count is known.
+
+    Should fewer tokens count, the rest are indices of column T-1, which never does.
+    """
+    if count is None:
+        return mask.flatten().nonzero().squeeze(1)
+    return torch.nonzero_static(mask.flatten(), size=count, fill_value=mask.shape[1] - 1).squeeze(1)
 
 
 def next_tokens(input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Saving the policy to a folder or to the hub."""
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +13,8 @@ from ..models.auto import AutoModelForCausalLMWithValueHead, AutoModelForSeq2Seq
 from ..models.staging import complete, staged
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
+from .processes import ProcessesMixin
+from .sharding import whole_state_dict
 
 Trainer = TypeVar("Trainer", bound="SavingMixin")
 
@@ -35,9 +36,10 @@ model = AutoModelForCausalLMWithValueHead.from_pretrained("path or id of this fo
 """
 
 
-class SavingMixin(TrainerBase):
+class SavingMixin(ProcessesMixin, TrainerBase):
     """`PPOTrainer.from_pretrained`, `save_pretrained`, `push_to_hub`, `create_model_card` and what they need."""
 
+    _whole_weights: dict[str, torch.Tensor] | None = None  # of a sharded model, while it is saved
     _tag_names: ClassVar[list[str]] = ["ppo_ext", "ppo", "reinforcement-learning"]  # of the model card
 
     @classmethod
@@ -86,31 +88,52 @@ class SavingMixin(TrainerBase):
         A README.md that is there stays as it is.
 
         push_to_hub: also upload that folder; kwargs are then those of `push_to_hub`. Returns the upload's result or None.
-        """
-        with self._staged(save_directory) as folder:
-            self._save_pretrained(folder)
-        if not push_to_hub:
-            return None
-        return self._upload(save_directory, repo_id or os.path.basename(os.path.normpath(save_directory)), **kwargs)
 
-    def _staged(self, directory: str | os.PathLike[str]) -> AbstractContextManager[str]:
-        """On the main process a folder whose files move into `directory` when all of them are written; see `staging`."""
-        if not self.accelerator.is_main_process:
-            return nullcontext(os.fspath(directory))
-        checkpoint.check_target(os.fspath(directory), self.is_peft_model)
-        return staged(directory)
+        All processes must call it; the main one writes and uploads, and none goes on before that is done.
+        """
+        name = repo_id or os.path.basename(os.path.normpath(save_directory))
+        self._gather_weights()
+
+        def save() -> None:
+            checkpoint.check_target(os.fspath(save_directory), self.is_peft_model)
+            with staged(save_directory) as folder:
+                self._save_pretrained(folder)
+
+        self._on_main_process(save)
+        return self._on_main_process(lambda: self._upload(save_directory, name, **kwargs)) if push_to_hub else None
+
+    def _gather_weights(self) -> None:
+        """Under FSDP, where no process has whole weights: those of all, for `_save_pretrained`. One collective a weight."""
+        if self.accelerator.distributed_type == "FSDP":
+            weights = whole_state_dict(self.accelerator.unwrap_model(self.model))
+            self._whole_weights = weights if self.accelerator.is_main_process else None
+
+    def _on_main_process(self, action: Callable[[], Any]) -> Any:
+        """The action's result on the main process, None on the others, which wait; its error on all."""
+        return self._alike(action if self.accelerator.is_main_process else lambda: None)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
-        if self.accelerator.is_main_process:
-            self.tokenizer.save_pretrained(save_directory)
-            self.create_model_card(save_directory)
+        """Writes everything into a folder; called on the main process."""
+        whole = {} if self._whole_weights is None else {"state_dict": self._whole_weights}
+        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **whole)
+        self._whole_weights = None
+        self.tokenizer.save_pretrained(save_directory)
+        self.create_model_card(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Save to a temporary folder and upload it. kwargs: commit_message, private, token, branch."""
-        with TemporaryDirectory() as folder:
-            self._save_pretrained(folder)
-            return self._upload(folder, repo_id, **kwargs)
+        """Save to a temporary folder and upload it. kwargs: commit_message, private, token, branch.
+
+        All processes must call it; the main one saves and uploads.
+        """
+
+        self._gather_weights()
+
+        def push() -> Any:
+            with TemporaryDirectory() as folder:
+                self._save_pretrained(folder)
+                return self._upload(folder, repo_id, **kwargs)
+
+        return self._on_main_process(push)
 
     def _upload(
         self,
@@ -137,12 +160,14 @@ class SavingMixin(TrainerBase):
         checkpoint.write_text(os.path.join(path, "README.md"), MODEL_CARD.format(model_name=model_name, tags=tags))
 
     def _push_if_best(self, scores: torch.Tensor) -> None:
-        """Push to the hub if the mean score is the best so far; compares every config.compare_steps steps."""
+        """Push to the hub if the mean score of all processes is the best so far; compares every compare_steps steps."""
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", self.config.push_to_hub_if_best_kwargs)
         if not best_kwargs:
             return
         highest = getattr(self, "highest_reward", -float("inf"))
-        if self.compare_step % self.config.compare_steps == 0 and scores.mean() > highest:
-            self.highest_reward = scores.mean()
-            self.push_to_hub(**best_kwargs)
+        if self.compare_step % self.config.compare_steps == 0:
+            mean = self._mean_score(scores)
+            if mean > highest:
+                self.highest_reward = mean
+                self.push_to_hub(**best_kwargs)
         self.compare_step += 1

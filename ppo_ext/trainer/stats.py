@@ -131,7 +131,7 @@ class RunningMoments:
     def _reduce(self, x: torch.Tensor) -> torch.Tensor:
         if not self.accelerator.use_distributed:
             return x
-        return self.accelerator.reduce(x.float().to(self.accelerator.device), reduction="sum")
+        return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum")
 
     def scale(self, scores: torch.Tensor, subtract_mean: bool) -> torch.Tensor:
         """(scores - mean) / std or scores / std. Source: TRL 0.9.6, `PPOTrainer.step` (0.11.4 raises here)."""

@@ -101,9 +101,11 @@ def check_contents(
     limits: Limits,
     is_encoder_decoder: bool,
     counts: torch.Tensor,
+    may_sit_out: bool = False,
 ) -> list[int]:
     """Token ids lie in the vocabulary, scores are finite, and in each response a token counts.
 
+    may_sit_out: it is right as well if no token counts in any of them.
     Returns: counts, an int64 tensor, on the host.
 
     One host/device sync for a good batch. Only a bad batch is read a second time, to name the sample.
@@ -111,13 +113,16 @@ def check_contents(
     ids = torch.cat([*queries, *responses])
     counted = [_counted(i, responses, masks, is_encoder_decoder) for i in range(len(responses))]
     facts = [ids.min(), ids.max(), torch.isfinite(torch.stack([*scores])).all(), torch.stack(counted).all()]
-    facts += [*counts]
-    low, high, finite, every_row_counts, *on_host = torch.stack([fact.long() for fact in facts]).tolist()
+    facts += [torch.stack(counted).any(), *counts]
+    low, high, finite, every_row_counts, any_row_counts, *on_host = torch.stack(
+        [fact.long() for fact in facts]
+    ).tolist()
     _check_range(low, high, limits, queries=queries, responses=responses)
     for i, score in enumerate([] if finite else scores):
         if not torch.isfinite(score):
             fail(f"scores[{i}]", "be finite in float32", score.item())
-    for i, any_counts in enumerate([] if every_row_counts else counted):
+    sits_out = may_sit_out and not any_row_counts
+    for i, any_counts in enumerate([] if every_row_counts or sits_out else counted):
         if not any_counts:
             _fail_uncounted(i, responses, masks)
     return on_host
@@ -127,6 +132,11 @@ def _counted(i: int, responses: Tensors, masks: Tensors | None, is_encoder_decod
     """Whether any token of response i counts; the first two of an encoder-decoder response never do."""
     mask = torch.ones_like(responses[i]) if masks is None else masks[i]
     return (mask[2 if is_encoder_decoder else 0 :] != 0).any()
+
+
+def any_counts(responses: Tensors, masks: Tensors | None, is_encoder_decoder: bool) -> bool:
+    """Whether a token of any response counts. One host/device sync."""
+    return bool(torch.stack([_counted(i, responses, masks, is_encoder_decoder) for i in range(len(responses))]).any())
 
 
 def _fail_uncounted(i: int, responses: Tensors, masks: Tensors | None) -> NoReturn:

@@ -40,10 +40,23 @@ class UpdateGuard:
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
         self._inputs: list[Mapping[str, torch.Tensor]] = []
+        self._ratios: list[torch.Tensor] = []  # weighted
 
     def clear(self) -> None:
         """Forgets the minibatches of an update that will not be made."""
-        self._rows, self._inputs = [], []
+        self._rows, self._inputs, self._ratios = [], [], []
+
+    def judge(self, accelerator: Accelerator, accumulation: int) -> tuple[float, bool]:
+        """Before the last backward pass of an update: (mean ratio over all its tokens, whether all its losses are finite).
+
+        The same on all processes. One host/device sync, and with several processes one collective.
+        """
+        finite = torch.stack([row[0] for row in self._rows]).min()
+        votes = torch.stack([torch.stack(self._ratios).sum(), 1 - finite])
+        if accelerator.num_processes > 1:
+            votes = accelerator.reduce(votes, reduction="sum")
+        ratio, faults = votes.tolist()
+        return ratio / (accumulation * accelerator.num_processes), faults == 0
 
     def add(
         self,
@@ -51,20 +64,29 @@ class UpdateGuard:
         skipped: torch.Tensor | None,
         ratio_mean: torch.Tensor | None,
         inputs: Mapping[str, torch.Tensor],
+        weight: torch.Tensor | None = None,
     ) -> None:
         """Takes note of one minibatch.
 
         Args:
             loss: 0-d. skipped: 0-d, 1 or 0. ratio_mean: 0-d, the mean ratio. None for a loss that tells neither.
             inputs: what the loss was made of, by name, with the mask; read only if the loss is not finite.
+            weight: 0-d, of the minibatch in its update; None: `judge` will not be called.
         """
+        if weight is not None:
+            ratio = torch.zeros_like(loss) if ratio_mean is None else ratio_mean
+            self._ratios.append(torch.where(weight > 0, ratio.detach() * weight, 0.0))
         facts = [loss.detach().isfinite(), *(torch.zeros_like(loss) if x is None else x for x in (skipped, ratio_mean))]
         self._rows.append(torch.stack([fact.detach().to(torch.float32).reshape(()) for fact in facts]))
         self._inputs.append(inputs)
 
-    def decide(self, accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> Decision:
+    def decide(
+        self, accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], judged: bool = False
+    ) -> Decision:
         """Ends the collection for one update; one host/device sync. `clear` has to follow.
 
+        judged: the losses are known to be finite on all processes, by `judge`. Then only sharded gradients need a
+        collective: where every process holds whole ones, they are the same.
         parameters: those whose gradients are looked at. A gradient scaler does that itself, and then skips the update.
         """
         if not self._rows:
@@ -75,25 +97,31 @@ class UpdateGuard:
             gradients = all_finite(p.grad for p in parameters if p.grad is not None)
             finite = finite * gradients.to(finite.device)
         votes = torch.stack([(1 - table[:, 1]).sum(), 1 - finite])
-        if accelerator.num_processes > 1:
+        sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        if accelerator.num_processes > 1 and (sharded or not judged):
             votes = accelerator.reduce(votes, reduction="sum")
         kept, faults, *flat = torch.cat([votes, table[:, 1:].flatten()]).tolist()
         ratios = [ratio for skipped, ratio in zip(flat[::2], flat[1::2], strict=True) if skipped]
         return Decision(kept > 0, faults == 0, ratios)
 
-    def fault(self) -> str:
-        """What is not finite in the minibatches of this process, in words."""
+    def fault(self, spread: bool = True) -> str | None:
+        """What is not finite in the minibatches of this process, in words; None if it is no loss of theirs.
+
+        spread: also tell of advantages, which whitening makes NaN on all processes if they are on one.
+        """
         for inputs, row in zip(self._inputs, self._rows, strict=True):
             for name, source in _SOURCES.items():
                 counted = inputs[name][inputs["mask"] != 0]
                 bad = counted.numel() - int(counted.isfinite().sum())
-                if bad:
+                if bad and name == "advantages" and not spread:
+                    row = torch.ones_like(row)
+                elif bad:
                     return f"the loss must be finite, got {bad} of {counted.numel()} NaN or infinite {name}: {source}"
             if not row[0]:
                 largest = max(_SOURCES, key=lambda name: inputs[name].abs().max().item())
                 value = inputs[largest].abs().max().item()
                 return f"the loss must be finite, got an overflow from {largest} up to {value:.3g}: {_SOURCES[largest]}"
-        return "the gradient must be finite, got NaN or infinity on this or another process"
+        return None
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

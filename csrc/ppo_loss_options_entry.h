@@ -1,0 +1,166 @@
+// ppo_loss_options_entry.h: the operators _ppo_loss_options and _ppo_loss_options_backward without their loops, as in
+//                           ppo_loss_entry.h.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "ppo_loss_options_sums.h"
+
+namespace ppo_ext {
+
+// Of logprobs, vpreds and entropy; null where there is none.
+constexpr int kPPOGradients = 3;
+
+template <class A>
+struct PPOOptionsBackwardJob {
+  const A *grad_loss, *stats;
+  const A* grads[kPPOGradients];
+  A* out[kPPOGradients];
+  int64_t tokens;
+};
+
+// ---- checks ----
+
+// The order of `numbers` and CHOICES in ppo_ext/ops/_ppo_options.py, which checks their ranges and combinations.
+inline PPOOptions ppo_options_of(const std::vector<double>& numbers, const std::vector<int64_t>& choices) {
+  PPOOptions options{};
+  double* const fields[] = {&options.clip_low,
+                            &options.clip_high,
+                            &options.cliprange_value,
+                            &options.vf_coef,
+                            &options.ratio_threshold,
+                            &options.dual_clip,
+                            &options.log_ratio_clamp,
+                            &options.kl_coef,
+                            &options.entropy_coef,
+                            &options.huber_delta,
+                            &options.norm_length,
+                            &options.denominator,
+                            &options.scale};
+  int* const names[] = {&options.ratio_level, &options.policy_loss, &options.kl_estimator,
+                        &options.kl_gradient, &options.value_loss,  &options.aggregation};
+  const int limits[] = {kPPORatioLevels, kPPOPolicyLosses, kPPOKLEstimators,
+                        kPPOKLGradients, kPPOValueLosses,  kPPOAggregations};
+  if (numbers.size() != std::size(fields)) reject("ppo_loss", "numbers", "have 13 entries", numbers.size());
+  if (choices.size() != std::size(names)) reject("ppo_loss", "choices", "have 6 entries", choices.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    if (numbers[i] != numbers[i]) reject("ppo_loss", "numbers", "be numbers", numbers[i]);
+    *fields[i] = numbers[i];
+  }
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (choices[i] < 0 || choices[i] >= limits[i]) reject("ppo_loss", "choices", "be the numbers of names", choices[i]);
+    *names[i] = int(choices[i]);
+  }
+  return options;
+}
+
+inline void require_given(const char* argument, const std::optional<Tensor>& x, const Tensor& like) {
+  if (x) require_token_tensor("ppo_loss", argument, *x, like, like.dim(), like.scalar_type());
+}
+
+inline void require_critic(const std::optional<Tensor>& vpreds, const std::optional<Tensor>& values,
+                           const std::optional<Tensor>& returns) {
+  if (bool(vpreds) != bool(values)) reject("ppo_loss", "values", "be given with vpreds", "one of the two");
+  if (bool(vpreds) != bool(returns)) reject("ppo_loss", "returns", "be given with vpreds", "one of the two");
+}
+
+// ---- the operators ----
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_options(
+    Tensor logprobs, Tensor old_logprobs, Tensor advantages, std::optional<Tensor> vpreds, std::optional<Tensor> values,
+    std::optional<Tensor> returns, Tensor mask, std::optional<Tensor> weights, std::optional<Tensor> ref_logprobs,
+    std::optional<Tensor> entropy, std::optional<Tensor> denominator, std::optional<Tensor> row_counts,
+    std::vector<double> numbers, std::vector<int64_t> choices) {
+  const PPOOptions options = ppo_options_of(numbers, choices);
+  require_float_or_double("ppo_loss", "logprobs", logprobs);
+  require_token_tensors_like("ppo_loss", logprobs,
+                             {{"logprobs", logprobs}, {"old_logprobs", old_logprobs}, {"advantages", advantages}});
+  require_critic(vpreds, values, returns);
+  const std::pair<const char*, const std::optional<Tensor>&> given[] = {{"vpreds", vpreds},
+                                                                        {"values", values},
+                                                                        {"returns", returns},
+                                                                        {"weights", weights},
+                                                                        {"ref_logprobs", ref_logprobs},
+                                                                        {"entropy", entropy}};
+  for (const auto& [name, x] : given) require_given(name, x, logprobs);
+  require_mask("ppo_loss", mask, logprobs, logprobs.dim());
+  const ScalarType dtype = logprobs.scalar_type();
+  const int64_t row_length = logprobs.dim() == 0 ? 1 : logprobs.size(logprobs.dim() - 1);
+  const int64_t rows = row_length == 0 ? 0 : logprobs.numel() / row_length;
+  if (denominator) require_entries("ppo_loss", "denominator", *denominator, 1, logprobs, dtype);
+  if (row_counts && row_length > 0) require_entries("ppo_loss", "row_counts", *row_counts, rows, logprobs, dtype);
+  const int64_t count = ppo_option_stats(options.dual_clip > 0, bool(weights), bool(ref_logprobs), bool(entropy));
+  Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {count}, dtype);
+  Tensor ratio = new_dense_like(logprobs), counted_advantages = new_dense_like(logprobs);
+  Tensor grad_logprobs = new_dense_like(logprobs);
+  Tensor grad_vpreds = vpreds ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
+  Tensor grad_entropy = entropy ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
+  dispatch_floats(dtype, [&](auto zero) {
+    using A = decltype(zero);
+    PPOOptionsJob<A> job{};
+    job.logprobs = pointer<A>(logprobs);
+    job.old_logprobs = pointer<A>(old_logprobs);
+    job.advantages = pointer<A>(advantages);
+    job.vpreds = pointer<A>(vpreds);
+    job.values = pointer<A>(values);
+    job.returns = pointer<A>(returns);
+    job.mask = pointer<bool>(mask);
+    job.weights = pointer<A>(weights);
+    job.ref_logprobs = pointer<A>(ref_logprobs);
+    job.entropy = pointer<A>(entropy);
+    job.denominator = pointer<A>(denominator);
+    job.row_counts = pointer<A>(row_counts);
+    job.ratio = pointer<A>(ratio);
+    job.counted_advantages = pointer<A>(counted_advantages);
+    job.grad_logprobs = pointer<A>(grad_logprobs);
+    job.grad_vpreds = vpreds ? pointer<A>(grad_vpreds) : nullptr;
+    job.grad_entropy = entropy ? pointer<A>(grad_entropy) : nullptr;
+    job.stats = pointer<A>(stats);
+    job.loss = pointer<A>(loss);
+    job.tokens = logprobs.numel();
+    job.rows = rows;
+    job.row_length = row_length;
+    job.options = options;
+    Backend::forward(job, logprobs);
+  });
+  return {loss, stats, ratio, counted_advantages, grad_logprobs, grad_vpreds, grad_entropy};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_options_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs,
+                                                             std::optional<Tensor> grad_vpreds,
+                                                             std::optional<Tensor> grad_entropy) {
+  require_float_or_double("ppo_loss", "grad_logprobs", grad_logprobs);
+  require_token_tensors_like("ppo_loss", grad_logprobs, {{"grad_logprobs", grad_logprobs}});
+  require_given("grad_vpreds", grad_vpreds, grad_logprobs);
+  require_given("grad_entropy", grad_entropy, grad_logprobs);
+  const ScalarType dtype = grad_logprobs.scalar_type();
+  require_entries("ppo_loss", "grad_loss", grad_loss, 1, grad_logprobs, dtype);
+  if (stats.numel() < kPPOStats) reject("ppo_loss", "stats", "have 17 entries or more", stats.numel());
+  require_entries("ppo_loss", "stats", stats, stats.numel(), grad_logprobs, dtype);
+  const auto new_like = [&](bool given) {
+    return given ? new_dense_like(grad_logprobs) : new_tensor(grad_logprobs, {0}, dtype);
+  };
+  Tensor out_logprobs = new_like(true), out_vpreds = new_like(bool(grad_vpreds));
+  Tensor out_entropy = new_like(bool(grad_entropy));
+  dispatch_floats(dtype, [&](auto zero) {
+    using A = decltype(zero);
+    PPOOptionsBackwardJob<A> job{};
+    job.grad_loss = pointer<A>(grad_loss);
+    job.stats = pointer<A>(stats);
+    job.grads[0] = pointer<A>(grad_logprobs);
+    job.grads[1] = pointer<A>(grad_vpreds);
+    job.grads[2] = pointer<A>(grad_entropy);
+    job.out[0] = pointer<A>(out_logprobs);
+    job.out[1] = pointer<A>(out_vpreds);
+    job.out[2] = pointer<A>(out_entropy);
+    job.tokens = grad_logprobs.numel();
+    Backend::backward(job, grad_logprobs);
+  });
+  return {out_logprobs, out_vpreds, out_entropy};
+}
+
+}  // namespace ppo_ext

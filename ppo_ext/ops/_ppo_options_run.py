@@ -1,0 +1,186 @@
+"""`ppo_loss` with options: checks what is given and runs the operator."""
+
+import functools
+from typing import Any
+
+import torch
+
+from . import _native, _ppo_options, check, reference
+
+_FLOATS = (
+    "logprobs",
+    "old_logprobs",
+    "advantages",
+    "vpreds",
+    "values",
+    "returns",
+    "weights",
+    "ref_logprobs",
+    "entropy",
+)
+_OPTIONAL = ("weights", "ref_logprobs", "entropy")
+_DIFFERENTIABLE = ("logprobs", "vpreds", "entropy")
+_DUAL_CLIP = 5  # its place in the numbers
+
+_forward, _forward_name = _native.define(
+    "_ppo_loss_options(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values,"
+    " Tensor? returns, Tensor mask, Tensor? weights, Tensor? ref_logprobs, Tensor? entropy, Tensor? denominator,"
+    " Tensor? row_counts, float[] numbers, int[] choices)"
+    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs,"
+    " Tensor grad_vpreds, Tensor grad_entropy)"
+)
+_backward, _backward_name = _native.define(
+    "_ppo_loss_options_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor? grad_vpreds,"
+    " Tensor? grad_entropy) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@_native.register_fake(_forward_name)
+def _(logprobs, _, __, vpreds, values, returns, mask, weights, ref_logprobs, entropy, *rest):
+    def like(x):
+        return logprobs.new_empty(0 if x is None else logprobs.shape)
+
+    on = _ppo_options.option_names(rest[2][_DUAL_CLIP] > 0, *(x is not None for x in (weights, ref_logprobs, entropy)))
+    stats = logprobs.new_empty(len(_ppo_options.STAT_NAMES) + 1 + len(on))
+    return logprobs.new_empty(()), stats, *(like(logprobs) for _ in range(3)), like(vpreds), like(entropy)
+
+
+@_native.register_fake(_backward_name)
+def _(grad_loss, stats, grad_logprobs, *others):
+    return tuple(grad_logprobs.new_empty(0) if x is None else torch.empty_like(x) for x in (grad_logprobs, *others))
+
+
+class _PPOLossOptions(torch.autograd.Function):
+    """The loss, as `_PPOLoss` in ppo_loss.py; vpreds and entropy may be None."""
+
+    @staticmethod
+    def forward(ctx, logprobs, vpreds, entropy, outputs):
+        loss, ctx.stats, *grads = outputs
+        ctx.grads = [None if x is None else grad for x, grad in zip((logprobs, vpreds, entropy), grads)]
+        return loss.view_as(loss) if torch.compiler.is_compiling() else loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        check.no_gradient_of_gradient("ppo_loss", grad_loss)
+        found = _backward(grad_loss, ctx.stats, *ctx.grads)
+        return *(None if grad is None else x for grad, x in zip(ctx.grads, found)), None
+
+
+def _prepare(given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of tokens that are given, and the mask, checked, contiguous, and but for the mask of one dtype."""
+    first = given["logprobs"]
+    check.floating("ppo_loss", "logprobs", first)
+    critic = any(given[name] is not None for name in ("vpreds", "values", "returns"))
+    for name in _FLOATS[1:]:
+        x = given[name]
+        if x is None and (name in _OPTIONAL or (not critic and name in ("vpreds", "values", "returns"))):
+            continue
+        check.floating("ppo_loss", name, x)
+        check.shape("ppo_loss", name, x, first.shape, "logprobs")
+        check.device("ppo_loss", name, x, first.device, "logprobs")
+    mask = check.mask("ppo_loss", given["mask"], first.shape, first.device, "logprobs")
+    found = {name: given[name] for name in _FLOATS if given[name] is not None}
+    found = {name: x.contiguous() for name, x in zip(found, check.same_dtype(*found.values()))}
+    return found | {"mask": mask.contiguous()}
+
+
+# ---- the options ----------------------------------------------------------------------------------------------------
+
+_TENSORS = ("weights", "ref_logprobs", "entropy", "denominator", "row_counts")
+_REST = (
+    "cliprange_value",
+    "vf_coef",
+    "ratio_threshold",
+    *(name for name in _ppo_options.DEFAULTS if name not in _TENSORS),
+)
+_SIMPLE = {float, int, bool, str, type(None)}
+
+
+def _parsed(low: Any, high: Any, *rest: Any) -> tuple[list[float], list[int], tuple]:
+    """The numbers and names of the operator, and the names of the statistics in its order (with None for the factor of
+    the saved gradients). `rest` is of _REST, then for each of _TENSORS a flag that tells whether it is given."""
+    given = dict(zip((*_REST, *_TENSORS), rest)) | {"cliprange": low if high is None else (low, high)}
+    found, values = _ppo_options.choices(given), _ppo_options.numbers(given)
+    _ppo_options.combination(found, given, values)
+    on = (given["dual_clip"] is not None, *(given[name] for name in _TENSORS[:3]))
+    return values, found, (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on))
+
+
+_parsed_once = functools.lru_cache(maxsize=64)(_parsed)
+
+
+def _options(given: dict[str, Any]) -> tuple[list[float], list[int], tuple]:
+    """`_parsed`, from memory if the options are the same numbers and names as before."""
+    pair = given["cliprange"]
+    low, high = pair if type(pair) is tuple and len(pair) == 2 else (pair, None)
+    key = (low, high, *[given[name] for name in _REST], *[given[name] is not None for name in _TENSORS])
+    simple = _SIMPLE.issuperset(map(type, key)) and not torch.compiler.is_compiling()
+    return _parsed_once(*key) if simple else _parsed(*key)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+
+def _run_operator(tensors, mask, first, given, numbers, found):
+    """The operator's outputs; `tensors` and `mask` in the forms that it takes."""
+    number, tensor = _ppo_options.denominator(given["denominator"], first, mask)
+    if number != 0:
+        numbers = [*numbers]
+        numbers[_ppo_options.DENOMINATOR] = number
+    counts = _ppo_options.row_counts(given["row_counts"], first)
+    tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
+    return _forward(*tensors[:6], mask, *tensors[6:], tensor, counts, numbers, found)
+
+
+def _run_unprepared(given, numbers, found):
+    """The same for inputs that need no conversion, as in ppo_loss.py; None for others."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        tensors = [given[name] for name in _FLOATS]
+        first = tensors[0]
+        dtype = first.dtype
+        if dtype not in (torch.float32, torch.float64) or not _native.available(first.device.type):
+            return None
+        for x in tensors:
+            if x is not None and not (x.dtype == dtype and x.is_contiguous()):
+                return None
+        check.weights("ppo_loss", given["mask"])
+        return _run_operator(tensors, given["mask"].bool().contiguous(), first, given, numbers, found)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def run(given: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`ppo_loss`, whose arguments these are, by name."""
+    numbers, found, names = _options(given)
+    outputs = _run_unprepared(given, numbers, found)
+    if outputs is None:
+        given = given | _prepare(given)
+        first, mask = given["logprobs"], given["mask"]
+        if not _native.available(first.device.type):
+            number, tensor = _ppo_options.denominator(given["denominator"], first, mask)
+            counts = _ppo_options.row_counts(given["row_counts"], first)
+            total = tensor if number == 0 else number
+            return reference.ppo_loss(**given | {"denominator": total, "row_counts": counts})
+        outputs = _run_operator([given[name] for name in _FLOATS], mask, first, given, numbers, found)
+    return _results(outputs, given, names)
+
+
+def _results(outputs, given, names):
+    """The loss, connected to what it depends on, and the dict of statistics."""
+    loss, vector, ratio, advantages, *grads = outputs
+    leaves = given["logprobs"], given["vpreds"], given["entropy"]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
+        loss = _PPOLossOptions.apply(*leaves, (loss, vector, *grads))
+    else:
+        for name, x in zip(_DIFFERENTIABLE, leaves):
+            if x is not None:
+                check.no_tangent("ppo_loss", name, x)
+    stats = dict(zip(names, vector.unbind()))
+    del stats[None]
+    if leaves[1] is None:
+        stats = {name: x for name, x in stats.items() if name not in _ppo_options.OF_CRITIC}
+    stats["policy/advantages"] = advantages
+    stats["policy/ratio"] = ratio
+    return loss, stats

@@ -1,0 +1,92 @@
+"""Updates of several parts, accumulated or on several processes, that act as one large minibatch of one process."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+import torch
+
+from .agreement import first_sentence, gather
+from .callers import warn
+from .processes import ProcessesMixin
+from .rollout import Rollout
+from .whole_update import stack_whole_updates, tokens_of_minibatches, weights_of_minibatches
+
+
+class UpdatesMixin(ProcessesMixin):
+    """What `PPOTrainer._train` and `train_minibatch` do for config.exact_update, and around every update."""
+
+    _left_out: list[bool]  # of each update of this step, whether the ratio guard has left it out
+    # of PPOTrainer
+    _minibatches: Callable[[], list[list[int]]]
+    _train_on: Callable[[Rollout], dict[str, torch.Tensor]]
+    _early_stop: Callable[[torch.Tensor], bool]
+    _check_weights: Callable[[], None]
+    _give_up_update: Callable[[str], NoReturn]
+
+    def _train_whole_updates(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """`_train`, in which every minibatch counts by its tokens among those of its update, and so do its statistics."""
+        accumulation = int(self.config.gradient_accumulation_steps)
+        all_stats, tokens = [], []
+        self._left_out = []
+        for _ in range(self.config.ppo_epochs):
+            minibatches = self._minibatches()
+            tokens.append(tokens_of_minibatches(rollout.mask, minibatches))
+            weights = weights_of_minibatches(tokens[-1], accumulation, self.accelerator)
+            for rows, self._minibatch_weight in zip(minibatches, weights.unbind(), strict=True):
+                all_stats.append(self._train_on(rollout[rows]))
+            if self._early_stop(self._policykl(all_stats[-accumulation:], weights[-accumulation:])):
+                break
+        self._minibatch_weight = None
+        self.model.eval()
+        self._check_weights()
+        left_out = [i for i, left in enumerate(self._left_out) if left]
+        parts_of = partial(gather, self.accelerator) if self.is_distributed else None
+        return stack_whole_updates(all_stats, torch.cat(tokens), accumulation, left_out, parts_of)
+
+    def _policykl(self, stats: list[dict[str, torch.Tensor]], weights: torch.Tensor) -> torch.Tensor:
+        """policy/policykl over all tokens of one update, of whose minibatches these are the statistics and weights."""
+        if not self.config.early_stopping:
+            return stats[-1]["policy/policykl"]
+        own = torch.stack([row["policy/policykl"].reshape(()) for row in stats])
+        policykl = torch.where(weights > 0, own * weights, 0.0).sum() / (len(stats) * self.accelerator.num_processes)
+        return self.accelerator.reduce(policykl, reduction="sum") if self.is_distributed else policykl
+
+    def _leaves_update_out(self) -> bool:
+        """Before the backward pass of the last part of an update: whether the mean ratio over all its tokens is too large.
+
+        Then its gradients are dropped; all processes decide alike. Raises ValueError for a loss that is not finite.
+        Always False where an update has one part, which the loss itself skips.
+        """
+        if self._minibatch_weight is None or not self.accelerator.sync_gradients:
+            return False
+        accumulation = int(self.config.gradient_accumulation_steps)
+        ratio, finite = self._update_guard.judge(self.accelerator, accumulation)
+        left_out = ratio > self.config.ratio_threshold
+        self._left_out.append(left_out)
+        if not finite and not left_out:
+            self._give_up_update(self._fault())
+        if left_out:
+            self._update_guard.clear()
+            self._drop_gradients()
+            self._tell_skipped(ratio, accumulation)
+        return left_out
+
+    def _tell_skipped(self, ratio: float, minibatches: int = 1) -> None:
+        self.skipped_minibatches += minibatches
+        what = "minibatch" if self._minibatch_weight is None else "update"
+        warn(
+            f"PPOTrainer: the mean ratio of a{'n' * (what == 'update')} {what} is {ratio:.2f}, above ratio_threshold = "
+            f"{self.config.ratio_threshold:.2f}; the {what} is skipped",
+        )
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        self.model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
+
+    def _fault(self) -> str:
+        """What is not finite, in the words of the first process that has it; the same sentence on all."""
+        sentence = first_sentence(self.accelerator, self._update_guard.fault(spread=not self.is_distributed))
+        if sentence is None and self.is_distributed:
+            sentence = first_sentence(self.accelerator, self._update_guard.fault())
+        return sentence or "the gradient must be finite, got NaN or infinity on this or another process"

@@ -1,0 +1,91 @@
+"""One update from many parts: how much each minibatch counts in it, and the statistics of the parts together.
+
+The parts of an update are the `accumulation` minibatches that every process accumulates. Its loss is the mean over the
+tokens of all of them, as if they were one minibatch of one process.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .stats import WANDB_PADDING, stack_dicts
+
+_VARIANCES = {"returns/var": "returns/mean", "val/var": "val/mean"}  # each with the mean that it is about
+_WIDE = {"mps": torch.float32}  # the widest dtype of a device, where it is not float64
+_LOSSES = ("loss/policy", "loss/value", "loss/total")  # 0 where the ratio guard has left an update out
+
+
+def tokens_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
+    """How many tokens of this process count in each minibatch, float32 [minibatches]. mask: [B, T]."""
+    rows = torch.tensor(minibatches, device=mask.device)
+    return (mask != 0).sum(dim=1)[rows].sum(dim=1).to(torch.float32)
+
+
+def weights_of_minibatches(tokens: torch.Tensor, accumulation: int, accelerator: Any) -> torch.Tensor:
+    """What the mean loss of each minibatch is multiplied by, [minibatches]: its share in the tokens of its update.
+
+        weight = parts * tokens / (tokens of the update),   parts = accumulation * processes
+
+    accelerate divides the loss by `accumulation` and averages the gradient over the processes, which `parts` undoes. One
+    collective with several processes; no host/device sync.
+    """
+    totals = tokens.reshape(-1, accumulation).sum(dim=1)
+    if accelerator.num_processes > 1:
+        totals = accelerator.reduce(totals, reduction="sum")
+    parts = accumulation * accelerator.num_processes
+    return parts * tokens / totals.clamp(min=1.0).repeat_interleave(accumulation)
+
+
+def stack_whole_updates(
+    all_stats: Sequence[Mapping[str, torch.Tensor]],
+    tokens: torch.Tensor,
+    accumulation: int,
+    skipped: Sequence[int],
+    parts_of: Any = None,
+) -> dict[str, torch.Tensor]:
+    """The statistics of all updates, [updates, 1] each; arrays as one row, [1, all entries], minibatch by minibatch.
+
+    Means are over the tokens of an update, and variances are those of all its tokens.
+
+    Args:
+        all_stats: of each minibatch. tokens: [minibatches], those that count. skipped: updates that were left out.
+        parts_of: None, or a function that makes of one tensor [n] those of all processes, [processes, n].
+    """
+    stacked = stack_dicts(all_stats)
+    count = len(all_stats)
+    flat = torch.cat([tokens, *(x.float().flatten() for x in stacked.values())])
+    parts = flat[None] if parts_of is None else parts_of(flat)
+    own_tokens, *columns = parts.split([count, *(x.numel() for x in stacked.values())], dim=1)
+    n = _by_update(own_tokens, count, accumulation)
+    found = {key: column.reshape(len(parts), count, -1) for key, column in zip(stacked, columns, strict=True)}
+    numbers = {key: _by_update(x, count, accumulation) for key, x in found.items() if x.shape[2] == 1}
+    result = {key: x.transpose(0, 1).reshape(1, -1) for key, x in found.items() if x.shape[2] != 1}
+    for key, x in numbers.items():
+        result[key] = _combine(x, n, numbers.get(_VARIANCES.get(key, ""))).to(torch.float32)[:, None]
+    for key in _LOSSES:
+        if key in result:
+            result[key][[*skipped]] = 0.0
+    if "policy/advantages" in result:
+        result["policy/advantages"] = torch.nan_to_num(result["policy/advantages"], WANDB_PADDING)
+    return {key: result[key] for key in stacked}
+
+
+def _by_update(x: torch.Tensor, count: int, accumulation: int) -> torch.Tensor:
+    """One number a minibatch of each process -> [updates, parts], in the order of the ranks."""
+    rows = x.reshape(-1, count // accumulation, accumulation).to(_WIDE.get(x.device.type, torch.float64))
+    return rows.transpose(0, 1).reshape(count // accumulation, -1)
+
+
+def _combine(x: torch.Tensor, n: torch.Tensor, means: torch.Tensor | None) -> torch.Tensor:
+    """The mean of each row of x [updates, parts], weighted by n; with means, x holds the unbiased variances about them."""
+    total = n.sum(dim=1)
+    mean = _weighted_mean(x if means is None else means, n, total)
+    if means is None:
+        return mean
+    squares = torch.where(n > 0, x * (n - 1).clamp(min=0) + n * (means - mean[:, None]).square(), 0.0).sum(dim=1)
+    return squares / (total - 1).clamp(min=1.0)
+
+
+def _weighted_mean(x: torch.Tensor, n: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return torch.where(n > 0, n * x, 0.0).sum(dim=1) / total.clamp(min=1.0)
