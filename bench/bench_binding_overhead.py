@@ -84,7 +84,9 @@ def _through_pybind11():
 
 
 def _operator(inputs):
-    return torch.ops.ppo_ext._gae.default(inputs["values"], inputs["rewards"], None, _GAMMA, _LAM)
+    return torch.ops.ppo_ext._gae.default(
+        inputs["values"], inputs["rewards"], None, None, None, None, _GAMMA, _LAM, _LAM, False
+    )
 
 
 def suite(device, full):

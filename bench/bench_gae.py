@@ -22,7 +22,10 @@ OPS = {
 }
 OPERATORS = {
     "gae": Operators(
-        lambda x: torch.ops.ppo_ext._gae.default(x["values"], x["rewards"], x["mask"], cases.GAMMA, cases.LAM), 2
+        lambda x: torch.ops.ppo_ext._gae.default(
+            x["values"], x["rewards"], x["mask"], None, None, None, cases.GAMMA, cases.LAM, cases.LAM, False
+        ),
+        2,
     )
 }
 SHAPES = (

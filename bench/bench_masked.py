@@ -25,10 +25,10 @@ OPS = {
 }
 OPERATORS = {
     "masked_whiten": Operators(
-        lambda x: torch.ops.ppo_ext._masked_whiten.default(x["advantages"], x["weights"], True),
+        lambda x: torch.ops.ppo_ext._masked_whiten.default(x["advantages"], x["weights"], 0, True, 1e-8),
         1,
         lambda x, out: torch.ops.ppo_ext._masked_whiten_backward.default(
-            x["incoming"], x["advantages"], x["weights"], out[1], True
+            x["incoming"], x["advantages"], x["weights"], out[1], 0, True, 1e-8
         ),
     )
 }

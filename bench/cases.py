@@ -35,6 +35,7 @@ LINEAR = {
     "cpu": ([(256, 768, GPT2)], [(256, 768, GPT2), (1024, 768, GPT2), (256, 256, LLAMA)]),
     "cuda": ([(8192, 2048, LLAMA)], [(8192, 2048, LLAMA), (8192, 4096, LLAMA), (1024, 768, GPT2)]),
 }
+MASKED_LINEAR = {"cpu": (1024, 768, GPT2), "cuda": (8192, 2048, GPT2)}  # of the full list, with rows that do not count
 # for the cost of a call before any arithmetic: [sequences, tokens], [rows, vocabulary], [rows, hidden size,
 # vocabulary], and the options of such a case
 TINY_TOKENS, TINY_LOGITS, TINY_LINEAR = (8, 128), (1, 8), (1, 8, 8)

@@ -12,9 +12,23 @@
 namespace ppo_ext {
 namespace {
 
+template <class A>
+void check_offsets(const GAEJob<A>& job) {
+  if (!job.offsets) return;
+  if (job.offsets[0] != 0) reject("gae", "cu_seqlens[0]", "be 0", job.offsets[0]);
+  for (int64_t b = 0; b < job.B; ++b)
+    if (job.offsets[b + 1] < job.offsets[b])
+      reject("gae", "cu_seqlens[" + std::to_string(b + 1) + "]", "not be less than the entry before it",
+             job.offsets[b + 1]);
+  if (job.offsets[job.B] != job.tokens)
+    reject("gae", "cu_seqlens[" + std::to_string(job.B) + "]", "be the number of tokens " + std::to_string(job.tokens),
+           job.offsets[job.B]);
+}
+
 struct OnCPU {
   template <class A>
   static void run(const GAEJob<A>& job, const Tensor&) {
+    check_offsets(job);
     const int64_t groups = (job.B + kSequencesOfGroup - 1) / kSequencesOfGroup;
     parallel_rows(groups, kSequencesOfGroup * job.T, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {

@@ -1,8 +1,8 @@
 // gae_cuda.cu
 // Computes  see gae.h
 // Bytes     17 per token in fp32: values, rewards, advantages, returns and the mask
-// Launch    one warp per sequence up to T = 512, else one block of 256 threads; 4 tokens a thread, tiles from the
-//           right; 16-byte accesses where T and the pointers allow them
+// Launch    one warp per sequence up to T = 512 (of packed ones the mean), else one block of 256 threads; 4 tokens a
+//           thread, tiles from the right; 16-byte accesses where T and the pointers allow them
 // Sums      runs of tokens as affine maps, composed from the right in an order that depends on T only
 // Limits    none
 
@@ -54,8 +54,8 @@ __device__ __forceinline__ void store_tokens(const A (&x)[kTokens], int present,
 
 // packed: every run of kTokens tokens is whole and starts at a multiple of 16 bytes, in all four arrays. It is an int, as
 // nvcc 13.0 needs more registers for a bool.
-template <int kThreads, class A>
-__global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int packed) {
+template <int kThreads, bool kDecoupled, class A>
+__global__ void __launch_bounds__(kBlock, 1) gae_kernel(const GAEJob<A> job, int packed) {
   constexpr int kGroups = kBlock / kThreads;
   constexpr int kTile = kThreads * kTokens;
   const int thread = thread_of_group<kThreads>();
@@ -65,10 +65,13 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int pa
   const auto compose = [](const GAEMap<A>& earlier, const GAEMap<A>& later) { return gae_compose(earlier, later); };
   for (int64_t b = int64_t(blockIdx.x) * kGroups + threadIdx.x / kThreads; b < job.B;
        b += int64_t(gridDim.x) * kGroups) {
-    A next_value = 0, advantage = 0;  // of the first counted token right of the tile
-    for (int64_t begin = (job.T - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
-      const int64_t t0 = begin + thread * kTokens, i0 = b * job.T + t0;
-      const int present = int(job.T - t0 < kTokens ? job.T - t0 : kTokens);
+    const int64_t start = job.start(b), length = job.length(b);
+    const A gamma_lam = job.gamma_lam_of(b);
+    // of the first counted token right of the tile
+    A next_value = job.bootstrap_of(b), advantage = 0, of_returns = 0;
+    for (int64_t begin = (length - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
+      const int64_t t0 = begin + thread * kTokens, i0 = start + t0;
+      const int present = int(length - t0 < kTokens ? length - t0 : kTokens);
       A value[kTokens], delta[kTokens], returns[kTokens];  // delta holds the reward until the next value is known
       load_tokens(job.values + i0, present, packed, value);
       load_tokens(job.rewards + i0, present, packed, delta);
@@ -82,23 +85,34 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int pa
       const Scan<NextValue<A>> values = scan_from_right<kThreads>(first, NextValue<A>{A(0), A(0)}, nearer);
 
       A after = values.after.found != A(0) ? values.after.value : next_value;
-      GAEMap<A> map{A(1), A(0)};
+      GAEMap<A> map{A(1), A(0)}, map_of_returns{A(1), A(0)};
 #pragma unroll
       for (int k = kTokens - 1; k >= 0; --k) {
         if (!(counted >> k & 1)) continue;
         delta[k] = gae_delta(delta[k], value[k], after, job.gamma);
         after = value[k];
-        map = gae_compose(GAEMap<A>{job.gamma_lam, delta[k]}, map);
+        map = gae_compose(GAEMap<A>{gamma_lam, delta[k]}, map);
+        if (kDecoupled) map_of_returns = gae_compose(GAEMap<A>{job.gamma_lam_returns, delta[k]}, map_of_returns);
       }
       const Scan<GAEMap<A>> maps = scan_from_right<kThreads>(map, GAEMap<A>{A(1), A(0)}, compose);
 
+      if (kDecoupled) {
+        const Scan<GAEMap<A>> of_tile = scan_from_right<kThreads>(map_of_returns, GAEMap<A>{A(1), A(0)}, compose);
+        A running = gae_step(of_tile.after.offset, of_returns, of_tile.after.scale);
+#pragma unroll
+        for (int k = kTokens - 1; k >= 0; --k) {
+          if (counted >> k & 1) running = gae_step(delta[k], running, job.gamma_lam_returns);
+          returns[k] = running;
+        }
+        of_returns = gae_step(of_tile.total.offset, of_returns, of_tile.total.scale);
+      }
       A running = gae_step(maps.after.offset, advantage, maps.after.scale);
 #pragma unroll
       for (int k = kTokens - 1; k >= 0; --k) {
         const bool counts = counted >> k & 1;
-        if (counts) running = gae_step(delta[k], running, job.gamma_lam);
+        if (counts) running = gae_step(delta[k], running, gamma_lam);
         delta[k] = counts ? running : A(0);
-        returns[k] = counts ? running + value[k] : A(0);
+        returns[k] = counts ? (kDecoupled ? returns[k] : running) + value[k] : A(0);
       }
       store_tokens(delta, present, packed, job.advantages + i0);
       store_tokens(returns, present, packed, job.returns + i0);
@@ -113,13 +127,19 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(const GAEJob<A> job, int pa
 struct OnCUDA {
   template <class A>
   static void run(const GAEJob<A>& job, const Tensor& like) {
+    job.decoupled ? run_kernel<true>(job, like) : run_kernel<false>(job, like);
+  }
+
+  template <bool kDecoupled, class A>
+  static void run_kernel(const GAEJob<A>& job, const Tensor& like) {
     const Launcher launch("gae", like);
-    const int packed = job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
+    const int packed = !job.offsets && job.T % kTokens == 0 && is_aligned(job.values) && is_aligned(job.rewards) &&
                        is_aligned(job.advantages) && is_aligned(job.returns);
     if (job.T <= kWarpPerSequence) {
-      launch(gae_kernel<kWarp, A>, job.T == 0 ? 0 : divide_up(job.B, kBlock / kWarp), kBlock, job, packed);
+      const int64_t blocks = job.tokens == 0 ? 0 : divide_up(job.B, kBlock / kWarp);
+      launch(gae_kernel<kWarp, kDecoupled, A>, blocks, kBlock, job, packed);
     } else {
-      launch(gae_kernel<kBlock, A>, job.B, kBlock, job, packed);
+      launch(gae_kernel<kBlock, kDecoupled, A>, job.B, kBlock, job, packed);
     }
   }
 };

@@ -8,10 +8,11 @@
 namespace ppo_ext {
 namespace {
 
-// What lies to the right: the value and the advantage of the next counted token.
+// What lies to the right: the value and the advantage of the next counted token, and the advantage with the lambda of the
+// returns, if that is another one.
 template <class V>
 struct Carry {
-  V next_value, advantage;
+  V next_value, advantage, of_returns;
 };
 
 template <class V>
@@ -19,24 +20,33 @@ struct Step {
   V advantage, returns;
 };
 
-// Computes one token, which `carry` holds afterwards.
+// gamma, and gamma times lambda, of one sequence or of several.
 template <class V>
-PPO_INLINE Step<V> step_of(V value, V reward, V gamma, V gamma_lam, Carry<V>& carry) {
-  const V advantage = gae_step(gae_delta(reward, value, carry.next_value, gamma), carry.advantage, gamma_lam);
-  carry = {value, advantage};
-  return {advantage, advantage + value};
+struct Decays {
+  V gamma, gamma_lam, of_returns;
+};
+
+// Computes one token, which `carry` holds afterwards.
+template <bool kDecoupled, class V>
+PPO_INLINE Step<V> step_of(V value, V reward, const Decays<V>& decays, Carry<V>& carry) {
+  const V delta = gae_delta(reward, value, carry.next_value, decays.gamma);
+  const V advantage = gae_step(delta, carry.advantage, decays.gamma_lam);
+  const V of_returns = kDecoupled ? gae_step(delta, carry.of_returns, decays.of_returns) : advantage;
+  carry = {value, advantage, of_returns};
+  return {advantage, of_returns + value};
 }
 
-// Tokens [0, end) of one sequence, right to left.
-template <class A>
+// The first `end` tokens of one sequence, right to left.
+template <bool kDecoupled, class A>
 PPO_INLINE void scan_tokens(const GAEJob<A>& job, int64_t sequence, int64_t end, Carry<A> carry) {
-  for (int64_t t = end - 1; t >= 0; --t) {
-    const int64_t i = sequence * job.T + t;
+  const Decays<A> decays{job.gamma, job.gamma_lam_of(sequence), job.gamma_lam_returns};
+  const int64_t first = job.start(sequence);
+  for (int64_t i = first + end - 1; i >= first; --i) {
     if (job.mask && !job.mask[i]) {
       job.advantages[i] = job.returns[i] = A(0);
       continue;
     }
-    const Step<A> step = step_of(job.values[i], job.rewards[i], job.gamma, job.gamma_lam, carry);
+    const Step<A> step = step_of<kDecoupled>(job.values[i], job.rewards[i], decays, carry);
     job.advantages[i] = step.advantage;
     job.returns[i] = step.returns;
   }
@@ -103,21 +113,22 @@ PPO_INLINE bool all_count(condition_of<A> bits) {
   return result;
 }
 
-template <bool kMasked, class A>
+template <bool kMasked, bool kDecoupled, class A>
 PPO_INLINE void scan_tile(const GAEJob<A>& job, const int64_t (&rows)[kLanesOf<A>], condition_of<A> bits,
-                          Carry<vector_of<A>>& carry) {
+                          const Decays<vector_of<A>>& decays, Carry<vector_of<A>>& carry) {
   using V = vector_of<A>;
-  const V gamma = Number<V>::of(job.gamma), gamma_lam = Number<V>::of(job.gamma_lam), zero = Number<V>::of(0);
+  const V zero = Number<V>::of(0);
   Tile<A> values, rewards;  // overwritten by the returns and the advantages
   values.load_rows(job.values, rows);
   rewards.load_rows(job.rewards, rows);
   for (int k = kLanesOf<A> - 1; k >= 0; --k) {
     const Carry<V> before = carry;
-    Step<V> step = step_of(values.x[k], rewards.x[k], gamma, gamma_lam, carry);
+    Step<V> step = step_of<kDecoupled>(values.x[k], rewards.x[k], decays, carry);
     if (kMasked) {
       const condition_of<A> counts = (bits >> k) & 1;
       step = {counts ? step.advantage : zero, counts ? step.returns : zero};
-      carry = {counts ? carry.next_value : before.next_value, counts ? carry.advantage : before.advantage};
+      carry = {counts ? carry.next_value : before.next_value, counts ? carry.advantage : before.advantage,
+               counts ? carry.of_returns : before.of_returns};
     }
     values.x[k] = step.returns;
     rewards.x[k] = step.advantage;
@@ -126,35 +137,55 @@ PPO_INLINE void scan_tile(const GAEJob<A>& job, const int64_t (&rows)[kLanesOf<A
   rewards.store_rows(job.advantages, rows);
 }
 
-// Up to kLanesOf<A> sequences, one in each lane; if they are fewer, the last one fills the other lanes too.
-template <class A>
+// Up to kLanesOf<A> sequences, one in each lane; if they are fewer, the last one fills the other lanes too. They end side
+// by side, so that those of different lengths share tiles until the shortest has none left.
+template <bool kDecoupled, class A>
 PPO_INLINE void scan_side_by_side(const GAEJob<A>& job, int64_t first, int count) {
   constexpr int kSize = kLanesOf<A>;
-  Carry<vector_of<A>> carry{};
-  int64_t t = job.T;
-  for (; t >= kSize; t -= kSize) {
-    int64_t rows[kSize];
-    for (int s = 0; s < kSize; ++s) rows[s] = (first + (s < count ? s : count - 1)) * job.T + t - kSize;
-    const condition_of<A> bits = job.mask ? mask_bits<A>(job.mask, rows) : condition_of<A>{};
-    !job.mask || all_count<A>(bits) ? scan_tile<false>(job, rows, bits, carry)
-                                    : scan_tile<true>(job, rows, bits, carry);
+  using V = vector_of<A>;
+  Carry<V> carry{};
+  Decays<V> decays{Number<V>::of(job.gamma), V{}, Number<V>::of(job.gamma_lam_returns)};
+  int64_t rows[kSize], left[kSize], shortest = job.length(first);
+  for (int s = 0; s < kSize; ++s) {
+    const int64_t b = first + (s < count ? s : count - 1);
+    left[s] = job.length(b);
+    rows[s] = job.start(b) + left[s];
+    shortest = left[s] < shortest ? left[s] : shortest;
+    carry.next_value[s] = job.bootstrap_of(b);
+    decays.gamma_lam[s] = job.gamma_lam_of(b);
   }
-  for (int s = 0; s < count; ++s) scan_tokens<A>(job, first + s, t, {carry.next_value[s], carry.advantage[s]});
+  const int64_t tiles = shortest / kSize;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int s = 0; s < kSize; ++s) rows[s] -= kSize;
+    const condition_of<A> bits = job.mask ? mask_bits<A>(job.mask, rows) : condition_of<A>{};
+    !job.mask || all_count<A>(bits) ? scan_tile<false, kDecoupled>(job, rows, bits, decays, carry)
+                                    : scan_tile<true, kDecoupled>(job, rows, bits, decays, carry);
+  }
+  for (int s = 0; s < count; ++s) {
+    const Carry<A> of_lane{carry.next_value[s], carry.advantage[s], carry.of_returns[s]};
+    scan_tokens<kDecoupled>(job, first + s, left[s] - tiles * kSize, of_lane);
+  }
 }
 
-template <class A>
+template <bool kDecoupled, class A>
 PPO_INLINE void scan_sequences(const GAEJob<A>& job, int64_t first, int count) {
   constexpr int kSize = kLanesOf<A>;
   for (; count > kSize / 4; first += kSize, count -= kSize)
-    scan_side_by_side(job, first, count < kSize ? count : kSize);
-  for (int s = 0; s < count; ++s) scan_tokens(job, first + s, job.T, Carry<A>{});
+    scan_side_by_side<kDecoupled>(job, first, count < kSize ? count : kSize);
+  for (int s = 0; s < count; ++s)
+    scan_tokens<kDecoupled>(job, first + s, job.length(first + s), Carry<A>{job.bootstrap_of(first + s), A(0), A(0)});
+}
+
+template <class A>
+PPO_INLINE void scan(const GAEJob<A>& job, int64_t first, int count) {
+  job.decoupled ? scan_sequences<true>(job, first, count) : scan_sequences<false>(job, first, count);
 }
 
 }  // namespace
 
 namespace PPO_LEVEL {
-void scan_group(const GAEJob<float>& job, int64_t first, int count) { scan_sequences(job, first, count); }
-void scan_group(const GAEJob<double>& job, int64_t first, int count) { scan_sequences(job, first, count); }
+void scan_group(const GAEJob<float>& job, int64_t first, int count) { scan(job, first, count); }
+void scan_group(const GAEJob<double>& job, int64_t first, int count) { scan(job, first, count); }
 }  // namespace PPO_LEVEL
 
 }  // namespace ppo_ext

@@ -1,5 +1,5 @@
 // kl_rewards.h
-// Computes  d = logprobs - ref_logprobs;  kls = d | |d| | d^2 / 2 | given
+// Computes  d = logprobs - ref_logprobs;  kls = d | |d| | d^2 / 2 | exp(-d) - 1 + d | given
 //           non_score_rewards = -kl_coef kls;  rewards = non_score_rewards + score at the last counted token of the row
 #pragma once
 
@@ -14,6 +14,7 @@ enum KLPenalty : int64_t {
   kAbs,
   kMSE,
   kFull,
+  kK3,
   kKLPenalties
 };  // the values of _PENALTIES in ppo_ext/ops/kl_rewards.py
 
@@ -33,6 +34,7 @@ template <class A>
 PPO_HD A token_kl(int64_t penalty, A logprob, A ref_logprob) {
   if (penalty == kFull) return logprob;
   const A d = logprob - ref_logprob;
+  if (penalty == kK3) return A(expm1(-d)) + d;
   if (penalty == kAbs) return d < A(0) ? -d : d;
   return penalty == kMSE ? A(0.5) * d * d : d;
 }

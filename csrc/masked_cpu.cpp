@@ -54,25 +54,26 @@ struct OnCPU {
   }
 
   template <class A>
-  static void whiten(const WeightedEntries<A>& in, bool shift_mean, A* whitened, A* moments, const Tensor&) {
+  static void whiten(const WeightedEntries<A>& in, const WhitenOptions& options, A* whitened, A* moments,
+                     const Tensor&) {
     const Moments m = moments_of_rows(in, 1)[0];
     for_each_chunk(1, in.count, [&](int64_t, int64_t first, int64_t count) {
-      PPO_AT_LEVEL(fill_whitened, chunk_of(in, first, count), m, shift_mean, whitened + first);
+      PPO_AT_LEVEL(fill_whitened, chunk_of(in, first, count), m, options, whitened + first);
     });
     write_moments(m, moments);
   }
 
   template <class A>
-  static void whiten_backward(const WeightedEntries<A>& in, const A* grad, const A* moments, bool shift_mean, A* out,
-                              const Tensor&) {
+  static void whiten_backward(const WeightedEntries<A>& in, const A* grad, const A* moments,
+                              const WhitenOptions& options, A* out, const Tensor&) {
     const Moments m = read_moments(moments);
     std::vector<GradSums> parts((in.count + kChunk - 1) / kChunk);
     for_each_chunk(1, in.count, [&](int64_t i, int64_t first, int64_t count) {
-      parts[i] = PPO_AT_LEVEL(grad_sums_of, chunk_of(in, first, count), grad + first, m.mean);
+      parts[i] = PPO_AT_LEVEL(grad_sums_of, chunk_of(in, first, count), grad + first, options.subtracted(m.mean));
     });
     GradSums sums{};
     for (const GradSums& part : parts) sums = grad_sums_merge(sums, part);
-    const WhitenGrad all = whiten_grad_of(m, sums, shift_mean);
+    const WhitenGrad all = whiten_grad_of(m, sums, options);
     for_each_chunk(1, in.count, [&](int64_t, int64_t first, int64_t count) {
       PPO_AT_LEVEL(fill_gradient, chunk_of(in, first, count), grad + first, all, out + first);
     });

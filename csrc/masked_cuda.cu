@@ -80,18 +80,18 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class A>
 __global__ void __launch_bounds__(kBlock)
-    whiten_kernel(const Entries<A> in, const Moments* parts, bool shift_mean, A* whitened, A* moments) {
+    whiten_kernel(const Entries<A> in, const Moments* parts, const WhitenOptions options, A* whitened, A* moments) {
   const Moments m = share_first<kBlock>(merge_parts(parts, in.parts));
   if (blockIdx.x == 0 && threadIdx.x == 0) write_moments(m, moments);
-  const double scale = whiten_scale(m);
+  const double scale = whiten_scale(m, options);
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock)
-    whitened[i] = in.weights[i] == A(0) ? A(0) : A(whiten_one(double(in.values[i]), m.mean, scale, shift_mean));
+    whitened[i] = in.weights[i] == A(0) ? A(0) : A(whiten_one(double(in.values[i]), m.mean, scale, options));
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock)
-    grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments, GradSums* parts) {
-  const double mean = read_moments(moments).mean;
+__global__ void __launch_bounds__(kBlock) grad_sums_kernel(const Entries<A> in, const A* grad, const A* moments,
+                                                           const WhitenOptions options, GradSums* parts) {
+  const double mean = options.subtracted(read_moments(moments).mean);
   GradSums sums{};
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
     if (in.weights[i] == A(0)) continue;
@@ -103,10 +103,11 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) whiten_backward_kernel(const Entries<A> in, const A* grad, const A* moments,
-                                                                 const GradSums* parts, bool shift_mean, A* out) {
+__global__ void __launch_bounds__(kBlock)
+    whiten_backward_kernel(const Entries<A> in, const A* grad, const A* moments, const GradSums* parts,
+                           const WhitenOptions options, A* out) {
   const GradSums sums = share_first<kBlock>(merge_parts(parts, in.parts));
-  const WhitenGrad all = whiten_grad_of(read_moments(moments), sums, shift_mean);
+  const WhitenGrad all = whiten_grad_of(read_moments(moments), sums, options);
   for (int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x; i < in.columns; i += int64_t(gridDim.x) * kBlock) {
     const A w = in.weights[i];
     out[i] = w == A(0) ? A(0) : A(whiten_grad(double(grad[i]), double(in.values[i]), double(w), all));
@@ -140,7 +141,7 @@ struct OnCUDA {
   }
 
   template <class A>
-  static void whiten(const WeightedEntries<A>& weighted, bool shift_mean, A* whitened, A* moments,
+  static void whiten(const WeightedEntries<A>& weighted, const WhitenOptions& options, A* whitened, A* moments,
                      const Tensor& values) {
     const Launcher launch("masked_whiten", values);
     const Entries<A> in = entries_of(weighted, weighted.count);
@@ -149,18 +150,18 @@ struct OnCUDA {
     launch(moments_kernel<A>, in.parts, kBlock, in, int64_t(1), partial, nullptr);
     // At least one block: the moments are written even if there are no entries.
     const int64_t blocks = std::max<int64_t>(1, writing_blocks(in.columns));
-    launch(whiten_kernel<A>, blocks, kBlock, in, partial, shift_mean, whitened, moments);
+    launch(whiten_kernel<A>, blocks, kBlock, in, partial, options, whitened, moments);
   }
 
   template <class A>
-  static void whiten_backward(const WeightedEntries<A>& weighted, const A* grad, const A* moments, bool shift_mean,
-                              A* out, const Tensor& values) {
+  static void whiten_backward(const WeightedEntries<A>& weighted, const A* grad, const A* moments,
+                              const WhitenOptions& options, A* out, const Tensor& values) {
     const Launcher launch("masked_whiten", values);
     const Entries<A> in = entries_of(weighted, weighted.count);
     const Tensor scratch = new_parts<GradSums>(values, in.parts);
     GradSums* const partial = pointer<GradSums>(scratch);
-    launch(grad_sums_kernel<A>, in.columns == 0 ? 0 : in.parts, kBlock, in, grad, moments, partial);
-    launch(whiten_backward_kernel<A>, writing_blocks(in.columns), kBlock, in, grad, moments, partial, shift_mean, out);
+    launch(grad_sums_kernel<A>, in.columns == 0 ? 0 : in.parts, kBlock, in, grad, moments, options, partial);
+    launch(whiten_backward_kernel<A>, writing_blocks(in.columns), kBlock, in, grad, moments, partial, options, out);
   }
 };
 

@@ -36,28 +36,37 @@ Tensor masked_moments(Tensor values, Tensor weights) {
   return moments;
 }
 
+inline WhitenOptions whiten_options(int64_t mode, bool unbiased, double eps) {
+  if (mode < 0 || mode >= kWhitenModes)
+    reject("masked_whiten", "mode", "be in [0, " + std::to_string(kWhitenModes) + ")", mode);
+  require_positive("masked_whiten", "eps", eps);
+  return {mode, unbiased, eps};
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor> masked_whiten(Tensor values, Tensor weights, bool shift_mean) {
+std::tuple<Tensor, Tensor> masked_whiten(Tensor values, Tensor weights, int64_t mode, bool unbiased, double eps) {
+  const WhitenOptions options = whiten_options(mode, unbiased, eps);
   check_weighted("masked_whiten", values, weights);
   Tensor whitened = new_dense_like(values), moments = new_tensor(values, {kSavedMoments}, values.scalar_type());
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    Backend::whiten(weighted_entries<A>(values, weights), shift_mean, pointer<A>(whitened), pointer<A>(moments),
-                    values);
+    Backend::whiten(weighted_entries<A>(values, weights), options, pointer<A>(whitened), pointer<A>(moments), values);
   });
   return {whitened, moments};
 }
 
 // `moments` are those that masked_whiten returned.
 template <class Backend>
-Tensor masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) {
+Tensor masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, int64_t mode, bool unbiased,
+                              double eps) {
+  const WhitenOptions options = whiten_options(mode, unbiased, eps);
   check_weighted("masked_whiten", values, weights);
   require_token_tensors_like("masked_whiten", values, {{"grad", grad}});
   require_entries("masked_whiten", "moments", moments, kSavedMoments, values, values.scalar_type());
   Tensor out = new_dense_like(values);
   dispatch_floats(values.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    Backend::whiten_backward(weighted_entries<A>(values, weights), pointer<A>(grad), pointer<A>(moments), shift_mean,
+    Backend::whiten_backward(weighted_entries<A>(values, weights), pointer<A>(grad), pointer<A>(moments), options,
                              pointer<A>(out), values);
   });
   return out;

@@ -50,11 +50,12 @@ PPO_INLINE void fill_entries(const WeightedEntries<A>& in, A* out, const F& f) {
 }
 
 template <class A>
-PPO_INLINE void fill_whitened_entries(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out) {
-  const double scale = whiten_scale(m);
+PPO_INLINE void fill_whitened_entries(const WeightedEntries<A>& in, const Moments& m, const WhitenOptions& options,
+                                      A* out) {
+  const double scale = whiten_scale(m, options);
   fill_entries(in, out, [&](int64_t i, int n, vector_of<A>) PPO_INLINE_LAMBDA {
     Wide<A> x = widen(load_some(in.values + i, n));
-    for (f64v& part : x.part) part = whiten_one(part, m.mean, scale, shift_mean);
+    for (f64v& part : x.part) part = whiten_one(part, m.mean, scale, options);
     return narrow(x);
   });
 }
@@ -87,16 +88,16 @@ PPO_INLINE void fill_gradient_entries(const WeightedEntries<A>& in, const A* gra
 
 }  // namespace
 
-#define PPO_DEFINE_FOR(A)                                                                          \
-  Moments moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                   \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out) {    \
-    fill_whitened_entries(in, m, shift_mean, out);                                                 \
-  }                                                                                                \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                \
-    return entry_grad_sums(in, grad, mean);                                                        \
-  }                                                                                                \
-  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) { \
-    fill_gradient_entries(in, grad, all, out);                                                     \
+#define PPO_DEFINE_FOR(A)                                                                                    \
+  Moments moments_of(const WeightedEntries<A>& in) { return entry_moments(in); }                             \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, const WhitenOptions& options, A* out) { \
+    fill_whitened_entries(in, m, options, out);                                                              \
+  }                                                                                                          \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean) {                          \
+    return entry_grad_sums(in, grad, mean);                                                                  \
+  }                                                                                                          \
+  void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out) {           \
+    fill_gradient_entries(in, grad, all, out);                                                               \
   }
 namespace PPO_LEVEL {
 PPO_DEFINE_FOR(float)

@@ -6,10 +6,10 @@
 
 namespace ppo_ext {
 
-#define PPO_DECLARE_FOR(A)                                                                     \
-  Moments moments_of(const WeightedEntries<A>& in);                                            \
-  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, bool shift_mean, A* out); \
-  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);             \
+#define PPO_DECLARE_FOR(A)                                                                                  \
+  Moments moments_of(const WeightedEntries<A>& in);                                                         \
+  void fill_whitened(const WeightedEntries<A>& in, const Moments& m, const WhitenOptions& options, A* out); \
+  GradSums grad_sums_of(const WeightedEntries<A>& in, const A* grad, double mean);                          \
   void fill_gradient(const WeightedEntries<A>& in, const A* grad, const WhitenGrad& all, A* out);
 #define PPO_DECLARE(level)                       \
   namespace level {                              \

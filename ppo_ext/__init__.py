@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 from .ops.check_labels import check_labels
 from .ops.full_kl import full_kl
-from .ops.gae import gae
+from .ops.gae import gae, length_adaptive_lam
 from .ops.kl_rewards import kl_rewards
 from .ops.linear_logprobs import linear_logprobs, linear_logprobs_and_entropy, linear_statistics
 from .ops.logprobs import logprobs, logprobs_and_entropy
 from .ops.masked import masked_mean, masked_var, masked_whiten
 from .ops.ppo_loss import ppo_loss
+from .ops.ppo_loss_from_hidden import ppo_loss_from_hidden
+from .ops.ppo_loss_from_logits import ppo_loss_from_logits
 from .ops.rollout_weights import rollout_weights
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ __all__ = [
     "full_kl",
     "gae",
     "kl_rewards",
+    "length_adaptive_lam",
     "linear_logprobs",
     "linear_logprobs_and_entropy",
     "linear_statistics",
@@ -59,6 +62,8 @@ __all__ = [
     "normalize_rewards",
     "patch_trl",
     "ppo_loss",
+    "ppo_loss_from_hidden",
+    "ppo_loss_from_logits",
     "reward_loss",
     "reward_scores",
     "rollout_weights",

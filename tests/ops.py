@@ -10,6 +10,7 @@ The tests import this module as `ops`, the benchmarks as `tests.ops`, so it must
 
 import collections.abc
 import dataclasses
+import pathlib
 
 import torch
 
@@ -74,6 +75,11 @@ MASK = Role("mask", _mask)  # nonzero where a token counts
 WEIGHTS = Role("weights", _mask)  # a mask that is broadcast and whose values are weights
 TOKENS = Role("one number a token", _floats)
 SCORES = Role("one number a sequence", _scores)
+BOOTSTRAP = Role("value after a sequence", _scores)
+LAM = Role("lambda")  # a number, or one for each sequence
+LAM_RETURNS = Role("lambda or None")
+CU_SEQLENS = Role("bounds of packed sequences, or None")
+MODE = Role("mode of whitening, or None")
 TEMPERATURE = Role("temperature")  # a number, or one for each token
 POSITIVE = Role("positive number")
 SOFTCAP = Role("positive number or None")
@@ -313,6 +319,22 @@ _PPO_MODES = {
     "row parts": Mode({"aggregation": "seq_mean_token_mean", "denominator": 3.0}, ("row_counts",), by_row=True),
 }
 _VALUES = {"values": TOKENS, "mask": WEIGHTS}
+_OF_ROLLOUT = dict.fromkeys(("old_logprobs", "advantages", "vpreds", "values", "returns"), TOKENS)
+_LOSS = {"cliprange": NOT_NEGATIVE, "cliprange_value": NOT_NEGATIVE, "vf_coef": FINITE, "ratio_threshold": THRESHOLD}
+# from the logits: few choices that multiply a rounding error of theirs
+_WHOLE_LOSS = {
+    "results": {"loss": NUMBER, "stats": STATS},
+    "scope": BATCH,
+    "variants": {"with a bonus": {"entropy_coef": 0.1, "temperature": 0.7, "ratio_threshold": 1e30}},
+}
+_WHOLE_LOSS_CHOICES = {
+    "temperature": (0.25, 1.0, 1.7),
+    "cliprange": (0.2, 0.5),
+    "cliprange_value": (0.0, 0.2, LARGEST),
+    "vf_coef": (0.1, -1.0, 0.0),
+    "ratio_threshold": (-1.0, LARGEST, float("inf")),
+    "entropy_coef": (0.0, 0.1, -1.0),
+}
 
 _LIST = (
     Op("logprobs", "logprobs", _LOGITS_AND_LABELS, {"logprobs": PER_TOKEN}, **_FROM_LOGITS),
@@ -367,20 +389,34 @@ _LIST = (
         scope=SEQUENCE,
         rank=2,
         required={"kl_coef": 0.2},
-        choices={"kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST), "kl_penalty": ("kl", "abs", "mse", "full")},
+        choices={
+            "kl_coef": (0.2, -1.0, 0.0, 1e-38, LARGEST, -LARGEST),
+            "kl_penalty": ("kl", "abs", "mse", "k3", "full"),
+        },
         only_with={"kls": ("kl_penalty", "full")},
     ),
     Op(
         "gae",
         "gae",
-        {"values": TOKENS, "rewards": TOKENS, "mask": MASK, "gamma": FINITE, "lam": FINITE},
+        {
+            "values": TOKENS,
+            "rewards": TOKENS,
+            "mask": MASK,
+            "gamma": FINITE,
+            "lam": LAM,
+            "lam_returns": LAM_RETURNS,
+            "bootstrap": BOOTSTRAP,
+            "cu_seqlens": CU_SEQLENS,
+        },
         {"advantages": PER_TOKEN, "returns": PER_TOKEN},
         scope=SEQUENCE,
         rank=2,
         choices={
             "gamma": (0.0, 0.97, 1.0, -1.0, 4.0),  # a tiny one times itself is 0, and 0 * inf NaN
             "lam": (0.0, 0.9, 1.0, -1.0, 4.0),
+            "lam_returns": (None, 0.0, 0.9, 1.0),
         },
+        variants={"two lambdas": {"lam_returns": 1.0, "lam": 0.9}},
     ),
     Op(
         "masked_mean",
@@ -404,22 +440,19 @@ _LIST = (
     Op(
         "masked_whiten",
         "masked",
-        {**_VALUES, "shift_mean": FLAG, "group": GROUP},
+        {**_VALUES, "shift_mean": FLAG, "mode": MODE, "unbiased": FLAG, "eps": POSITIVE, "group": GROUP},
         {"whitened": PER_TOKEN},
         scope=BATCH,
         differentiable=("values",),
-        choices={"shift_mean": (True, False)},
+        choices={"mode": (None, "center", "keep_mean", "scale"), "unbiased": (True, False), "eps": (1e-8, 0.5)},
+        variants={"scale": {"mode": "scale", "unbiased": False}},
     ),
     Op(
         "ppo_loss",
         "ppo_loss",
         {
             "logprobs": TOKENS,
-            "old_logprobs": TOKENS,
-            "advantages": TOKENS,
-            "vpreds": TOKENS,
-            "values": TOKENS,
-            "returns": TOKENS,
+            **_OF_ROLLOUT,
             "mask": MASK,
             "cliprange": CLIPRANGE,
             "cliprange_value": NOT_NEGATIVE_OR_NONE,
@@ -476,13 +509,63 @@ _LIST = (
         },
         coarse=("old_logprobs", "rollout_logprobs"),
     ),
+    Op(
+        "ppo_loss_from_logits",
+        "ppo_loss_from_logits",
+        {
+            "logits": LOGITS,
+            "labels": LABELS,
+            **_OF_ROLLOUT,
+            "mask": MASK,
+            "temperature": TEMPERATURE,
+            **_LOSS,
+            "entropy_coef": FINITE,
+            "inplace_forward": FLAG,
+            "inplace_backward": FLAG,
+            "validate": FLAG,
+        },
+        differentiable=("logits", "vpreds"),
+        choices=_WHOLE_LOSS_CHOICES,
+        **_WHOLE_LOSS,
+    ),
+    Op(
+        "ppo_loss_from_hidden",
+        "ppo_loss_from_hidden",
+        {
+            "hidden": HIDDEN,
+            "weight": HEAD,
+            "labels": LABELS,
+            **_OF_ROLLOUT,
+            "mask": MASK,
+            "bias": BIAS,
+            "temperature": TEMPERATURE,
+            "logit_scale": POSITIVE,
+            "softcap": SOFTCAP,
+            **_LOSS,
+            "entropy_coef": FINITE,
+            "validate": FLAG,
+        },
+        differentiable=("hidden", "weight", "bias", "vpreds"),
+        choices=_WHOLE_LOSS_CHOICES | {"logit_scale": (1.0, 0.25), "softcap": (None, 3.0)},
+        **_WHOLE_LOSS,
+    ),
 )
 
 OPS = {op.name: op for op in _LIST}
 # The names of the tensors that do not have the tokens' dimensions.
 OF_HEAD = {name for op in _LIST for name, role in op.arguments.items() if role in (HEAD, BIAS)}
 STEMS = tuple(dict.fromkeys(op.stem for op in _LIST))
-OP_TESTS = (*(f"test_{stem}.py" for stem in STEMS), "test_ppo_loss_options.py")
+# Stems without kernels of their own: Python joins the operators of other stems.
+JOINED = {"ppo_loss_from_logits", "ppo_loss_from_hidden"}
+# The tests of one stem may be in several files, test_<stem>.py and test_<stem>_<theme>.py.
+OP_TESTS = tuple(
+    dict.fromkeys(
+        path.name
+        for stem in STEMS
+        for pattern in (f"test_{stem}.py", f"test_{stem}_*.py")
+        for path in sorted(pathlib.Path(__file__).parent.glob(pattern))
+    )
+)
 
 
 def of_stem(stem):

@@ -8,10 +8,12 @@ from cases import FLOATS
 from hypothesis import strategies as st
 from ops import (
     BIAS,
+    BOOTSTRAP,
     HEAD,
     HIDDEN,
     HIDDEN_SIZE,
     LABELS,
+    LAM,
     LOGITS,
     MASK,
     REF_LOGITS,
@@ -148,9 +150,11 @@ def arguments(op, case, device="cpu", draw=numbers, by_row=True):
             mask = torch.rand(shape, generator=generator) < case.density
             weights = 0.25 * torch.randint(1, 9, shape, generator=generator) if role is WEIGHTS else 1
             made[name] = mask.to(case.mask) * weights if case.mask == torch.float32 else mask.to(case.mask)
+        elif role is LAM and _pick(generator, True, False):
+            made[name] = torch.rand(shape[:1], generator=generator)
         elif role is ROW_COUNTS:
             made[name] = torch.randint(case.tokens, case.tokens + 5, shape[:1], generator=generator)
-        elif role is SCORES:
+        elif role in (SCORES, BOOTSTRAP):
             made[name] = draw(shape[:1], case, generator)
         elif role is TOKENS:
             step = {"step": 0.125} if name in op.coarse and draw is numbers else {}

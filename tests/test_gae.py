@@ -129,7 +129,11 @@ def test_detaches(device):
 def test_opcheck(device):
     inputs = token_inputs((4, 9), device)
     for mask in (None, inputs["mask"].bool()):
-        torch.library.opcheck(torch.ops.ppo_ext._gae.default, (inputs["values"], inputs["rewards"], mask, 0.9, 0.8))
+        tensors = (inputs["values"], inputs["rewards"], mask)
+        numbers = (0.9, 0.8, 1.0)
+        torch.library.opcheck(torch.ops.ppo_ext._gae.default, (*tensors, None, None, None, *numbers, False))
+        lams = torch.rand(4, device=device)
+        torch.library.opcheck(torch.ops.ppo_ext._gae.default, (*tensors, lams, lams, None, *numbers, True))
 
 
 def test_compiles_into_one_graph(device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import valid_arguments
 from conftest import assert_same_bits
-from ops import OPS, of_stem
+from ops import JOINED, OPS, of_stem
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -23,7 +23,7 @@ without_gradients = each([op for op in OPS.values() if not op.differentiable])
 # The masked ops are autograd functions even where no gradient is asked for, so torch refuses forward mode itself.
 CHECKED_FOR_TANGENTS = [op for op in OPS.values() if op.differentiable and op not in of_stem("masked")]
 # torch has no vmap for autograd functions, nor for operators that write to an argument, as _logprobs to its label note.
-WITHOUT_VMAP = [*of_stem("masked"), *of_stem("logprobs"), *of_stem("linear_logprobs")]
+WITHOUT_VMAP = [op for stem in ("masked", "logprobs", "linear_logprobs", *JOINED) for op in of_stem(stem)]
 
 
 def call(op, arguments):

@@ -137,7 +137,7 @@ BY_ROLE[ops.HIDDEN] += (
     ("H = 0", lambda x: x[..., :0], ValueError, "have the shape [..., H] with H >= 1, got [2, 3, 0]"),
 )
 BY_ROLE[ops.WEIGHTS] = BY_ROLE[ops.MASK]
-BY_ROLE[ops.SCORES] = BY_ROLE[ops.TOKENS]
+BY_ROLE[ops.SCORES] = BY_ROLE[ops.BOOTSTRAP] = BY_ROLE[ops.TOKENS]
 BY_ROLE[ops.ROW_COUNTS] = NO_TENSORS + MASK_DTYPES[4:6] + dtypes("be int or float, got ", COMPLEX) + SAME_NUMBERS
 
 
@@ -146,6 +146,11 @@ def mask_of(op):
     if ops.LABELS in op.arguments.values():
         return "labels"
     return f"{op.first} without its last dimension" if op.on_logits else op.first
+
+
+def tokens_of(op):
+    """What the error says that tensors of one number a token are compared with."""
+    return "labels" if op.has_vocabulary else op.first
 
 
 def shape_condition(op, argument, x):
@@ -160,6 +165,8 @@ def shape_condition(op, argument, x):
         ops.BIAS: "weight's first dimension",
         ops.MASK: mask_of(op),
         ops.SCORES: f"the first dimension of {op.first}",
+        ops.BOOTSTRAP: f"the first dimension of {op.first}",
+        ops.TOKENS: tokens_of(op),
         ops.ROW_COUNTS: f"the rows of {op.first}",
     }
     return f"have the shape {whole} of {of.get(role, op.first)}, got "
@@ -297,8 +304,26 @@ SCALARS = {
     ),
     ops.THRESHOLD: NOT_NUMBERS + (("be a number", ValueError, NAN, NAN),),
     ops.FLAG: NOT_FLAGS,
+    ops.LAM: tuple(row for row in NOT_NUMBERS if not is_pair(row[2])) + NOT_FINITE + TOO_LARGE,
+    ops.LAM_RETURNS: tuple(row for row in NOT_NUMBERS if row[2] is not None) + NOT_FINITE + TOO_LARGE,
+    ops.CU_SEQLENS: tuple(
+        ("be a torch.Tensor", TypeError, value, type(value).__name__) for value in (0, [0, 6], "0", True)
+    )
+    + (
+        ("be int64 or int32", TypeError, torch.zeros(3), "torch.float32"),
+        ("have the shape [B + 1]", ValueError, torch.zeros((), dtype=torch.int64), "[]"),
+        ("have the shape [B + 1]", ValueError, torch.zeros(0, dtype=torch.int64), "[0]"),
+        ("be on the device cpu of values", ValueError, torch.zeros(3, dtype=torch.int64, device="meta"), "meta"),
+    ),
+    ops.MODE: tuple(("be None or a str", TypeError, value, type(value).__name__) for value in (1, True, ["center"]))
+    + tuple(
+        ("be one of 'center', 'keep_mean', 'scale'", ValueError, value, repr(value)) for value in ("", "Center", "mean")
+    ),
     ops.PENALTY: tuple(("be a str", TypeError, value, type(value).__name__) for value in (None, 1, True, ["kl"]))
-    + tuple(("be one of 'kl', 'abs', 'mse', 'full'", ValueError, value, repr(value)) for value in ("", "KL", "kl ")),
+    + tuple(
+        ("be one of 'kl', 'abs', 'mse', 'full', 'k3', 'low_var_kl'", ValueError, value, repr(value))
+        for value in ("", "KL", "kl ")
+    ),
     ops.GROUP: tuple(
         ("be None or a torch.distributed.ProcessGroup with this process", TypeError, value, type(value).__name__)
         for value in (0, -100, True, "gloo", [0, 1])
@@ -426,6 +451,8 @@ def test_another_device(op, argument):
         getattr(ppo_ext, op)(**arguments)
     if OPS[op].arguments[argument] is ops.MASK:
         of = mask_of(OPS[op])
+    if OPS[op].arguments[argument] is ops.TOKENS:
+        of = tokens_of(OPS[op])
     assert str(error.value) == f"{op}: {argument} must be on the device cpu of {of}, got meta"
 
 

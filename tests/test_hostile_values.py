@@ -487,7 +487,7 @@ DIFFERENTIABLE = [op for op in OPS.values() if op.differentiable]
 def test_garbage_in_incoming_gradients(device, op, garbage):
     """The gradients of masked tokens are 0 for any incoming gradient: with garbage at masked tokens, or of an infinite
     loss."""
-    arguments = valid_arguments(op, device=device)
+    arguments = valid_arguments(op, device=device) | ({"cliprange": BIG} if "cliprange" in op.arguments else {})
     mask = arguments["mask"] = torch.tensor([[1, 0, 1], [0, 0, 1]], device=device)
     clean = torch.ones((2, 3) if op.per_token else (), device=device)
     spoilt = clean.masked_fill(mask == 0, garbage) if op.per_token else clean * garbage
@@ -515,7 +515,8 @@ def test_incoming_gradients_of_any_strides(op):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("label", (-100, -1, 7, 14, 2**40, 2**63 - 1, -(2**63)))
 def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
-    arguments = valid_arguments(op, dtype=dtype) | {"mask": torch.ones(2, 3)}
+    arguments = valid_arguments(op, dtype=dtype) | ({"cliprange": BIG} if "cliprange" in op.arguments else {})
+    arguments["mask"] = torch.ones(2, 3)
     arguments["labels"][1, 2] = label
     with pytest.raises(ValueError) as error:
         op.run(arguments)
@@ -526,7 +527,7 @@ def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
     arguments["labels"][1, 2] = 3
     for name, result in op.run(arguments).items():
         assert_same_bits(name, masked[name], result)
-        if name.removeprefix("grad_") not in OF_HEAD:
+        if name.removeprefix("grad_") not in OF_HEAD and result.shape[:2] == (2, 3):
             assert (result[1, 2] == 0).all() and ((result[:, 0] != 0).any() or name == "is_top1"), name
 
 

@@ -125,7 +125,7 @@ def test_rejects_bad_arguments(device):
         ),
         (
             ValueError,
-            "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got 'k9'",
+            "kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', 'k3', 'low_var_kl', got 'k9'",
             (scores, x, x, x),
             {"kl_penalty": "k9"},
         ),
@@ -168,3 +168,13 @@ def test_equals_trl(kl_penalty, op):
     counts = inputs["mask"] == 1
     for name, a, b in zip(NAMES, run(inputs, kl_penalty, op), theirs):
         torch.testing.assert_close(a[counts], b[counts], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kl_penalty", ("k3", "low_var_kl"))
+@pytest.mark.parametrize("library", (ppo_ext, reference), ids=("ppo_ext", "reference"))
+def test_numbers_of_k3(library, kl_penalty):
+    d = torch.tensor([[0.1, 0.3, -0.5], [0.2, -0.2, 2.3]])
+    arguments = (torch.zeros(2), d - 1.0, torch.full_like(d, -1.0), torch.ones(2, 3))
+    kls = library.kl_rewards(*arguments, kl_coef=0.5, kl_penalty=kl_penalty)[2]
+    expected = torch.tensor([[0.004837, 0.040818, 0.148721], [0.018731, 0.021403, 1.400259]])
+    torch.testing.assert_close(kls, expected, rtol=0, atol=1e-6)

@@ -18,7 +18,10 @@ OPS = {
     "var": (ppo_ext.masked_var, reference.masked_var, {}),
     "biased var": (ppo_ext.masked_var, reference.masked_var, {"unbiased": False}),
     "whiten": (ppo_ext.masked_whiten, reference.masked_whiten, {}),
-    "scale": (ppo_ext.masked_whiten, reference.masked_whiten, {"shift_mean": False}),
+    "keep mean": (ppo_ext.masked_whiten, reference.masked_whiten, {"shift_mean": False}),
+    "scale": (ppo_ext.masked_whiten, reference.masked_whiten, {"mode": "scale"}),
+    "scale, biased": (ppo_ext.masked_whiten, reference.masked_whiten, {"mode": "scale", "unbiased": False, "eps": 0.1}),
+    "biased": (ppo_ext.masked_whiten, reference.masked_whiten, {"unbiased": False, "eps": 1e-5}),
 }
 
 
@@ -132,16 +135,17 @@ def test_opcheck(device):
     values, weights = torch.randn(4, 9, device=device), (torch.rand(4, 9, device=device) > 0.4).float()
     ops = torch.ops.ppo_ext
     torch.library.opcheck(ops._masked_moments.default, (values, weights))
-    for shift_mean in (True, False):
-        torch.library.opcheck(ops._masked_whiten.default, (values, weights, shift_mean))
-        whitened, moments = ops._masked_whiten(values, weights, shift_mean)
-        torch.library.opcheck(ops._masked_whiten_backward.default, (whitened, values, weights, moments, shift_mean))
+    for options in ((0, True, 1e-8), (1, True, 1e-8), (2, False, 1e-5)):
+        torch.library.opcheck(ops._masked_whiten.default, (values, weights, *options))
+        whitened, moments = ops._masked_whiten(values, weights, *options)
+        torch.library.opcheck(ops._masked_whiten_backward.default, (whitened, values, weights, moments, *options))
 
 
 @each_op
 def test_compiles_into_one_graph(device, name):
     op, _, options = OPS[name]
     values, mask = torch.randn(4, 9, device=device), torch.rand(4, 9, device=device) > 0.4
+    torch.compiler.reset()
     compiled = torch.compile(lambda x: op(x, mask, **options), fullgraph=True, backend="aot_eager")
     assert_same_bits(name, compiled(values), op(values, mask, **options))
 
@@ -179,3 +183,38 @@ def test_equals_trl(dtype):
                 module.masked_whiten(values, mask, shift_mean)[counts],
                 core.masked_whiten(values, mask, shift_mean)[counts],
             )
+
+
+@pytest.mark.parametrize("library", (ppo_ext, reference), ids=("ppo_ext", "reference"))
+@pytest.mark.parametrize(
+    "options, expected",
+    (
+        ({}, (-1.070935, -0.773453, -0.178489, 0.713957, 1.308921)),
+        ({"mode": "center"}, (-1.070935, -0.773453, -0.178489, 0.713957, 1.308921)),
+        ({"mode": "keep_mean"}, (3.529065, 3.826547, 4.421511, 5.313957, 5.908921)),
+        ({"shift_mean": False}, (3.529065, 3.826547, 4.421511, 5.313957, 5.908921)),
+        # 1, 2, 4, 7, 9 over the root of 11.3, and their distances from 4.6 over that of 9.04
+        ({"mode": "scale"}, (0.297482, 0.594964, 1.189929, 2.082375, 2.677340)),
+        ({"unbiased": False}, (-1.197342, -0.864747, -0.199557, 0.798228, 1.463418)),
+        ({"unbiased": False, "eps": 2.26}, (-1.070935, -0.773453, -0.178489, 0.713957, 1.308921)),
+    ),
+    ids=str,
+)
+def test_numbers_of_whitening(library, options, expected):
+    values, mask = torch.tensor([[1.0, 2, 4], [7, 9, math.nan]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    found = library.masked_whiten(values, mask, **options)
+    torch.testing.assert_close(found.flatten(), torch.tensor([*expected, 0.0]), rtol=0, atol=2e-6)
+
+
+def test_one_token_is_scaled_by_the_root_of_eps(device):
+    values, mask = torch.tensor([3.0, 5.0], device=device), torch.tensor([1, 0], device=device)
+    for unbiased in (True, False):
+        found = ppo_ext.masked_whiten(values, mask, mode="scale", unbiased=unbiased, eps=0.25)
+        assert found.tolist() == [6.0, 0.0]
+
+
+def test_a_mode_that_contradicts_shift_mean():
+    with pytest.raises(
+        ValueError, match=r"^masked_whiten: mode must be 'keep_mean' or None if shift_mean is False, got"
+    ):
+        ppo_ext.masked_whiten(torch.zeros(2), torch.ones(2), False, mode="scale")

@@ -53,8 +53,10 @@ def test_modules_can_be_imported_again():
 
 
 def test_an_operator_is_defined_once():
-    schema = "_gae(Tensor values, Tensor rewards, Tensor? mask, float gamma, float lam)"
-    operator, name = _native.define(f"{schema} -> (Tensor advantages, Tensor returns)")
-    assert operator is torch.ops.ppo_ext._gae.default and name == "ppo_ext::_gae"
-    with pytest.raises(RuntimeError, match=r"^ppo_ext: _gae must keep its schema .*, got another; restart Python$"):
-        _native.define(f"{schema} -> Tensor")
+    schema = "_masked_moments(Tensor values, Tensor weights)"
+    operator, name = _native.define(f"{schema} -> Tensor")
+    assert operator is torch.ops.ppo_ext._masked_moments.default and name == "ppo_ext::_masked_moments"
+    with pytest.raises(
+        RuntimeError, match=r"^ppo_ext: _masked_moments must keep its schema .*, got another; restart Python$"
+    ):
+        _native.define(f"{schema} -> (Tensor, Tensor)")

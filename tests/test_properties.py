@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_same_bits, assert_same_bits_for_any_threads, assert_within_torch_error
 from hypothesis import given, settings
-from ops import AXIS, BATCH, OF_HEAD, OPS, SEQUENCE, TOKEN
+from ops import AXIS, BATCH, OF_HEAD, OPS, SEQUENCE, STATS, TOKEN
 from property_inputs import KINDS, arguments, cases, quarters
 
 from ppo_ext.ops import reference
@@ -105,6 +105,8 @@ def assert_near(name, ours, torchs, exact, scale=0.0):
 def without_undefined_gradients(op, inputs, results):
     """The results with 0 for gradients that nothing defines: of rows whose result is not finite, and of tokens with an
     input that is not."""
+    if STATS in op.results.values() and op.has_vocabulary:
+        return results | defined_gradients_of_whole_loss(op, inputs, results)
     if op.on_logits:
         values = [x.isfinite() for name, x in results.items() if not name.startswith("grad_")]
         defined = torch.stack(values).all(0)[..., None]
@@ -126,8 +128,39 @@ def without_undefined_gradients(op, inputs, results):
     return results | {name: x.masked_fill(~defined, 0) for name, x in gradients(results).items()}
 
 
+def defined_gradients_of_whole_loss(op, inputs, results):
+    """The same for the gradients of a loss from logits or hidden states: one row that is not finite spoils a head."""
+    counts = inputs["mask"] != 0
+    tokens = [x for x in (results["policy/ratio"], *inputs.values()) if is_of_tokens(x, counts)]
+    defined = torch.stack([x.isfinite() for x in tokens]).all(0) & results["policy/entropy"].isfinite()
+    found = {}
+    for name, x in gradients(results).items():
+        kept = defined if name == "grad_vpreds" else defined[..., None] if op.on_logits else defined[counts].all()
+        found[name] = x.masked_fill(~kept, 0)
+    return found
+
+
+def is_of_tokens(x, like):
+    return isinstance(x, torch.Tensor) and x.shape == like.shape
+
+
+def scale_of_whole_loss(op, inputs, exact):
+    """The rounding error of a log-probability is that of the largest logit, and grows with the ratio."""
+    logit = (
+        largest_logit(inputs)
+        if op.on_hidden
+        else max(1.0, largest(inputs["logits"] / per_logit(inputs["temperature"])))
+    )
+    head = max(1.0, largest(inputs["weight"]), largest(inputs["hidden"])) if op.on_hidden else 1.0
+    ratio = max(1.0, largest(exact["policy/ratio"])) * max(1.0, largest(inputs["advantages"]))
+    values = max(1.0, *(largest(inputs[name]) for name in ("vpreds", "values", "returns")))
+    return head * logit * max(logit, ratio) + values**2
+
+
 def scale_of(op, name, inputs, grads, exact):
     """The size of the terms whose sum or difference a result is, where it may be much smaller itself."""
+    if STATS in op.results.values() and op.has_vocabulary:
+        return scale_of_whole_loss(op, inputs, exact)
     if name.startswith("grad_"):
         return scale_of_gradients(op, inputs, grads, exact)
     if op.on_hidden:
@@ -175,8 +208,8 @@ def scale_of_gradients(op, inputs, grads, exact):
         of_logits = largest(sum(sizes) * inputs["logit_scale"] / inputs["temperature"]) * largest_logit(inputs)
         return of_logits * max(1.0, largest(inputs["weight"]), largest(inputs["hidden"]) * grads["logprobs"].numel())
     elif op.name == "masked_whiten":
-        variance = reference.masked_var(inputs["values"].double(), inputs["mask"])
-        terms = grads["whitened"] * torch.rsqrt(variance + reference.WHITEN_EPS)
+        variance = reference.masked_var(inputs["values"].double(), inputs["mask"], inputs["unbiased"])
+        terms = grads["whitened"] * torch.rsqrt(variance + inputs["eps"])
     elif op.name == "masked_var":
         weights = inputs["mask"].double()
         terms = torch.where(weights != 0, inputs["values"].double(), 0.0) * weights / weights.sum()
@@ -389,7 +422,7 @@ def test_padded_sequences_are_sequences_alone(op, case, device):
     """Padding to the left and right of one block of tokens that count. Sums of quarters with gamma = lam = 1 are exact,
     so the bits are the same."""
     inputs, _ = arguments(op, case, device, quarters)
-    inputs = inputs | {"gamma": 1.0, "lam": 1.0} if op.name == "gae" else inputs
+    inputs = inputs | {"gamma": 1.0, "lam": 1.0, "lam_returns": None} if op.name == "gae" else inputs
     start = torch.randint(case.tokens + 1, (case.sequences, 1), generator=case.generator()).to(device)
     position = torch.arange(case.tokens, device=device)
     inputs["mask"] = ((position >= start) & (position < start + case.tokens // 2)).to(case.mask)

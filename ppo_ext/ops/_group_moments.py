@@ -16,8 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._groups import gather
-from .reference import WHITEN_EPS
 
+Options = tuple[str, bool, float]  # mode, unbiased and eps of masked_whiten
 Moments = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [R, C] and [R, C] -> [R, 3]
 
 
@@ -60,15 +60,16 @@ def mean_of_rows(rows: torch.Tensor, weights: torch.Tensor, moments: Moments, gr
 class _Whiten(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, weights: torch.Tensor, shift_mean: bool, moments: Moments, group: Any
+        ctx: Any, values: torch.Tensor, weights: torch.Tensor, options: Options, moments: Moments, group: Any
     ) -> torch.Tensor:
         row, row_weights = values.reshape(1, -1).double(), weights.reshape(1, -1).double()
         total, mean, var = merge(gather(moments(row, row_weights), group))
-        scale = torch.rsqrt(unbiased(total, var) + WHITEN_EPS)
+        mode, is_unbiased, eps = options
+        scale = torch.rsqrt((unbiased(total, var) if is_unbiased else var) + eps)
         ctx.save_for_backward(values, weights, total, mean, scale)
-        ctx.shift_mean, ctx.group = shift_mean, group
-        whitened = (values.double() - mean) * scale
-        whitened = whitened if shift_mean else whitened + mean
+        ctx.mode, ctx.unbiased, ctx.group = mode, is_unbiased, group
+        whitened = (values.double() if mode == "scale" else values.double() - mean) * scale
+        whitened = whitened + mean if mode == "keep_mean" else whitened
         return torch.where(weights != 0, whitened, 0.0).to(values.dtype)
 
     @staticmethod
@@ -78,17 +79,20 @@ class _Whiten(torch.autograd.Function):
         counts, weights = weights != 0, weights.double()
         grad = torch.where(counts, grad.double(), 0.0)
         shifted = torch.where(counts, values.double() - mean, 0.0)
-        own = torch.stack([grad.sum(), (grad * shifted).sum()])
+        scaled = torch.where(counts, values.double(), 0.0) if ctx.mode == "scale" else shifted
+        own = torch.stack([grad.sum(), (grad * scaled).sum()])
         through_mean, through_var = gather(own, ctx.group).sum(0).unbind()
         n = torch.where(total > 0, total, 1.0)
-        degrees = torch.where(total <= 1, torch.inf, total - 1)  # of freedom; of a constant variance without end
+        degrees = total - 1 if ctx.unbiased else total
+        degrees = torch.where(degrees <= 0, torch.inf, degrees)  # of freedom; of a constant variance without end
         of_mean = weights / n * through_mean
-        grad_values = scale * (grad - of_mean - weights * shifted * scale.square() / degrees * through_var)
-        if not ctx.shift_mean:
+        through_shift = 0.0 if ctx.mode == "scale" else of_mean
+        grad_values = scale * (grad - through_shift - weights * shifted * scale.square() / degrees * through_var)
+        if ctx.mode == "keep_mean":
             grad_values = grad_values + of_mean
         return torch.where(counts, grad_values, 0.0).to(values.dtype), None, None, None, None
 
 
-def whiten(values: torch.Tensor, weights: torch.Tensor, shift_mean: bool, moments: Moments, group: Any) -> torch.Tensor:
+def whiten(values: torch.Tensor, weights: torch.Tensor, options: Options, moments: Moments, group: Any) -> torch.Tensor:
     """`masked_whiten` over the tokens of all processes; values and weights may have other shapes on each."""
-    return _Whiten.apply(values, weights, shift_mean, moments, group)
+    return _Whiten.apply(values, weights, options, moments, group)

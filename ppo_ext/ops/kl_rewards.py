@@ -4,7 +4,7 @@ import torch
 
 from . import _native, check, reference
 
-_PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3}  # KLPenalty in csrc/kl_rewards.h
+_PENALTIES = {"kl": 0, "abs": 1, "mse": 2, "full": 3, "k3": 4, "low_var_kl": 4}  # KLPenalty in csrc/kl_rewards.h
 
 _kl_rewards, _kl_rewards_name = _native.define(
     "_kl_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, int kl_penalty)"
@@ -30,7 +30,7 @@ def kl_rewards(
     """Per-token rewards: minus the KL penalty at every token, plus the score at the last one.
 
         d = logprobs - ref_logprobs
-        kls = d ("kl"), |d| ("abs"), d^2 / 2 ("mse"), or as given ("full")
+        kls = d ("kl"), |d| ("abs"), d^2 / 2 ("mse"), exp(-d) - 1 + d ("k3" or "low_var_kl"), or as given ("full")
         non_score_rewards = -kl_coef * kls
         rewards = non_score_rewards, plus scores[b] at the last token of row b that counts
 
@@ -40,7 +40,7 @@ def kl_rewards(
             the reference. They are ignored for "full".
         mask: [B, T] bool, int or float, nonzero where a token counts.
         kl_coef: the coefficient of the penalty (beta), finite in float32.
-        kl_penalty: "kl", "abs", "mse" or "full".
+        kl_penalty: "kl", "abs", "mse", "k3", "low_var_kl" (another name of "k3") or "full".
         kls: [B, T], the divergences that `full_kl` returns; only for "full", where they are required.
 
     Returns:
@@ -49,7 +49,7 @@ def kl_rewards(
     Raises:
         TypeError: an input is not of a floating dtype, a tensor is not dense, kl_coef is not a number, or kl_penalty is
             not a str.
-        ValueError: shapes or devices do not match, kl_penalty is not one of the four, kl_coef is not finite, or kls is
+        ValueError: shapes or devices do not match, kl_penalty is not one of the six, kl_coef is not finite, or kls is
             missing for "full" or given for another penalty.
 
     Notes:
@@ -57,12 +57,13 @@ def kl_rewards(
         token that counts, all three results are 0 and the score is not used. Arithmetic is in float32 (float64 for
         float64). Same bits on every run.
 
-    Source: TRL 0.11.4, `PPOTrainer.compute_rewards`, which also fills in masked positions.
+    Source: TRL 0.11.4, `PPOTrainer.compute_rewards`, which also fills in masked positions. "k3": Schulman 2020,
+    Approximating KL Divergence (http://joschu.net/blog/kl-approx.html), without the clamps that some frameworks add.
     """
     if not isinstance(kl_penalty, str):
         check.fail("kl_rewards", "kl_penalty", "be a str", type(kl_penalty).__name__, TypeError)
     if kl_penalty not in _PENALTIES:
-        check.fail("kl_rewards", "kl_penalty", "be one of 'kl', 'abs', 'mse', 'full'", repr(kl_penalty))
+        check.fail("kl_rewards", "kl_penalty", f"be one of {', '.join(map(repr, _PENALTIES))}", repr(kl_penalty))
     if (kls is None) == (kl_penalty == "full"):
         check.fail(
             "kl_rewards",

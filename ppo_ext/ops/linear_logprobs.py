@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _linear_tiles, _native, check, reference
+from ._linear_checks import arithmetic, check_head, check_values
 from ._sharded_linear import ShardedLinearLogprobs
 from ._sharded_vocabulary import check_shard
 from .check_labels import note
@@ -34,7 +35,7 @@ _native.implement(_backward_name, _linear_tiles.backward)
 
 @_native.register_fake(_forward_name)
 def _(hidden, weight, labels, bias, mask, temperatures, temperature, scale, softcap, with_entropy, with_statistics, _):
-    row = hidden.new_empty(labels.shape, dtype=_linear_tiles.arithmetic(hidden, weight))
+    row = hidden.new_empty(labels.shape, dtype=arithmetic(hidden, weight))
     wanted = (True, with_entropy, True, True, *[with_statistics] * 3)
     return tuple(torch.empty_like(row) if want else row.new_empty(0) for want in wanted)
 
@@ -95,12 +96,12 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _prepare(op, hidden, weight, labels, bias, temperature, logit_scale, softcap, mask):
     """The arguments of the operators but for the flags, checked and in the forms that they take."""
-    _linear_tiles.check_head(op, hidden, weight, bias)
+    check_head(op, hidden, weight, bias)
     labels = check.labels(op, labels, hidden.shape[:-1], "hidden without its last dimension")
     check.device(op, "labels", labels, hidden.device, "hidden")
     if mask is not None:
         mask = check.mask(op, mask, labels.shape, hidden.device, "labels").contiguous()
-    dtype = _linear_tiles.arithmetic(hidden, weight)
+    dtype = arithmetic(hidden, weight)
     temperature, temperatures = check.temperature(op, temperature, labels.shape, hidden.device, "labels", dtype)
     logit_scale = check.positive(op, "logit_scale", logit_scale)
     softcap = 0.0 if softcap is None else check.positive(op, "softcap", softcap, "be None or a positive finite number")
@@ -121,7 +122,7 @@ def _run(
         return ShardedLinearLogprobs.apply(*tensors, numbers, with_entropy, op, shard, validate)
     native = _native.available(hidden.device.type)
     if validate or not native:
-        _linear_tiles.check_values(op, weight.shape[0], *tensors[2:3], *tensors[4:])
+        check_values(op, weight.shape[0], *tensors[2:3], *tensors[4:])
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None:
             check.no_tangent(op, name, x)

@@ -10,12 +10,15 @@ from torch.autograd.function import once_differentiable
 from . import _group_moments, _native, check, reference
 from ._groups import check_group
 
+_MODES = {"center": 0, "keep_mean": 1, "scale": 2}  # WhitenMode in csrc/masked.h
+_OPTIONS = "int mode, bool unbiased, float eps"
+
 _moments, _moments_name = _native.define("_masked_moments(Tensor values, Tensor weights) -> Tensor")
 _whiten, _whiten_name = _native.define(
-    "_masked_whiten(Tensor values, Tensor weights, bool shift_mean) -> (Tensor whitened, Tensor moments)"
+    f"_masked_whiten(Tensor values, Tensor weights, {_OPTIONS}) -> (Tensor whitened, Tensor moments)"
 )
 _whiten_backward, _whiten_backward_name = _native.define(
-    "_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, bool shift_mean) -> Tensor"
+    f"_masked_whiten_backward(Tensor grad, Tensor values, Tensor weights, Tensor moments, {_OPTIONS}) -> Tensor"
 )
 
 
@@ -25,12 +28,12 @@ def _(values, weights):
 
 
 @_native.register_fake(_whiten_name)
-def _(values, weights, shift_mean):
+def _(values, weights, *_):
     return torch.empty_like(values), values.new_empty(3)
 
 
 @_native.register_fake(_whiten_backward_name)
-def _(grad, values, weights, moments, shift_mean):
+def _(grad, values, *_):
     return torch.empty_like(values)
 
 
@@ -58,16 +61,16 @@ class _Moments(torch.autograd.Function):
 
 class _Whiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, weights, shift_mean):
-        whitened, moments = _whiten(values, weights, shift_mean)
+    def forward(ctx, values, weights, options):
+        whitened, moments = _whiten(values, weights, *options)
         ctx.save_for_backward(values, weights, moments)
-        ctx.shift_mean = shift_mean
+        ctx.options = options
         return whitened
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, ctx.shift_mean), None, None
+        return _whiten_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _moments_of(values, weights):
@@ -192,26 +195,64 @@ def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) 
 
 
 def masked_whiten(
-    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, *, group: Any = None
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    shift_mean: bool = True,
+    *,
+    mode: str | None = None,
+    unbiased: bool = True,
+    eps: float = reference.WHITEN_EPS,
+    group: Any = None,
 ) -> torch.Tensor:
     """Values shifted and scaled to mean 0 and variance 1 over the tokens that count.
 
-        masked_whiten = (values - mean) / sqrt(var + 1e-8), plus mean if not shift_mean
+        masked_whiten = (values - mean) / sqrt(var + eps)               mode "center"
+                        (values - mean) / sqrt(var + eps) + mean        mode "keep_mean"
+                        values / sqrt(var + eps)                        mode "scale"
 
-    with the unbiased variance. Arguments, errors and determinism are those of `masked_mean`. With a group, mean and
-    variance are over the tokens of all its processes, whose shapes may differ.
+    with the unbiased or the biased variance of `masked_var`. Arguments, errors and determinism are those of
+    `masked_mean`. With a group, mean and variance are over the tokens of all its processes, whose shapes may differ.
+
+    Args:
+        shift_mean: TRL's name of the mode: True is "center", False "keep_mean".
+        mode: one of the three; None takes that of shift_mean.
+        unbiased: whether the variance is the unbiased one.
+        eps: what is added to the variance, in [1e-30, 1e30].
 
     Returns:
         A tensor of the shape of values, float32 (float64 for float64), differentiable once with respect to `values`. 0
-        where the mask is 0. If one token counts, its result is 0, or its value if not shift_mean.
+        where the mask is 0. If one token counts, its variance is 0: its result is 0, with "keep_mean" its value, and
+        with "scale" its value divided by sqrt(eps).
+
+    Raises:
+        ValueError: mode is not one of the three, or shift_mean is False and mode is not "keep_mean", too.
 
     Source: TRL 0.11.4, `masked_whiten` (which also transforms masked entries and gives NaN for one token).
     """
     values, mask = _prepare("masked_whiten", values, mask)
-    shift_mean = check.flag("masked_whiten", "shift_mean", shift_mean)
+    options = _whiten_options(shift_mean, mode, unbiased, eps)
     check_group("masked_whiten", group)
     if group is not None:
-        return _group_moments.whiten(values, mask.to(values.dtype), shift_mean, _moments_of, group)
+        mode = next(name for name, number in _MODES.items() if number == options[0])
+        return _group_moments.whiten(values, mask.to(values.dtype), (mode, *options[1:]), _moments_of, group)
     if not _native.available(values.device.type):
-        return reference.masked_whiten(values, mask, shift_mean)
-    return _Whiten.apply(values.contiguous(), mask.to(values.dtype).contiguous(), shift_mean)
+        shift_mean, mode = True, next(name for name, number in _MODES.items() if number == options[0])
+        return reference.masked_whiten(values, mask, shift_mean, mode=mode, unbiased=options[1], eps=options[2])
+    return _Whiten.apply(values.contiguous(), mask.to(values.dtype).contiguous(), options)
+
+
+def _whiten_options(shift_mean, mode, unbiased, eps):
+    """The options of the operators, checked."""
+    op = "masked_whiten"
+    shift_mean = check.flag(op, "shift_mean", shift_mean)
+    unbiased = check.flag(op, "unbiased", unbiased)
+    eps = check.positive(op, "eps", eps)
+    if mode is None:
+        return _MODES["center" if shift_mean else "keep_mean"], unbiased, eps
+    if not isinstance(mode, str):
+        check.fail(op, "mode", "be None or a str", type(mode).__name__, TypeError)
+    if mode not in _MODES:
+        check.fail(op, "mode", f"be one of {', '.join(map(repr, _MODES))}", repr(mode))
+    if not shift_mean and mode != "keep_mean":
+        check.fail(op, "mode", "be 'keep_mean' or None if shift_mean is False", repr(mode))
+    return _MODES[mode], unbiased, eps

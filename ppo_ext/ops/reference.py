@@ -108,6 +108,9 @@ def linear_logprobs(hidden, weight, labels, *, bias=None, temperature=1.0, logit
     return linear_logprobs_and_entropy(hidden, weight, labels, **options)[0]
 
 
+_PENALTIES = "'kl', 'abs', 'mse', 'full', 'k3', 'low_var_kl'"
+
+
 def token_kls(logprobs, ref_logprobs, kl_penalty):
     """The estimate of the KL divergence at each token from the two log-probabilities of the sampled token."""
     d = logprobs - ref_logprobs
@@ -117,7 +120,9 @@ def token_kls(logprobs, ref_logprobs, kl_penalty):
         return d.abs()
     if kl_penalty == "mse":
         return 0.5 * d.square()
-    raise ValueError(f"kl_rewards: kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got {kl_penalty!r}")
+    if kl_penalty in ("k3", "low_var_kl"):
+        return torch.expm1(-d) + d
+    raise ValueError(f"kl_rewards: kl_penalty must be one of {_PENALTIES}, got {kl_penalty!r}")
 
 
 @torch.no_grad()
@@ -136,19 +141,40 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_penalty="kl"
 
 
 @torch.no_grad()
-def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95):
+def gae(values, rewards, mask=None, *, gamma=1.0, lam=0.95, lam_returns=None, bootstrap=None, cu_seqlens=None):
     counts = _as_bool(mask, values)
     values, rewards = _accumulate(values), _accumulate(rewards)
+    lam = lam.to(values.dtype) if isinstance(lam, torch.Tensor) else lam
+    if cu_seqlens is not None:
+        return _packed_gae(values, rewards, counts, gamma, lam, lam_returns, bootstrap, cu_seqlens.tolist())
+    none = values.new_zeros(values.shape[0])
+    last = none if bootstrap is None else bootstrap.to(values.dtype)
+    advantages = _advantages(values, rewards, counts, last, gamma, lam)
+    of_returns = advantages if lam_returns is None else _advantages(values, rewards, counts, last, gamma, lam_returns)
+    return advantages, torch.where(counts, of_returns + values, 0.0)
+
+
+def _advantages(values, rewards, counts, next_value, gamma, lam):
     advantages = torch.zeros_like(values)
-    last_advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else None
-    next_value = last_advantage
+    last_advantage = torch.zeros_like(next_value)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * last_advantage
         last_advantage = torch.where(counts[:, t], advantage, last_advantage)
         next_value = torch.where(counts[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(counts[:, t], advantage, 0.0)
-    return advantages, torch.where(counts, advantages + values, 0.0)
+    return advantages
+
+
+def _packed_gae(values, rewards, counts, gamma, lam, lam_returns, bootstrap, bounds):
+    """Each sequence alone."""
+    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
+    for b, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        of_sequence = (x[None, start:end] for x in (values, rewards, counts))
+        own = {"gamma": gamma, "lam": lam[b : b + 1] if isinstance(lam, torch.Tensor) else lam}
+        own |= {"lam_returns": lam_returns, "bootstrap": None if bootstrap is None else bootstrap[b : b + 1]}
+        advantages[start:end], returns[start:end] = (x[0] for x in gae(*of_sequence, **own))
+    return advantages, returns
 
 
 def _select(values, mask):
@@ -179,8 +205,40 @@ def masked_var(values, mask, unbiased=True):
     return torch.where(total <= 1, 0.0, var * _ratio_or_zero(total, total - 1))
 
 
-def masked_whiten(values, mask, shift_mean=True):
-    mean, var = masked_mean(values, mask), masked_var(values, mask)
+def masked_whiten(values, mask, shift_mean=True, *, mode=None, unbiased=True, eps=WHITEN_EPS):
+    mode = mode or ("center" if shift_mean else "keep_mean")
+    mean, var = masked_mean(values, mask), masked_var(values, mask, unbiased)
     selected, weights = _select(values, mask)
-    whitened = (selected - mean) * torch.rsqrt(var + WHITEN_EPS)
-    return torch.where(weights != 0, whitened if shift_mean else whitened + mean, 0.0)
+    whitened = (selected if mode == "scale" else selected - mean) * torch.rsqrt(var + eps)
+    return torch.where(weights != 0, whitened + mean if mode == "keep_mean" else whitened, 0.0)
+
+
+def _with_bonus(found, entropy, mask, entropy_coef):
+    """The loss and statistics of ppo_loss, with the entropy bonus."""
+    loss, stats = found
+    stats["policy/entropy"] = masked_mean(entropy, mask)
+    if entropy_coef != 0:
+        loss = loss - torch.where(stats["policy/skipped"] != 0, 0.0, entropy_coef * stats["policy/entropy"])
+        stats["loss/total"] = loss
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def ppo_loss_from_logits(
+    logits, labels, old_logprobs, advantages, vpreds, values, returns, mask,
+    *, temperature=1.0, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf"), entropy_coef=0.0,
+):  # fmt: skip
+    logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    options = {"cliprange": cliprange, "cliprange_value": cliprange_value, "vf_coef": vf_coef}
+    tokens = (logprobs, old_logprobs, advantages, vpreds, values, returns)
+    return _with_bonus(ppo_loss(*tokens, mask, ratio_threshold=ratio_threshold, **options), entropy, mask, entropy_coef)
+
+
+def ppo_loss_from_hidden(
+    hidden, weight, labels, old_logprobs, advantages, vpreds, values, returns, mask,
+    *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None,
+    cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf"), entropy_coef=0.0,
+):  # fmt: skip
+    logits = linear_logits(hidden, weight, mask != 0, bias, logit_scale, softcap)
+    options = {"cliprange": cliprange, "cliprange_value": cliprange_value, "vf_coef": vf_coef}
+    options |= {"temperature": temperature, "ratio_threshold": ratio_threshold, "entropy_coef": entropy_coef}
+    return ppo_loss_from_logits(logits, labels, old_logprobs, advantages, vpreds, values, returns, mask, **options)

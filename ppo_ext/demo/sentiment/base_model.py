@@ -50,8 +50,8 @@ def fast_dtype() -> torch.dtype:
 
     The packaged model's weights are numbers of bfloat16 anyway, so its products alone differ.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
-    multiplies = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not tell
+    multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if torch.cuda.is_available() or multiplies else torch.float32
 
 
