@@ -130,7 +130,11 @@ def test_command_lines(parse):
         ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5 (float)"),
         ({"seed": -1}, ValueError, "seed must lie in [0, 2**32), numpy's range, got -1"),
         ({"seed": 2**32}, ValueError, "seed must lie in [0, 2**32), numpy's range, got 4294967296"),
-        ({"kl_penalty": "k3"}, ValueError, "kl_penalty must be one of kl, abs, mse, full, got 'k3'"),
+        (
+            {"kl_penalty": "k2"},
+            ValueError,
+            "kl_penalty must be one of kl, abs, mse, full, k3, low_var_kl, got 'k2'",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -17,7 +17,7 @@ from .stats import flatten_dict
 
 Plain: TypeAlias = bool | int | float | str | None
 
-KL_PENALTIES = ("kl", "abs", "mse", "full")
+KL_PENALTIES = ("kl", "abs", "mse", "full", "k3", "low_var_kl")
 
 _COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
 _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
@@ -80,7 +80,9 @@ class PPOConfig:
     # --- KL penalty, in nats
     adap_kl_ctrl: bool = True  # adapt the KL coefficient to `target`; False: keep init_kl_coef
     init_kl_coef: float = 0.2  # reward subtracted per nat of KL
-    kl_penalty: str = "kl"  # per token: "kl" d = logprob - ref_logprob, "abs" |d|, "mse" d^2/2, "full" KL(policy||ref)
+    # per token: "kl" d = logprob - ref_logprob, "abs" |d|, "mse" d^2/2, "k3" (or "low_var_kl") exp(-d) - 1 + d, "full"
+    # KL(policy||ref) over the whole vocabulary
+    kl_penalty: str = "kl"
     target: float = 6.0  # KL per sequence that the adaptive controller aims at, in nats
     horizon: float = 10000.0  # time scale of the adaptive controller, in samples
 
