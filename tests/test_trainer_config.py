@@ -20,6 +20,7 @@ OURS = {
     "exact_update",
     "gae_through_padding",
     "inplace_logits_grad",
+    "lam_returns",
     "total_ppo_epochs",
 }  # the last is an attribute in TRL
 
@@ -88,6 +89,7 @@ def test_command_lines(parse):
         ({"init_kl_coef": float("inf")}, ValueError, "init_kl_coef must be finite and not negative, got inf"),
         ({"gamma": 1.1}, ValueError, "gamma must lie in [0, 1], got 1.1"),
         ({"lam": -0.1}, ValueError, "lam must lie in [0, 1], got -0.1"),
+        ({"lam_returns": 1.1}, ValueError, "lam_returns must be None or lie in [0, 1], got 1.1"),
         ({"cliprange": -0.2}, ValueError, "cliprange must be finite and not negative, got -0.2"),
         ({"cliprange_high": -0.2}, ValueError, "cliprange_high must be None or finite and not negative, got -0.2"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip must be None or larger than 1 and at most 1e30, got 1.0"),

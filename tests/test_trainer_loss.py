@@ -37,6 +37,19 @@ def test_rewards_of_a_k3_penalty():
     torch.testing.assert_close(rewards, -0.5 * expected + torch.tensor([[0.0, 0.0, 3.0]]))
 
 
+def test_returns_have_a_lambda_of_their_own():
+    """gamma 1 and a lambda of 1: the return is the sum of the rewards to come, whatever the values are."""
+    values, rewards = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.0, 3.0]])
+    mask = torch.tensor([[1, 1, 1]])
+    plain, decoupled = (
+        tiny_models.trainer(lam=0.0, **given).compute_advantages(values, rewards, mask)
+        for given in ({}, {"lam_returns": 1.0})
+    )
+    torch.testing.assert_close(plain[2], torch.tensor([[2.5, 4.0, 3.0]]))
+    torch.testing.assert_close(decoupled[2], torch.tensor([[3.5, 3.0, 3.0]]))
+    assert torch.equal(plain[1], decoupled[1])
+
+
 def test_full_penalty_takes_whole_distributions_too():
     trainer = tiny_models.trainer(kl_penalty="full")
     logits, ref_logits = torch.randn(2, 3, 7), torch.randn(2, 3, 7)

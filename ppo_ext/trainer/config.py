@@ -89,6 +89,7 @@ class PPOConfig:
     # --- advantages
     gamma: float = 1.0  # discount per token, in [0, 1]
     lam: float = 0.95  # GAE lambda per token, in [0, 1]
+    lam_returns: float | None = None  # GAE lambda of the returns, in [0, 1]; None: lam
     whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
     gae_through_padding: bool = False  # TRL 0.11.4's numbers: GAE runs through padding and holes of response_masks
 
@@ -174,6 +175,8 @@ class PPOConfig:
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
         given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
         self._require(given, lambda x: x > 0, "be positive or None")
+        if self.lam_returns is not None:
+            self._require(("lam_returns",), lambda x: 0 <= x <= 1, "be None or lie in [0, 1]")
         if self.cliprange_high is not None:
             self._require(("cliprange_high",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
         if self.dual_clip is not None:

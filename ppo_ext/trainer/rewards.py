@@ -84,7 +84,7 @@ class RewardsMixin(ProcessesMixin, TrainerBase):
     def compute_advantages(
         self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Advantages, whitened over the tokens that count, and returns.
+        """Advantages, whitened over the tokens that count, and returns, of which config.lam_returns is the lambda if given.
 
         With several processes and config.exact_update these are the tokens of all processes, which must all call it.
 
@@ -99,7 +99,8 @@ class RewardsMixin(ProcessesMixin, TrainerBase):
         group = self._token_group()
         if self.config.whiten_rewards:
             rewards = whiten_rewards(rewards, mask, self.config.gae_through_padding, group)
-        advantages, returns = gae(values, rewards, gae_mask, gamma=self.config.gamma, lam=self.config.lam)
+        decays = {"gamma": self.config.gamma, "lam": self.config.lam, "lam_returns": self.config.lam_returns}
+        advantages, returns = gae(values, rewards, gae_mask, **decays)
         return values, masked_whiten(advantages, mask, group=group), returns
 
 
