@@ -15,6 +15,7 @@ from conftest import require_trl
 import ppo_ext
 
 OURS = {
+    "bootstrap_truncated",
     "cliprange_high",
     "dual_clip",
     "exact_update",
@@ -90,6 +91,11 @@ def test_command_lines(parse):
         ({"gamma": 1.1}, ValueError, "gamma must lie in [0, 1], got 1.1"),
         ({"lam": -0.1}, ValueError, "lam must lie in [0, 1], got -0.1"),
         ({"lam_returns": 1.1}, ValueError, "lam_returns must be None or lie in [0, 1], got 1.1"),
+        (
+            {"bootstrap_truncated": True, "gae_through_padding": True},
+            ValueError,
+            "bootstrap_truncated must be False with gae_through_padding=True, got True",
+        ),
         ({"cliprange": -0.2}, ValueError, "cliprange must be finite and not negative, got -0.2"),
         ({"cliprange_high": -0.2}, ValueError, "cliprange_high must be None or finite and not negative, got -0.2"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip must be None or larger than 1 and at most 1e30, got 1.0"),

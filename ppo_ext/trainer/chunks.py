@@ -20,6 +20,7 @@ class ForwardPass(NamedTuple):
     values: torch.Tensor  # [B, T-1] float32
     mask: torch.Tensor  # [B, T-1] int64, 1 where a response token counts
     entropy: torch.Tensor | None  # [B, T-1] float32, a constant for autograd, if asked for
+    next_values: torch.Tensor | None = None  # [B, T-1], the value after each token, for config.bootstrap_truncated
 
 
 def forward_chunk(

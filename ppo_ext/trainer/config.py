@@ -30,6 +30,7 @@ _SWITCHES = (
     "adap_kl_ctrl",
     "whiten_rewards",
     "gae_through_padding",
+    "bootstrap_truncated",
     "early_stopping",
     "exact_update",
     "use_score_scaling",
@@ -92,6 +93,9 @@ class PPOConfig:
     lam_returns: float | None = None  # GAE lambda of the returns, in [0, 1]; None: lam
     whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
     gae_through_padding: bool = False  # TRL 0.11.4's numbers: GAE runs through padding and holes of response_masks
+    bootstrap_truncated: bool = (
+        False  # returns of responses that do not end in an end id go on with the value after them
+    )
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
@@ -177,6 +181,8 @@ class PPOConfig:
         self._require(given, lambda x: x > 0, "be positive or None")
         if self.lam_returns is not None:
             self._require(("lam_returns",), lambda x: 0 <= x <= 1, "be None or lie in [0, 1]")
+        if self.bootstrap_truncated and self.gae_through_padding:
+            raise ValueError("PPOConfig: bootstrap_truncated must be False with gae_through_padding=True, got True")
         if self.cliprange_high is not None:
             self._require(("cliprange_high",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
         if self.dual_clip is not None:

@@ -113,7 +113,10 @@ class ForwardMixin(TrainerBase):
             rows = slice(start, start + rows_at_once)
             batch = (queries[rows], responses[rows], {name: x[rows] for name, x in model_inputs.items()})
             options: dict[str, Any] = {"return_logits": full, "response_masks": response_masks and response_masks[rows]}
-            policy = ForwardPass(*self.batched_forward_pass(self.model, *batch, **options), None)
+            if self.config.bootstrap_truncated:
+                policy = self._forward_pass(self.model, *batch, **options)
+            else:
+                policy = ForwardPass(*self.batched_forward_pass(self.model, *batch, **options), None)
             with self.optional_peft_ctx():
                 reference = ForwardPass(*self.batched_forward_pass(ref_model, *batch, **options), None)
             if full and not keep_logits:
@@ -200,7 +203,8 @@ class ForwardMixin(TrainerBase):
             parts.append(in_columns(part, columns, width))
         whole = join_passes(parts)
         self._empty_device_cache()
-        return each(whole, lambda x: x[:, :-1])
+        next_values = whole.values[:, 1:] if self.config.bootstrap_truncated else None
+        return each(whole, lambda x: x[:, :-1])._replace(next_values=next_values)
 
     @property
     def why_logits(self) -> str | None:

@@ -73,7 +73,7 @@ class PPOTrainer(
             with clock("compute_rewards"):
                 rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
             with clock("compute_advantages"):
-                values, advantages, returns = self.compute_advantages(policy.values, rewards, policy.mask)
+                values, advantages, returns = self._call_compute_advantages(policy, rewards, model_inputs)
             with clock("optimize_step"):
                 batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
                 rollout = Rollout(*batch, advantages, returns)
@@ -106,6 +106,7 @@ class PPOTrainer(
         checks the batch."""
         self._discard_unfinished_step()
         self.config.check()
+        self._check_bootstrap()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
         return self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
