@@ -21,7 +21,7 @@ KL_PENALTIES = ("kl", "abs", "mse", "full", "k3", "low_var_kl")
 
 _COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
 _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
-_NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef")
+_NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef", "entropy_coef")
 _UNIT_INTERVAL = ("gamma", "lam")
 _POSITIVE_OR_NONE = ("max_grad_norm", "score_clip")
 _SWITCHES = (
@@ -105,6 +105,7 @@ class PPOConfig:
     )
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
+    entropy_coef: float = 0.0  # weight of the entropy per token, in nats, that is subtracted from the loss
     ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
 
     # --- early stopping

@@ -180,6 +180,7 @@ class ForwardMixin(TrainerBase):
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             recompute_layers_without_dropout(model)
         with_positions = self._needs_position_ids(model)
+        entropy_gradient = with_entropy and self.config.entropy_coef > 0
         parts = []
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)
@@ -195,10 +196,14 @@ class ForwardMixin(TrainerBase):
                 inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
             if scaling is None:
-                part = forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward)
+                part = forward_chunk(
+                    model, inputs, labels, mask, return_logits, with_entropy, inplace_backward, entropy_gradient
+                )
             else:
                 counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
-                request = TokenRequest(labels, mask, token_rows(mask, counted), *scaling, with_entropy)
+                request = TokenRequest(
+                    labels, mask, token_rows(mask, counted), *scaling, with_entropy, entropy_gradient
+                )
                 part = scored_chunk(model, inputs, request)
             parts.append(in_columns(part, columns, width))
         whole = join_passes(parts)
