@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -95,7 +94,7 @@ class Input:
             return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         if OPS[self.op].on_hidden:  # a logit is a sum of _HIDDEN terms
             hidden, weight = torch.randn(_ROWS, _HIDDEN), torch.randn(self.vocabulary, _HIDDEN)
-            return self._with_tokens() | {
+            return {
                 "hidden": (self.scale / _HIDDEN**0.5 * hidden).to(self.dtype),
                 "weight": weight.to(self.dtype),
                 "labels": torch.randint(self.vocabulary, (_ROWS,)),
@@ -109,25 +108,24 @@ class Input:
             tensors = {}
         else:
             tensors = {"ref_logits": (self.ref_scale * ref_logits + self.ref_offset).to(self.dtype)}
-        return (
-            self._with_tokens()
-            | tensors
-            | {
-                "logits": (self.scale * logits + self.offset).to(self.dtype),
-                "labels": torch.randint(self.vocabulary, shape[:1]),
-                "grad_logprobs": torch.randn(_ROWS),
-                "grad_entropy": torch.randn(_ROWS),
-            }
-        )
+        return tensors | {
+            "logits": (self.scale * logits + self.offset).to(self.dtype),
+            "labels": torch.randint(self.vocabulary, shape[:1]),
+            "grad_logprobs": torch.randn(_ROWS),
+            "grad_entropy": torch.randn(_ROWS),
+        }
 
-    def _with_tokens(self):
-        """For the ops that take the rollout too: its tensors of _ROWS tokens. The old log-probability is that of one
-        token among equals, so that some ratios are clipped."""
-        if "old_logprobs" not in OPS[self.op].arguments:
-            return {}
+    def inputs(self):
+        """The tensors and, for the ops that take the rollout too, that of _ROWS tokens. The old log-probabilities are
+        near the present ones, as in the epochs of a PPO step."""
+        tensors = self.tensors()
+        if "old_logprobs" not in OPS[self.op].arguments or self.vocabulary is None:
+            return tensors
+        exact = in_float64(tensors)
+        logits = exact["logits"] if "logits" in exact else exact["hidden"] @ exact["weight"].T
         tokens = {name: x[0] for name, x in token_inputs((1, _ROWS)).items() if x.dim() == 2}
-        tokens["old_logprobs"] = torch.full((_ROWS,), -math.log(self.vocabulary)) + 0.3 * torch.randn(_ROWS)
-        return tokens | {"mask": torch.ones(_ROWS, dtype=torch.bool)}
+        tokens["old_logprobs"] = reference.logprobs(logits, exact["labels"]).float() + 0.3 * torch.randn(_ROWS)
+        return tensors | tokens | {"mask": torch.ones(_ROWS, dtype=torch.bool)}
 
 
 def all_inputs(vocabularies=VOCABULARIES, names=tuple(OPS)):
@@ -205,7 +203,7 @@ def measure(inputs, others=False, progress=True):
     found = []
     trl = _trl_functions() if others else {}
     for input in tqdm.tqdm(inputs, unit="input", disable=not progress, file=sys.stderr):
-        tensors = input.tensors()
+        tensors = input.inputs()
         ours, exactly = (_benchmark(input.op).of(library, input.op) for library in (ppo_ext, reference))
         exact = _results(input.op, in_float64(tensors), exactly)
         candidates = {report.cpu_level(): ours} | ({TORCH: exactly} if others else {})

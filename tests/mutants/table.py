@@ -601,8 +601,8 @@ MUTANTS = (
         "the moments of the scores are one process's own",
         PYTHON,
         "ppo_ext/trainer/stats.py",
-        'return self.accelerator.reduce(x.float().to(self.accelerator.device), reduction="sum")',
-        "return x.float().to(self.accelerator.device)",
+        'return self.accelerator.reduce(x.to(self.accelerator.device), reduction="sum")',
+        "return x.to(self.accelerator.device)",
         "test_trainer_processes.py",
     ),
     Mutant(
