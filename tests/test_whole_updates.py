@@ -21,6 +21,14 @@ OPTIONS = {
     "late": {"early_stopping": True, "target_kl": 1e6},
     "clipped": {"max_grad_norm": 0.1},
     "guarded": {"ratio_threshold": 1.0},
+    "options": {
+        "kl_penalty": "k3",
+        "cliprange_high": 0.05,
+        "dual_clip": 1.01,
+        "lam_returns": 1.0,
+        "bootstrap_truncated": True,
+        "entropy_coef": 0.1,
+    },
     "padding": {"whiten_rewards": True, "gae_through_padding": True},
 }
 GRID = [*itertools.product(BATCHES, ACCUMULATION, OPTIMIZERS, [None])]

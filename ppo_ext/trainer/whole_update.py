@@ -12,6 +12,7 @@ import torch
 from .stats import WANDB_PADDING, stack_dicts
 
 _VARIANCES = {"returns/var": "returns/mean", "val/var": "val/mean"}  # each with the mean that it is about
+_EXTREMES = {"policy/ratio_max": torch.amax, "policy/ratio_min": torch.amin}
 _WIDE = {"mps": torch.float32}  # the widest dtype of a device, where it is not float64
 _LOSSES = ("loss/policy", "loss/value", "loss/total", "loss/entropy")  # 0 where the ratio guard has left an update out
 
@@ -62,7 +63,11 @@ def stack_whole_updates(
     numbers = {key: _by_update(x, count, accumulation) for key, x in found.items() if x.shape[2] == 1}
     result = {key: x.transpose(0, 1).reshape(1, -1) for key, x in found.items() if x.shape[2] != 1}
     for key, x in numbers.items():
-        result[key] = _combine(x, n, numbers.get(_VARIANCES.get(key, ""))).to(torch.float32)[:, None]
+        if key in _EXTREMES:
+            combined = _extreme(key, x, n)
+        else:
+            combined = _combine(x, n, numbers.get(_VARIANCES.get(key, "")))
+        result[key] = combined.to(torch.float32)[:, None]
     for key in _LOSSES:
         if key in result:
             result[key][[*skipped]] = 0.0
@@ -85,6 +90,13 @@ def _combine(x: torch.Tensor, n: torch.Tensor, means: torch.Tensor | None) -> to
         return mean
     squares = torch.where(n > 0, x * (n - 1).clamp(min=0) + n * (means - mean[:, None]).square(), 0.0).sum(dim=1)
     return squares / (total - 1).clamp(min=1.0)
+
+
+def _extreme(key: str, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """The largest or smallest of each row of x [updates, parts], of the parts with tokens; 0 without any."""
+    none = float("-inf") if key == "policy/ratio_max" else float("inf")
+    found = _EXTREMES[key](torch.where(n > 0, x, none), dim=1)
+    return torch.where((n > 0).any(dim=1), found, 0.0)
 
 
 def _weighted_mean(x: torch.Tensor, n: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
