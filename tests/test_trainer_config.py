@@ -15,11 +15,14 @@ from conftest import require_trl
 import ppo_ext
 
 OURS = {
+    "bootstrap_truncated",
     "cliprange_high",
     "dual_clip",
+    "entropy_coef",
     "exact_update",
     "gae_through_padding",
     "inplace_logits_grad",
+    "lam_returns",
     "total_ppo_epochs",
 }  # the last is an attribute in TRL
 
@@ -88,6 +91,13 @@ def test_command_lines(parse):
         ({"init_kl_coef": float("inf")}, ValueError, "init_kl_coef must be finite and not negative, got inf"),
         ({"gamma": 1.1}, ValueError, "gamma must lie in [0, 1], got 1.1"),
         ({"lam": -0.1}, ValueError, "lam must lie in [0, 1], got -0.1"),
+        ({"lam_returns": 1.1}, ValueError, "lam_returns must be None or lie in [0, 1], got 1.1"),
+        (
+            {"bootstrap_truncated": True, "gae_through_padding": True},
+            ValueError,
+            "bootstrap_truncated must be False with gae_through_padding=True, got True",
+        ),
+        ({"entropy_coef": -0.1}, ValueError, "entropy_coef must be finite and not negative, got -0.1"),
         ({"cliprange": -0.2}, ValueError, "cliprange must be finite and not negative, got -0.2"),
         ({"cliprange_high": -0.2}, ValueError, "cliprange_high must be None or finite and not negative, got -0.2"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip must be None or larger than 1 and at most 1e30, got 1.0"),
@@ -130,7 +140,11 @@ def test_command_lines(parse):
         ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5 (float)"),
         ({"seed": -1}, ValueError, "seed must lie in [0, 2**32), numpy's range, got -1"),
         ({"seed": 2**32}, ValueError, "seed must lie in [0, 2**32), numpy's range, got 4294967296"),
-        ({"kl_penalty": "k3"}, ValueError, "kl_penalty must be one of kl, abs, mse, full, got 'k3'"),
+        (
+            {"kl_penalty": "k2"},
+            ValueError,
+            "kl_penalty must be one of kl, abs, mse, full, k3, low_var_kl, got 'k2'",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

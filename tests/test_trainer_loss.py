@@ -1,5 +1,6 @@
 """The KL penalty, the loss and the forward pass behind it, called by hand and inside a step."""
 
+import math
 import weakref
 
 import pytest
@@ -11,12 +12,42 @@ from ppo_ext.trainer import chunks
 
 
 @pytest.mark.parametrize(
-    "kl_penalty, expected", [("kl", [0.5, 0.0, -2.0]), ("abs", [0.5, 0.0, 2.0]), ("mse", [0.125, 0.0, 2.0])]
+    "kl_penalty, expected",
+    [
+        ("kl", [0.5, 0.0, -2.0]),
+        ("abs", [0.5, 0.0, 2.0]),
+        ("mse", [0.125, 0.0, 2.0]),
+        ("k3", [math.exp(-0.5) - 0.5, 0.0, math.exp(2.0) - 3.0]),
+        ("low_var_kl", [math.exp(-0.5) - 0.5, 0.0, math.exp(2.0) - 3.0]),
+    ],
 )
 def test_penalty_of_one_row(kl_penalty, expected):
     trainer = tiny_models.trainer(kl_penalty=kl_penalty)
     got = trainer._kl_penalty(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -1.0]))
     torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_rewards_of_a_k3_penalty():
+    trainer = tiny_models.trainer(kl_penalty="k3", init_kl_coef=0.5)
+    d, mask = torch.tensor([[0.5, 0.0, -2.0]]), torch.tensor([[1, 1, 1]])
+    rewards, non_score, kls = trainer.compute_rewards(torch.tensor([3.0]), d, torch.zeros(1, 3), mask)
+    expected = torch.exp(-d) - 1 + d
+    torch.testing.assert_close(kls, expected)
+    torch.testing.assert_close(non_score, -0.5 * expected)
+    torch.testing.assert_close(rewards, -0.5 * expected + torch.tensor([[0.0, 0.0, 3.0]]))
+
+
+def test_returns_have_a_lambda_of_their_own():
+    """gamma 1 and a lambda of 1: the return is the sum of the rewards to come, whatever the values are."""
+    values, rewards = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.0, 3.0]])
+    mask = torch.tensor([[1, 1, 1]])
+    plain, decoupled = (
+        tiny_models.trainer(lam=0.0, **given).compute_advantages(values, rewards, mask)
+        for given in ({}, {"lam_returns": 1.0})
+    )
+    torch.testing.assert_close(plain[2], torch.tensor([[2.5, 4.0, 3.0]]))
+    torch.testing.assert_close(decoupled[2], torch.tensor([[3.5, 3.0, 3.0]]))
+    assert torch.equal(plain[1], decoupled[1])
 
 
 def test_full_penalty_takes_whole_distributions_too():

@@ -17,13 +17,14 @@ class TokenRequest(NamedTuple):
     logit_scale: float
     softcap: float | None
     with_entropy: bool
+    entropy_gradient: bool = False  # whether the entropy is differentiable
 
 
 class TokenScores(NamedTuple):
     """The results, each [B, T] float32 (float64 of a float64 model) and 0 where no token counts."""
 
     logprobs: torch.Tensor
-    entropy: torch.Tensor | None  # a constant for autograd, if asked for
+    entropy: torch.Tensor | None  # if asked for; a constant for autograd unless entropy_gradient
 
 
 class HeadInput:
@@ -66,7 +67,9 @@ def token_scores(head: Any, hidden: torch.Tensor | None, request: TokenRequest) 
     op = linear_logprobs_and_entropy if request.with_entropy else linear_logprobs
     found = op(hidden, weight, labels, bias=bias, logit_scale=request.logit_scale, softcap=request.softcap)
     logprobs, entropy = found if isinstance(found, tuple) else (found, None)
-    return TokenScores(_spread(logprobs, request), None if entropy is None else _spread(entropy.detach(), request))
+    if entropy is not None:
+        entropy = _spread(entropy if request.entropy_gradient else entropy.detach(), request)
+    return TokenScores(_spread(logprobs, request), entropy)
 
 
 def _spread(x: torch.Tensor, request: TokenRequest) -> torch.Tensor:

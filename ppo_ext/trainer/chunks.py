@@ -19,7 +19,8 @@ class ForwardPass(NamedTuple):
     logits: torch.Tensor | None  # [B, T-1, V] in the model's dtype, if asked for
     values: torch.Tensor  # [B, T-1] float32
     mask: torch.Tensor  # [B, T-1] int64, 1 where a response token counts
-    entropy: torch.Tensor | None  # [B, T-1] float32, a constant for autograd, if asked for
+    entropy: torch.Tensor | None  # [B, T-1] float32, if asked for; a constant for autograd unless entropy_gradient
+    next_values: torch.Tensor | None = None  # [B, T-1], the value after each token, for config.bootstrap_truncated
 
 
 def forward_chunk(
@@ -30,6 +31,7 @@ def forward_chunk(
     return_logits: bool,
     with_entropy: bool,
     inplace_backward: bool,
+    entropy_gradient: bool = False,
 ) -> ForwardPass:
     """One call of the model. Every result has T columns, of which the last one is masked.
 
@@ -39,7 +41,7 @@ def forward_chunk(
     entropy = None
     if with_entropy:
         logprobs, entropy = logprobs_and_entropy(logits, labels, mask=mask, inplace_backward=inplace_backward)
-        entropy = entropy.detach()
+        entropy = entropy if entropy_gradient else entropy.detach()
     else:
         logprobs = token_logprobs(logits, labels, mask=mask, inplace_backward=inplace_backward)
     return ForwardPass(logprobs, logits if return_logits else None, values, mask, entropy)

@@ -17,11 +17,11 @@ from .stats import flatten_dict
 
 Plain: TypeAlias = bool | int | float | str | None
 
-KL_PENALTIES = ("kl", "abs", "mse", "full")
+KL_PENALTIES = ("kl", "abs", "mse", "full", "k3", "low_var_kl")
 
 _COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
 _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
-_NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef")
+_NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef", "entropy_coef")
 _UNIT_INTERVAL = ("gamma", "lam")
 _POSITIVE_OR_NONE = ("max_grad_norm", "score_clip")
 _SWITCHES = (
@@ -30,6 +30,7 @@ _SWITCHES = (
     "adap_kl_ctrl",
     "whiten_rewards",
     "gae_through_padding",
+    "bootstrap_truncated",
     "early_stopping",
     "exact_update",
     "use_score_scaling",
@@ -80,15 +81,21 @@ class PPOConfig:
     # --- KL penalty, in nats
     adap_kl_ctrl: bool = True  # adapt the KL coefficient to `target`; False: keep init_kl_coef
     init_kl_coef: float = 0.2  # reward subtracted per nat of KL
-    kl_penalty: str = "kl"  # per token: "kl" d = logprob - ref_logprob, "abs" |d|, "mse" d^2/2, "full" KL(policy||ref)
+    # per token: "kl" d = logprob - ref_logprob, "abs" |d|, "mse" d^2/2, "k3" (or "low_var_kl") exp(-d) - 1 + d, "full"
+    # KL(policy||ref) over the whole vocabulary
+    kl_penalty: str = "kl"
     target: float = 6.0  # KL per sequence that the adaptive controller aims at, in nats
     horizon: float = 10000.0  # time scale of the adaptive controller, in samples
 
     # --- advantages
     gamma: float = 1.0  # discount per token, in [0, 1]
     lam: float = 0.95  # GAE lambda per token, in [0, 1]
+    lam_returns: float | None = None  # GAE lambda of the returns, in [0, 1]; None: lam
     whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
     gae_through_padding: bool = False  # TRL 0.11.4's numbers: GAE runs through padding and holes of response_masks
+    bootstrap_truncated: bool = (
+        False  # returns of responses that do not end in an end id go on with the value after them
+    )
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]
@@ -98,6 +105,7 @@ class PPOConfig:
     )
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
+    entropy_coef: float = 0.0  # weight of the entropy per token, in nats, that is subtracted from the loss
     ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
 
     # --- early stopping
@@ -172,6 +180,10 @@ class PPOConfig:
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
         given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
         self._require(given, lambda x: x > 0, "be positive or None")
+        if self.lam_returns is not None:
+            self._require(("lam_returns",), lambda x: 0 <= x <= 1, "be None or lie in [0, 1]")
+        if self.bootstrap_truncated and self.gae_through_padding:
+            raise ValueError("PPOConfig: bootstrap_truncated must be False with gae_through_padding=True, got True")
         if self.cliprange_high is not None:
             self._require(("cliprange_high",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
         if self.dual_clip is not None:

@@ -113,7 +113,10 @@ class ForwardMixin(TrainerBase):
             rows = slice(start, start + rows_at_once)
             batch = (queries[rows], responses[rows], {name: x[rows] for name, x in model_inputs.items()})
             options: dict[str, Any] = {"return_logits": full, "response_masks": response_masks and response_masks[rows]}
-            policy = ForwardPass(*self.batched_forward_pass(self.model, *batch, **options), None)
+            if self.config.bootstrap_truncated:
+                policy = self._forward_pass(self.model, *batch, **options)
+            else:
+                policy = ForwardPass(*self.batched_forward_pass(self.model, *batch, **options), None)
             with self.optional_peft_ctx():
                 reference = ForwardPass(*self.batched_forward_pass(ref_model, *batch, **options), None)
             if full and not keep_logits:
@@ -177,6 +180,7 @@ class ForwardMixin(TrainerBase):
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             recompute_layers_without_dropout(model)
         with_positions = self._needs_position_ids(model)
+        entropy_gradient = with_entropy and self.config.entropy_coef > 0
         parts = []
         for start in range(0, len(queries), self.config.mini_batch_size):
             rows = slice(start, start + self.config.mini_batch_size)
@@ -192,15 +196,20 @@ class ForwardMixin(TrainerBase):
                 inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
             if scaling is None:
-                part = forward_chunk(model, inputs, labels, mask, return_logits, with_entropy, inplace_backward)
+                part = forward_chunk(
+                    model, inputs, labels, mask, return_logits, with_entropy, inplace_backward, entropy_gradient
+                )
             else:
                 counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
-                request = TokenRequest(labels, mask, token_rows(mask, counted), *scaling, with_entropy)
+                request = TokenRequest(
+                    labels, mask, token_rows(mask, counted), *scaling, with_entropy, entropy_gradient
+                )
                 part = scored_chunk(model, inputs, request)
             parts.append(in_columns(part, columns, width))
         whole = join_passes(parts)
         self._empty_device_cache()
-        return each(whole, lambda x: x[:, :-1])
+        next_values = whole.values[:, 1:] if self.config.bootstrap_truncated else None
+        return each(whole, lambda x: x[:, :-1])._replace(next_values=next_values)
 
     @property
     def why_logits(self) -> str | None:

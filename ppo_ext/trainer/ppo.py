@@ -12,7 +12,7 @@ from .construction import ConstructionMixin
 from .forward import ForwardMixin
 from .generation import GenerationMixin
 from .head_route import hooks_see_logits
-from .loss_terms import mean_entropy, policy_and_value_loss
+from .loss_terms import entropy_with_gradient, mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
 from .reporting import ReportingMixin, stack_train_stats
@@ -73,7 +73,7 @@ class PPOTrainer(
             with clock("compute_rewards"):
                 rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
             with clock("compute_advantages"):
-                values, advantages, returns = self.compute_advantages(policy.values, rewards, policy.mask)
+                values, advantages, returns = self._call_compute_advantages(policy, rewards, model_inputs)
             with clock("optimize_step"):
                 batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
                 rollout = Rollout(*batch, advantages, returns)
@@ -106,6 +106,9 @@ class PPOTrainer(
         checks the batch."""
         self._discard_unfinished_step()
         self.config.check()
+        self._check_bootstrap()
+        if self.config.entropy_coef > 0 and is_overridden(self, "loss"):
+            step_inputs.fail("PPOConfig.entropy_coef", "be 0 where loss is replaced", self.config.entropy_coef)
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
         return self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
@@ -244,20 +247,25 @@ class PPOTrainer(
         *,
         entropy: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """PPO's clipped policy and value loss.
+        """PPO's clipped policy and value loss, with config.entropy_coef also an entropy term.
 
         Args:
             old_logprobs, values, vpreds, logprobs, mask, advantages, returns: [b, T-1].
-            logits: [b, T-1, V] or None. Only the entropy statistic is computed from them, unless entropy is given.
-            entropy: [b, T-1] or None. Without logits as well, the entropy statistic is NaN.
+            logits: [b, T-1, V] or None. Only the entropy is computed from them, unless it is given.
+            entropy: [b, T-1] or None. Without logits as well, the entropy statistic is NaN. With config.entropy_coef one
+                of the two is needed, with its gradient.
 
         Returns:
-            (policy loss, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached tensors under TRL's
+            (policy loss - entropy_coef * entropy, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached tensors under TRL's
             keys without "ppo/"; beside them policy/skipped and policy/ratio_mean, which `train_minibatch` takes out.
 
         Source: TRL 0.11.4, `PPOTrainer.loss`.
         """
         cliprange, high = self.config.cliprange, self.config.cliprange_high
+        bonus: dict[str, Any] = {}
+        if self.config.entropy_coef > 0:
+            entropy = entropy_with_gradient(entropy, logits, logprobs, mask)
+            bonus = {"entropy": entropy, "entropy_coef": self.config.entropy_coef}
         pg_loss, vf_loss, stats = policy_and_value_loss(
             logprobs,
             old_logprobs,
@@ -270,6 +278,7 @@ class PPOTrainer(
             cliprange=cliprange if high is None else (cliprange, high),
             cliprange_value=self.config.cliprange_value,
             dual_clip=self.config.dual_clip,
+            **bonus,
             # in an update of several parts all of them are judged together
             ratio_threshold=self.config.ratio_threshold if self._minibatch_weight is None else math.inf,
         )

@@ -1,5 +1,6 @@
 """Per-token rewards from scores and the KL penalty, and advantages from rewards and values."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from ..ops.full_kl import full_kl
 from ..ops.gae import gae
 from ..ops.kl_rewards import kl_rewards
 from ..ops.masked import masked_whiten
+from . import step_inputs, stopping
 from .base import TrainerBase
 from .chunks import ForwardPass
 from .overrides import is_overridden, replaceable
@@ -80,15 +82,57 @@ class RewardsMixin(ProcessesMixin, TrainerBase):
         kls = kl_rewards(no_score, row, ref_row, all_count, kl_coef=1.0, kl_penalty=self.config.kl_penalty)[2]
         return kls.reshape(logprob.shape)
 
+    def _check_bootstrap(self) -> None:
+        """Raises ValueError for config.bootstrap_truncated where the value after a response is not at hand."""
+        if not self.config.bootstrap_truncated:
+            return
+        for name in ("batched_forward_pass", "_forward_pass", "compute_advantages"):
+            if is_overridden(self, name):
+                step_inputs.fail("PPOConfig.bootstrap_truncated", f"be False where {name} is replaced", True)
+        stop_strings = stopping.setting(self._generating_model(), {}, "stop_strings")
+        if stop_strings is not None:
+            step_inputs.fail(
+                "PPOConfig.bootstrap_truncated", f"be False with the stop_strings {stop_strings!r} of generation", True
+            )
+
+    def _generating_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).pretrained_model
+
+    def _call_compute_advantages(
+        self, policy: ForwardPass, rewards: torch.Tensor, model_inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`compute_advantages` with the arguments that TRL gives it and, if the config asks for it, `_bootstrap`."""
+        if policy.next_values is None:
+            return self.compute_advantages(policy.values, rewards, policy.mask)
+        input_ids = model_inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
+        bootstrap = self._bootstrap(policy.next_values, input_ids[:, 1:], policy.mask)
+        return self.compute_advantages(policy.values, rewards, policy.mask, bootstrap=bootstrap)
+
+    def _bootstrap(self, next_values: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B]: the value after the last token of each row that counts, 0 where that token is an end id.
+
+        End ids are those of the tokenizer and of the generation config. next_values, tokens, mask: [B, T-1].
+        """
+        ids = stopping.end_ids(
+            self.tokenizer.eos_token_id, stopping.setting(self._generating_model(), {}, "eos_token_id")
+        )
+        last = mask.shape[1] - 1 - (mask != 0).int().flip(1).argmax(dim=1, keepdim=True)
+        ended = torch.isin(tokens.gather(1, last), torch.tensor(ids, dtype=tokens.dtype, device=tokens.device))
+        return next_values.gather(1, last).masked_fill(ended, 0.0).squeeze(1)
+
     @replaceable
     def compute_advantages(
-        self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
+        self,
+        values: torch.Tensor,
+        rewards: torch.Tensor,
+        mask: torch.Tensor,
+        bootstrap: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Advantages, whitened over the tokens that count, and returns.
+        """Advantages, whitened over the tokens that count, and returns, of which config.lam_returns is the lambda if given.
 
         With several processes and config.exact_update these are the tokens of all processes, which must all call it.
 
-        Args: values, rewards, mask: [B, T-1].
+        Args: values, rewards, mask: [B, T-1]. bootstrap: [B], the value after the last token that counts; None: 0.
         Returns: (values, advantages, returns), each [B, T-1]; values and advantages are 0 where the mask is 0.
 
         Source: TRL 0.11.4, `PPOTrainer.compute_advantages`. The results equal TRL's where each row's mask is one block
@@ -99,7 +143,15 @@ class RewardsMixin(ProcessesMixin, TrainerBase):
         group = self._token_group()
         if self.config.whiten_rewards:
             rewards = whiten_rewards(rewards, mask, self.config.gae_through_padding, group)
-        advantages, returns = gae(values, rewards, gae_mask, gamma=self.config.gamma, lam=self.config.lam)
+        advantages, returns = gae(
+            values,
+            rewards,
+            gae_mask,
+            gamma=self.config.gamma,
+            lam=self.config.lam,
+            lam_returns=self.config.lam_returns,
+            bootstrap=bootstrap,
+        )
         return values, masked_whiten(advantages, mask, group=group), returns
 
 

@@ -13,7 +13,7 @@ from .stats import WANDB_PADDING, stack_dicts
 
 _VARIANCES = {"returns/var": "returns/mean", "val/var": "val/mean"}  # each with the mean that it is about
 _WIDE = {"mps": torch.float32}  # the widest dtype of a device, where it is not float64
-_LOSSES = ("loss/policy", "loss/value", "loss/total")  # 0 where the ratio guard has left an update out
+_LOSSES = ("loss/policy", "loss/value", "loss/total", "loss/entropy")  # 0 where the ratio guard has left an update out
 
 
 def tokens_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
