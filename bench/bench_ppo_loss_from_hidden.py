@@ -43,7 +43,9 @@ def joined(hidden, weight, labels, *tokens):
 
 
 def of_all_logits(hidden, weight, labels, *tokens):
-    return ppo_ext.ppo_loss_from_logits(hidden @ weight.T, labels, *tokens, inplace_forward=True)
+    """In float32 as ours: logits in bfloat16 would not be exact enough to be compared."""
+    logits = hidden.float() @ weight.float().T
+    return ppo_ext.ppo_loss_from_logits(logits, labels, *tokens, inplace_forward=True)
 
 
 def _inputs(shape, dtype, device, masked):
@@ -112,5 +114,4 @@ def suite(device, full):
 
 
 def tiny_cases(device):
-    for pass_name in (FORWARD, BOTH):
-        yield case("ppo_loss_from_hidden", cases.TINY_LINEAR, torch.float32, pass_name, device, **cases.OVERHEAD)
+    yield case("ppo_loss_from_hidden", cases.TINY_LINEAR, torch.float32, FORWARD, device, **cases.OVERHEAD)

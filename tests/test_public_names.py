@@ -12,7 +12,8 @@ import ppo_ext.trl
 NAMES = {
     "ppo_ext": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
         FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer SFTConfig SFTTrainer
-        check_labels create_reference_model normalize_rewards patch_trl reward_loss reward_scores unpatch_trl""",
+        check_labels create_reference_model length_adaptive_lam normalize_rewards patch_trl reward_loss reward_scores
+        unpatch_trl""",
     "ppo_ext.trl": """AdaptiveKLController AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead
         BestOfNSampler FixedKLController PPOConfig PPOTrainer PreTrainedModelWrapper RewardConfig RewardTrainer
         RunningMoments SFTConfig SFTTrainer SUPPORTED_ARCHITECTURES core create_reference_model env_utils extras

@@ -93,9 +93,7 @@ class PPOConfig:
     lam_returns: float | None = None  # GAE lambda of the returns, in [0, 1]; None: lam
     whiten_rewards: bool = False  # divide the rewards by their standard deviation before GAE (the mean stays)
     gae_through_padding: bool = False  # TRL 0.11.4's numbers: GAE runs through padding and holes of response_masks
-    bootstrap_truncated: bool = (
-        False  # returns of responses that do not end in an end id go on with the value after them
-    )
+    bootstrap_truncated: bool = False  # a response without an end id at its end goes on with the value after it
 
     # --- loss
     cliprange: float = 0.2  # ratio is clipped to [1 - cliprange, 1 + cliprange]

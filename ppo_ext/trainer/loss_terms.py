@@ -39,10 +39,9 @@ def policy_and_value_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(policy loss, vf_coef * value loss, stats), from one call of `ppo_loss`, whose arguments these are.
 
-    The first includes the entropy term, if entropy is given.
-
-    The policy loss depends on logprobs alone and the value loss on vpreds alone. So the gradient of their sum with
-    respect to either of the two is the gradient of one term, and a caller may weigh the terms as it likes.
+    The first includes the entropy term, if entropy is given. The policy loss depends on logprobs alone and the value loss
+    on vpreds alone. So the gradient of their sum with respect to either of the two is the gradient of one term, and a
+    caller may weigh the terms as it likes.
     """
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (logprobs, vpreds, entropy) if x is not None]

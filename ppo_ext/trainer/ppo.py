@@ -256,8 +256,8 @@ class PPOTrainer(
                 of the two is needed, with its gradient.
 
         Returns:
-            (policy loss - entropy_coef * mean entropy, vf_coef * value loss, statistics): two 0-d tensors and a dict of
-            detached tensors under TRL's keys without "ppo/"; beside them policy/skipped and policy/ratio_mean, which
+            (policy loss - entropy_coef * entropy, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached
+            tensors under TRL's keys without "ppo/"; beside them policy/skipped and policy/ratio_mean, which
             `train_minibatch` takes out.
 
         Source: TRL 0.11.4, `PPOTrainer.loss`.
