@@ -66,6 +66,12 @@ def only_casts(forward: Callable[..., Any]) -> bool:
     return forward in _CASTING
 
 
+def clip_in_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
+    """DeepSpeed makes the update within the backward pass, so it has to clip. With None its own configuration decides."""
+    if accelerator.distributed_type == "DEEPSPEED" and max_grad_norm is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+
+
 def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:
     """A model that is only run forward, as a DeepSpeed engine: sharded under ZeRO-3, else whole on every rank."""
     import deepspeed
@@ -74,7 +80,8 @@ def deepspeed_engine(accelerator: Accelerator, model: torch.nn.Module) -> Any:
     if settings["zero_optimization"]["stage"] != 3:
         settings["zero_optimization"]["stage"] = 0
     engine, *_ = deepspeed.initialize(model=model, config=settings)
-    return engine.eval()
+    engine.eval()  # an engine's eval() returns nothing
+    return engine
 
 
 def start_trackers(accelerator: Accelerator, config: PPOConfig) -> None:

@@ -152,6 +152,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
 
     def _prepare(self) -> None:
         """Hands everything to accelerate: devices, mixed precision, DDP, FSDP, DeepSpeed, trackers."""
+        acceleration.clip_in_deepspeed(self.accelerator, self.config.max_grad_norm)
         self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             self.model, self.optimizer, self.data_collator, self.dataloader, self.lr_scheduler
         )
