@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import tiny_models
+import torch
 from accelerate.commands.launch import launch_command_parser
 
 import ppo_ext
@@ -50,6 +51,27 @@ def test_two_processes_on_a_cpu_run_the_script(fsdp, folder):
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(re.findall(r"step  0  score \S+  KL", result.stdout)) == 2, result.stdout
     assert ("accelerate leaves FSDP out on cpu" in result.stderr) == (fsdp == "true")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("command", COMMANDS, ids=["ddp", "fsdp2", "deepspeed"])
+def test_the_commands_run_the_script_on_all_gpus(command, folder):
+    if "--use_deepspeed" in command:
+        pytest.importorskip("deepspeed")
+    count = torch.cuda.device_count()
+    words = (
+        command.replace("--num_processes 2", f"--num_processes {count}").replace("MODEL_FOLDER", str(folder)).split()
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words[2:], "--steps", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(re.findall(r"step  0  score \S+  KL", result.stdout)) == count, result.stdout
 
 
 def test_the_page_of_collectives_is_of_its_row():
