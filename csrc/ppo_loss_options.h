@@ -41,6 +41,7 @@ struct PPOOptionsJob : PPOJob<A> {
   const A *weights, *ref_logprobs, *entropy;
   const A *denominator, *row_counts;
   A* grad_entropy;
+  bool has_weights, has_ref_logprobs, has_entropy;  // the pointers to the data of no tokens are null
   int64_t rows, row_length;
   PPOOptions options;
 };

@@ -111,6 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
     job.weights = pointer<A>(weights);
     job.ref_logprobs = pointer<A>(ref_logprobs);
     job.entropy = pointer<A>(entropy);
+    job.has_weights = bool(weights);
+    job.has_ref_logprobs = bool(ref_logprobs);
+    job.has_entropy = bool(entropy);
     job.denominator = pointer<A>(denominator);
     job.row_counts = pointer<A>(row_counts);
     job.ratio = pointer<A>(ratio);

@@ -79,12 +79,12 @@ PPO_HD void ppo_write_option_stats(const PPOOptionSums& sums, const PPOOptionsJo
   add(true, count > 0 ? sums.ratio_max : 0);
   add(true, count > 0 ? sums.ratio_min : 0);
   add(options.dual_clip > 0, sums.dual * mean);
-  add(job.weights, sums.weight * mean);
-  add(job.weights, sums.weight_zero * mean);
-  add(job.ref_logprobs, part(sums.loss_kl));
-  add(job.ref_logprobs, sums.ref_kl * mean);
-  add(job.entropy, part(sums.loss_entropy));
-  add(job.entropy, sums.entropy * mean);
+  add(job.has_weights, sums.weight * mean);
+  add(job.has_weights, sums.weight_zero * mean);
+  add(job.has_ref_logprobs, part(sums.loss_kl));
+  add(job.has_ref_logprobs, sums.ref_kl * mean);
+  add(job.has_entropy, part(sums.loss_entropy));
+  add(job.has_entropy, sums.entropy * mean);
 }
 
 }  // namespace ppo_ext

@@ -291,6 +291,17 @@ def test_masked_tokens_do_not_matter(mode, device):
         assert result.dim() == 0 or (result[masked] == 0).all(), name
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
+@each_mode
+def test_no_tokens(mode, shape, device):
+    """Every statistic of nothing is 0, those of the options too."""
+    given = valid_arguments(OP, shape, device=device, dtype=torch.float32, mode=mode)
+    if mode.options.get("aggregation") == "seq_mean_token_sum_norm":
+        given["norm_length"] = 4.0
+    for name, result in OP.run(given).items():
+        assert (result == 0).all(), name
+
+
 @each_mode
 def test_gradcheck(mode, device):
     given = arguments(mode, (3, 5), device, torch.float64)
