@@ -113,7 +113,7 @@ def without_undefined_gradients(op, inputs, results):
     elif op.on_hidden:
         defined = torch.stack([x.isfinite().all() for name, x in results.items() if not name.startswith("grad_")]).all()
     elif op.name == "ppo_loss":
-        ratio = results["policy/ratio"]
+        ratio = results["policy/ratio"].float()
         tokens = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.shape == ratio.shape]
         defined = torch.stack([x.isfinite() for x in (ratio, *tokens)]).all(0)
         if "ref_logprobs" in inputs:  # 0 times the infinite slope of k3 is NaN in torch
@@ -131,7 +131,8 @@ def without_undefined_gradients(op, inputs, results):
 def defined_gradients_of_whole_loss(op, inputs, results):
     """The same for the gradients of a loss from logits or hidden states: one row that is not finite spoils a head."""
     counts = inputs["mask"] != 0
-    tokens = [x for x in (results["policy/ratio"], *inputs.values()) if is_of_tokens(x, counts)]
+    ratio = results["policy/ratio"].float()  # what is infinite in float32 is so for float64's results too
+    tokens = [x for x in (ratio, *inputs.values()) if is_of_tokens(x, counts)]
     defined = torch.stack([x.isfinite() for x in tokens]).all(0) & results["policy/entropy"].isfinite()
     found = {}
     for name, x in gradients(results).items():
