@@ -20,11 +20,11 @@ class Engine(torch.nn.Module):
         super().train(mode)
 
 
-def accelerator(stage, **settings):
+def accelerator(stage, distributed_type="DEEPSPEED"):
     config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}
     plugin = types.SimpleNamespace(deepspeed_config=config)
     return types.SimpleNamespace(
-        state=types.SimpleNamespace(deepspeed_plugin=plugin), distributed_type="DEEPSPEED", **settings
+        state=types.SimpleNamespace(deepspeed_plugin=plugin), distributed_type=distributed_type
     )
 
 
@@ -47,5 +47,7 @@ def test_deepspeed_clips_at_max_grad_norm(max_grad_norm, expected):
     assert given.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == expected
 
 
-def test_without_deepspeed_nothing_is_set():
-    acceleration.clip_in_deepspeed(types.SimpleNamespace(distributed_type="NO"), 0.5)
+def test_a_plugin_that_is_not_in_use_is_left_alone():
+    given = accelerator(2, distributed_type="MULTI_GPU")
+    acceleration.clip_in_deepspeed(given, 0.5)
+    assert given.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == 1.0

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,13 +14,18 @@ _IN_RANGE = "be between 1e-30 and 1e30"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def value_error(op: str, error: Exception) -> Exception:
-    """A kernel's error about the arguments of `op` as a ValueError with that name.
+def naming(op: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments); a kernel's error about the arguments is raised as a ValueError with the name of `op`.
 
     Versions of torch differ in the type that an error of a kernel gets, and a kernel may serve several ops.
     """
-    sentence = re.match(r"\w+: (.* must .*, got .*)", str(error))
-    return ValueError(f"{op}: {sentence[1]}") if sentence else error
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except (RuntimeError, ValueError) as error:
+        sentence = re.match(r"\w+: (.* must .*, got .*)", str(error))
+        raise (ValueError(f"{op}: {sentence[1]}") if sentence else error) from None
 
 
 def fail(op: str, argument: str, condition: str, got: Any, kind: type[Exception] = ValueError) -> NoReturn:

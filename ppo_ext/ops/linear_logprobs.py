@@ -129,12 +129,7 @@ def _run(
     if not native:
         return _reference(with_entropy, with_statistics, tensors, numbers)
     arguments = (*tensors, numbers, with_entropy, with_statistics, note(hidden.device))
-    if torch.compiler.is_compiling():
-        return _apply(*arguments)
-    try:
-        return _apply(*arguments)
-    except (RuntimeError, ValueError) as error:
-        raise check.value_error(op, error) from None
+    return check.naming(op, _apply, *arguments)
 
 
 def _reference(with_entropy, with_statistics, tensors, numbers):

@@ -113,12 +113,7 @@ def _run(op, logits, labels, temperature, mask, with_entropy, inplace_backward, 
         return reference.logprobs_and_entropy(logits, labels, temperature=either, mask=mask)
     check.no_tangent(op, "logits", logits)
     arguments = (logits, labels, mask, temperatures, temperature, with_entropy, note(logits.device))
-    if torch.compiler.is_compiling():
-        return _apply(*arguments, inplace_backward)
-    try:
-        return _apply(*arguments, inplace_backward)
-    except (RuntimeError, ValueError) as error:
-        raise check.value_error(op, error) from None
+    return check.naming(op, _apply, *arguments, inplace_backward)
 
 
 def _apply(logits, labels, mask, temperatures, temperature, with_entropy, label_note, inplace_backward):

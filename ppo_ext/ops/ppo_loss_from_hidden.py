@@ -229,12 +229,7 @@ def ppo_loss_from_hidden(
     if not native:
         return _reference(tensors, tokens, mask, numbers)
     arguments = (*tensors, tokens, mask, numbers, note(hidden.device))
-    if torch.compiler.is_compiling():
-        return _apply(*arguments)
-    try:
-        return _apply(*arguments)
-    except (RuntimeError, ValueError) as error:
-        raise check.value_error(_OP, error) from None
+    return check.naming(_OP, _apply, *arguments)
 
 
 def _prepare(head, tokens, mask, temperature, logit_scale, softcap):

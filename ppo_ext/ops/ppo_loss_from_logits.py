@@ -190,9 +190,4 @@ def ppo_loss_from_logits(
         named = dict(zip(_ppo_tokens.TOKENS, tokens), mask=mask)
         return reference.ppo_loss_from_logits(logits, labels, **named, **options)
     arguments = (logits, labels, mask, temperatures, temperature, note(logits.device), tokens, numbers)
-    if torch.compiler.is_compiling():
-        return _apply(*arguments, inplace_forward, inplace_backward)
-    try:
-        return _apply(*arguments, inplace_forward, inplace_backward)
-    except (RuntimeError, ValueError) as error:
-        raise check.value_error(_OP, error) from None
+    return check.naming(_OP, _apply, *arguments, inplace_forward, inplace_backward)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from bench import machine  # noqa: E402
 
 from . import check  # noqa: E402
-from .table import MUTANTS, NOT_APPLICABLE  # noqa: E402
+from .table import MUTANTS  # noqa: E402
 
 EVIDENCE = pathlib.Path(__file__).parent.parent.parent / "bench" / "evidence"
 
@@ -33,7 +33,6 @@ def markdown(report):
         f"{'`' + row['killed_by'] + '`' if row['killed_by'] else '**survived**'} |"
         for row in rows
     ]
-    absent = [f"- {name}: {why}." for name, why in NOT_APPLICABLE.items()]
     killed = sum(bool(row["killed_by"]) for row in rows)
     return (
         "\n".join(
@@ -47,10 +46,6 @@ def markdown(report):
                 "| change | side | file | first test that fails |",
                 "| --- | --- | --- | --- |",
                 *lines,
-                "",
-                "Not made, though it was a fault elsewhere:",
-                "",
-                *absent,
             ]
         )
         + "\n"

@@ -606,6 +606,22 @@ MUTANTS = (
         "test_trainer_processes.py",
     ),
     Mutant(
+        "each process whitens its own advantages",
+        PYTHON,
+        "ppo_ext/trainer/rewards.py",
+        "return values, masked_whiten(advantages, mask, group=group), returns",
+        "return values, masked_whiten(advantages, mask), returns",
+        "test_whole_updates.py",
+    ),
+    Mutant(
+        "an update is a mean of the means of its minibatches",
+        PYTHON,
+        "ppo_ext/trainer/whole_update.py",
+        "return parts * tokens / totals.clamp(min=1.0).repeat_interleave(accumulation)",
+        "return torch.ones_like(tokens)",
+        "test_whole_updates.py",
+    ),
+    Mutant(
         "the reference's probabilities receive gradients",
         PYTHON,
         "ppo_ext/ops/reference.py",
@@ -614,11 +630,3 @@ MUTANTS = (
         "test_full_kl.py",
     ),
 )
-
-# Faults of other libraries that have no mutant here, and why.
-NOT_APPLICABLE = {
-    "whitening by the numbers of one process": "each process whitens its own batch, as TRL 0.11.4 does; the scores' "
-    "moments, which are of all processes, have a mutant",
-    "a mean of the means of accumulated minibatches": "TRL 0.11.4 and accelerate do that, and the parity tests keep it; "
-    "the op's own merge of parts has a mutant",
-}
