@@ -2,11 +2,12 @@
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from .callers import warn
 
 
 def check_accelerator(accelerator: Any, settings: dict[str, Any]) -> None:
@@ -26,10 +27,9 @@ def check_accelerator(accelerator: Any, settings: dict[str, Any]) -> None:
                 "under other names than those of a model with a value head"
             )
     elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or settings.get("fsdp_plugin") is not None:
-        warnings.warn(
+        warn(
             f"PPOTrainer: accelerate leaves FSDP out on {accelerator.device.type}, and every process holds all weights "
             f"({accelerator.distributed_type.value})",
-            stacklevel=5,
         )
 
 
