@@ -124,8 +124,8 @@ def test_the_smaller_of_embedding_and_head_bounds_the_ids():
 
 def test_both_models_have_to_read_a_sample():
     policy, reference = Limits(None, 20, 50), Limits(30, None, 48)
-    assert policy.with_reference(reference) == Limits(30, 20, 48, "the reference model's vocabulary")
-    assert policy.with_reference(policy) == policy
+    assert policy.with_another(reference, "its vocabulary") == Limits(30, 20, 48, "its vocabulary")
+    assert policy.with_another(policy, "its vocabulary") == policy
 
 
 def test_first_position_is_that_of_the_models_own_numbering():

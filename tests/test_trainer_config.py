@@ -17,6 +17,8 @@ import ppo_ext
 OURS = {
     "bootstrap_truncated",
     "cliprange_high",
+    "critic_learning_rate",
+    "critic_warmup_steps",
     "dual_clip",
     "entropy_coef",
     "exact_update",

@@ -10,6 +10,8 @@ import pytest
 import tiny_models
 import torch
 
+import ppo_ext
+
 ROWS = 4  # samples of a process
 BATCHES = ("equal", "ragged", "empty")
 ACCUMULATION = (1, 2, 4)
@@ -29,6 +31,7 @@ OPTIONS = {
         "bootstrap_truncated": True,
         "entropy_coef": 0.1,
     },
+    "critic": {"critic_warmup_steps": 1, "max_grad_norm": 0.1},
     "padding": {"whiten_rewards": True, "gae_through_padding": True},
 }
 GRID = [*itertools.product(BATCHES, ACCUMULATION, OPTIMIZERS, [None])]
@@ -62,6 +65,17 @@ def order(epoch):
     return [(i + epoch) % ROWS for i in (2, 0, 3, 1)]
 
 
+def critic_model():
+    return ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(tiny_models.build("gpt2", 5))
+
+
+def all_weights(trainer, critic):
+    of_critic = (
+        {} if critic is None else {f"critic.{name}": p.detach().clone() for name, p in critic.named_parameters()}
+    )
+    return {**tiny_models.weights(trainer), **of_critic}
+
+
 def train(kind, accumulation, optimizer_name, option, processes, rank=None):
     """The statistics of each step and the change of the weights; rank None: one process with the batches of all."""
     ranks = [r for r in range(processes) if not sits_out(kind, r)] if rank is None else [rank]
@@ -78,7 +92,15 @@ def train(kind, accumulation, optimizer_name, option, processes, rank=None):
         **OPTIONS.get(option, {}),
     }
     small = {"num_hidden_layers": 1}
-    trainer = tiny_models.trainer("llama", changes=small, optimizer=optimizer(optimizer_name), **config)
+    critic = critic_model() if option == "critic" else None
+    of_critic = [] if critic is None else [*critic.parameters()]
+    trainer = tiny_models.trainer(
+        "llama",
+        changes=small,
+        optimizer=lambda parameters: optimizer(optimizer_name)([*parameters, *of_critic]),
+        critic_model=critic,
+        **config,
+    )
     epochs = itertools.count()
 
     def minibatches():
@@ -88,7 +110,7 @@ def train(kind, accumulation, optimizer_name, option, processes, rank=None):
         return [[r * ROWS + i for r in range(len(ranks)) for i in cut] for cut in cuts]
 
     trainer._minibatches = minibatches
-    before = tiny_models.weights(trainer)
+    before = all_weights(trainer, critic)
     history = []
     for step in range(1 if option is None else 2):
         batch = [
@@ -96,7 +118,7 @@ def train(kind, accumulation, optimizer_name, option, processes, rank=None):
             for column in zip(*[samples(kind, r, step) for r in ranks], strict=True)
         ]
         history.append({k: v for k, v in trainer.step(*batch).items() if not k.startswith("time/")})
-    after = tiny_models.weights(trainer)
+    after = all_weights(trainer, critic)
     change = torch.cat([(after[name] - before[name]).flatten().double() for name in before])
     facts = {"kl_coef": trainer.kl_ctl.value, "skipped": trainer.skipped_minibatches > 0}
     facts |= {"moments": [trainer.running.mean, trainer.running.std, trainer.running.count]}

@@ -114,7 +114,17 @@ def batch(size, seed, *, first_token=3, start_token=None, equal_lengths=False):
     return queries, responses, scores
 
 
-def trainer(name="gpt2", *, padding_side="right", peft_config=None, changes=None, kind=None, optimizer=None, **config):
+def trainer(
+    name="gpt2",
+    *,
+    padding_side="right",
+    peft_config=None,
+    changes=None,
+    kind=None,
+    optimizer=None,
+    critic_model=None,
+    **config,
+):
     """A PPOTrainer (or a subclass, `kind`) on a tiny model, for batches of 4."""
     import ppo_ext
 
@@ -129,6 +139,7 @@ def trainer(name="gpt2", *, padding_side="right", peft_config=None, changes=None
         None,
         tokenizer(padding_side),
         optimizer=optimizer and optimizer(model.parameters()),
+        **({} if critic_model is None else {"critic_model": critic_model}),
     )
 
 

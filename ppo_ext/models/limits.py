@@ -21,12 +21,12 @@ class Limits(NamedTuple):
     vocabulary: int | None  # token ids lie in [0, vocabulary)
     vocabulary_of: str = "the vocabulary"  # what errors call it
 
-    def with_reference(self, reference: "Limits") -> "Limits":
-        """The limits of samples that the reference model has to read as well."""
-        length = smallest(self.length, reference.length)
-        encoder_length = smallest(self.encoder_length, reference.encoder_length)
-        vocabulary = smallest(self.vocabulary, reference.vocabulary)
-        of = self.vocabulary_of if vocabulary == self.vocabulary else "the reference model's vocabulary"
+    def with_another(self, other: "Limits", vocabulary_of: str) -> "Limits":
+        """The limits of samples that another model has to read as well, whose vocabulary errors call `vocabulary_of`."""
+        length = smallest(self.length, other.length)
+        encoder_length = smallest(self.encoder_length, other.encoder_length)
+        vocabulary = smallest(self.vocabulary, other.vocabulary)
+        of = self.vocabulary_of if vocabulary == self.vocabulary else vocabulary_of
         return Limits(length, encoder_length, vocabulary, of)
 
 

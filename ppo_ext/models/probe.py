@@ -19,6 +19,16 @@ def logits(model: Any) -> torch.Tensor | None:
     model = getattr(model, "_orig_mod", model)  # compiling for eight ids would take longer than all the rest
     if any(parameter.device.type == "meta" or parameter.numel() == 0 for parameter in model.parameters()):
         return None
+    inputs = token_inputs(model)
+    try:
+        with evaluating(model):
+            return model(**inputs).logits
+    except Exception:  # the step of such a model is the user's own, and so is its error
+        return None
+
+
+def token_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """What a transformers or peft model is given to read: eight fixed ids, [1, 8]."""
     embedding = model.get_input_embeddings()
     size = getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size
     ids = (torch.arange(1, _TOKENS + 1, dtype=torch.int64, device="cpu") % size).unsqueeze(0)
@@ -26,11 +36,7 @@ def logits(model: Any) -> torch.Tensor | None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    try:
-        with evaluating(model):
-            return model(**inputs).logits
-    except Exception:  # the step of such a model is the user's own, and so is its error
-        return None
+    return inputs
 
 
 def reached(result: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> set[int]:

@@ -66,7 +66,8 @@ class SavingMixin(nn.Module):
 
         Raises: ValueError for an adapter in the folder of a full model and for a full model in that of an adapter.
         """
-        v_head, backbone = split_state(kwargs.pop("state_dict", None) or self.state_dict())
+        state = kwargs.pop("state_dict", None)
+        v_head, backbone = split_state(self.state_dict() if state is None else state)
         if not kwargs.pop("safe_serialization", True):
             logger.warning(
                 "save_pretrained writes safetensors although safe_serialization is False: pickle can run code"
@@ -78,7 +79,8 @@ class SavingMixin(nn.Module):
         checkpoint.check_target(os.fspath(save_directory), self.is_peft_model)
         with staged(os.fspath(save_directory)) as staging:
             if self.is_peft_model:
-                checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), prefixed(v_head))
+                if v_head:
+                    checkpoint.write_tensors(os.path.join(staging, checkpoint.WEIGHTS), prefixed(v_head))
                 lora.save(self.pretrained_model, staging, backbone, self.rm_adapter_name, kwargs)
             else:
                 state_dict = {**backbone, **prefixed(v_head)}

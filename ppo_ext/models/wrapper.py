@@ -210,10 +210,7 @@ class PreTrainedModelWrapper(SavingMixin):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recomputes the layers in the backward pass, by non-reentrant checkpointing unless the keywords say otherwise."""
-        enable = _first_method(
-            self.pretrained_model, "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        )
-        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        recompute_layers(self.pretrained_model, gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps all activations again."""
@@ -243,6 +240,12 @@ class PreTrainedModelWrapper(SavingMixin):
         with lora.active(self.pretrained_model, self.rm_adapter_name):
             _, hidden_states = run(self.pretrained_model, **kwargs)
             return self.score(hidden_states.to(self.score.weight))
+
+
+def recompute_layers(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Gradient checkpointing of a transformers model, non-reentrant unless the options say otherwise."""
+    enable = _first_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable(options or {"use_reentrant": False})
 
 
 def _first_method(model: Any, *names: str) -> Any:

@@ -32,6 +32,10 @@ class TrainerBase:
     model: Any  # a PreTrainedModelWrapper, or the DDP, FSDP or DeepSpeed module around it
     ref_model: Any  # likewise; None for a peft model, which is its own reference with its adapters off
     model_params: list[torch.nn.Parameter]  # those that are trained
+    critic: Any  # a Critic, or the DDP module around it; None: the policy's value head gives the values
+    critic_params: list[torch.nn.Parameter]  # those that are trained
+    critic_steps: int  # steps with a critic; in the first config.critic_warmup_steps the policy stands still
+    _saves_value_head: bool  # whether the policy came with one
     is_encoder_decoder: bool
     is_peft_model: bool
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference

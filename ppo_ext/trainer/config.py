@@ -21,6 +21,7 @@ KL_PENALTIES = ("kl", "abs", "mse", "full", "k3", "low_var_kl")
 
 _COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
 _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
+_WHOLE_NUMBERS = ("critic_warmup_steps",)
 _NOT_NEGATIVE = ("learning_rate", "init_kl_coef", "cliprange", "cliprange_value", "vf_coef", "entropy_coef")
 _UNIT_INTERVAL = ("gamma", "lam")
 _POSITIVE_OR_NONE = ("max_grad_norm", "score_clip")
@@ -75,6 +76,8 @@ class PPOConfig:
     # --- optimizer
     learning_rate: float = 1.41e-5  # of the Adam optimizer that is made when none is passed
     max_grad_norm: float | None = None  # limit of the gradient's L2 norm at every update; None: no clipping
+    critic_learning_rate: float | None = None  # of critic_model, in that Adam optimizer; None: learning_rate
+    critic_warmup_steps: int = 0  # first step() calls, which train critic_model and leave the policy as it is
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, one more forward
     inplace_logits_grad: bool = True  # write the logits' gradient over the logits, where no user code sees them (*)
 
@@ -171,13 +174,17 @@ class PPOConfig:
         for name in _COUNTS:
             self._require_int(name)
         self._require(_COUNTS, lambda x: x >= 1, "be at least 1")
-        self._require_int("seed")
+        for name in ("seed", *_WHOLE_NUMBERS):
+            self._require_int(name)
+        self._require(_WHOLE_NUMBERS, lambda x: x >= 0, "not be negative")
         self._require(("seed",), lambda x: 0 <= x < 2**32, "lie in [0, 2**32), numpy's range")
         self._require(_POSITIVE, lambda x: x > 0, "be positive")
         self._require(_NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "be finite and not negative")
         self._require(_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "lie in [0, 1]")
         given = [name for name in _POSITIVE_OR_NONE if getattr(self, name) is not None]
         self._require(given, lambda x: x > 0, "be positive or None")
+        if self.critic_learning_rate is not None:
+            self._require(("critic_learning_rate",), lambda x: 0 <= x < math.inf, "be None or finite and not negative")
         if self.lam_returns is not None:
             self._require(("lam_returns",), lambda x: 0 <= x <= 1, "be None or lie in [0, 1]")
         if self.bootstrap_truncated and self.gae_through_padding:

@@ -14,7 +14,7 @@ from ..models import lora
 from ..models.auto import create_reference_model
 from ..models.limits import first_position, limits_of
 from ..models.wrapper import PreTrainedModelWrapper
-from . import acceleration, constructor_inputs, datasets, optimizers, policy_checks, sharding
+from . import acceleration, constructor_inputs, critic, datasets, optimizers, policy_checks, sharding
 from .base import TrainerBase
 from .callers import warn
 from .config import PPOConfig, as_dict
@@ -42,12 +42,13 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         training_data_collator: Callable[[list[Any]], Any] | None = None,
         pattern: str | None = None,
+        critic_model: Any = None,
     ) -> None:
         """
         Args:
             config: `PPOConfig`; its seed is set here, for random, numpy and torch. Of several processes each gets the
                 seed plus its number for random and torch, so that they sample differently.
-            model: the policy, a transformers model with a value head.
+            model: the policy, a transformers model with a value head; with a critic_model also one without.
             ref_model: the reference of the KL penalty, of the same kind. None: a frozen copy of model, or, for a peft
                 model, the model itself with its adapters off. (TRL takes the latter for a peft model in any case.)
             tokenizer: pads inputs, on its padding_side.
@@ -58,6 +59,9 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
             num_shared_layers: first layers that are frozen and shared with the reference made here. pattern: their name,
                 see `create_reference_model`.
             lr_scheduler: stepped once per `step`.
+            critic_model: None, or a model of its own that gives the values: one with a value head, or one of
+                transformers for classification with num_labels=1, such as a reward model. It is trained in place, and
+                the policy's value head is not used. An optimizer that is passed has to hold its weights too.
 
         Raises: TypeError for an argument of the wrong type. ValueError for a policy that would not be trained or could
         not be saved, for a peft model that without its adapters is not the one that was loaded (pass a ref_model), and
@@ -65,27 +69,33 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
 
         Source: TRL 0.11.4, `PPOTrainer.__init__`.
         """
-        constructor_inputs.check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler)
+        constructor_inputs.check_types(config, model, ref_model, tokenizer, dataset, lr_scheduler, critic_model)
         assert config is not None and model is not None and tokenizer is not None  # check_types has refused None
         self.config = config
         set_seed(int(config.seed))  # random takes no numpy integer
         self.accelerator = acceleration.make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
-        self._init_models(model, ref_model, num_shared_layers, pattern)
+        critic.check_settings(config, critic_model, optimizer)
+        self._saves_value_head = not critic.is_language_model(model)
+        model, ref_model = critic.with_value_head(model), critic.with_value_head(ref_model)
+        assert model is not None
+        self._init_models(model, ref_model, num_shared_layers, pattern, critic_model)
         self.tokenizer = tokenizer
         self._padding_watch = PaddingWatch(tokenizer, model.pretrained_model)
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         device = self.accelerator.device
         if optimizer is None:
-            optimizer = optimizers.make(torch.optim.Adam, self.model_params, device, lr=config.learning_rate)
-        optimizers.check(optimizer, lr_scheduler, self.model_params, device)
+            optimizer = optimizers.make(torch.optim.Adam, self._groups(), device, lr=config.learning_rate)
+        optimizers.check(optimizer, lr_scheduler, self.model_params, device, self.critic_params)
         policy_checks.check(model, self.ref_model, optimizer)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._init_state()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.pretrained_model.enable_input_require_grads()  # frozen embeddings would otherwise cut the graph
+            if self.critic is not None:
+                self.critic.recompute_layers()
         self._prepare()
         self._draw_differently()
 
@@ -95,6 +105,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         ref_model: PreTrainedModelWrapper | None,
         num_shared_layers: int | None,
         pattern: str | None,
+        critic_model: Any,
     ) -> None:
         sharding.check_model(model)
         model.rehearse_saving()
@@ -110,15 +121,39 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
             ref_model = create_reference_model(model, num_shared_layers=num_shared_layers, pattern=pattern)
         self.ref_model = ref_model
         self.optional_peft_ctx = partial(lora.adapters_off, model.pretrained_model) if own_reference else nullcontext
+        if critic_model is not None:
+            model.v_head.requires_grad_(False)  # it is not used
         self.model_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.model_params:
             raise ValueError("PPOTrainer: model must have weights that require a gradient, got none")
         self._limits = limits_of(model.pretrained_model)
         if ref_model is not None:
-            self._limits = self._limits.with_reference(limits_of(ref_model.pretrained_model))
+            limits = limits_of(ref_model.pretrained_model)
+            self._limits = self._limits.with_another(limits, "the reference model's vocabulary")
         self._left_padding_is_harmless = left_padding_is_harmless(model.pretrained_model)
         self._padding_is_inert = padding_is_inert(model.pretrained_model)
         self._first_position = first_position(model.pretrained_model)
+        self._init_critic(critic_model)
+
+    def _init_critic(self, critic_model: Any) -> None:
+        self.critic, self.critic_params = None, []
+        if critic_model is None:
+            return
+        sharding.check_critic(self.accelerator, critic_model)
+        self.critic = critic.make(critic_model, self.model, self.ref_model)
+        self.critic_params = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        (backbone,) = self.critic.backbone
+        self._limits = self._limits.with_another(limits_of(backbone), "the vocabulary of critic_model")
+        self._left_padding_is_harmless &= left_padding_is_harmless(backbone)
+        self._padding_is_inert &= padding_is_inert(backbone)
+
+    def _groups(self) -> list[Any]:
+        """What the optimizer is made of, where none is passed: the trained weights of the policy and of the critic."""
+        if self.critic is None:
+            return self.model_params
+        rate, own_rate = self.config.learning_rate, self.config.critic_learning_rate
+        of_critic = {"params": self.critic_params, "lr": rate if own_rate is None else own_rate}
+        return [{"params": self.model_params}, of_critic]
 
     def _init_data(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> None:
         self.dataset = dataset
@@ -142,7 +177,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         self.running = RunningMoments(self.accelerator)
         self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
         self._samples, self._minibatch_weight = [config.batch_size], None
-        self.skipped_minibatches = self.current_step = self.compare_step = 0
+        self.skipped_minibatches = self.current_step = self.compare_step = self.critic_steps = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:
             raise ValueError(f"PPOConfig: push_to_hub_if_best_kwargs must have a repo_id, got {sorted(best_kwargs)}")
@@ -165,6 +200,8 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
                 self.ref_model = sharding.prepare_reference(self.accelerator, self.ref_model)
         elif self.ref_model is not None:  # DDP refuses a model without trainable parameters
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if self.critic is not None:
+            self.critic = self.accelerator.prepare_model(self.critic)
         for prepared_model in (self.model, self.ref_model):
             acceleration.keep_logits_dtype(self.accelerator, prepared_model)
         pipelined = getattr(self.accelerator.unwrap_model(self.model), "is_sequential_parallel", False)

@@ -46,16 +46,34 @@ def fingerprint(trainer: Any) -> dict[str, Any]:
         "the number of processes": trainer.accelerator.num_processes,
         "the tokenizer's padding_side": trainer.tokenizer.padding_side,
         "PPOConfig": ppo_settings(trainer.config),
+        "the critic": None if trainer.critic is None else _critic(trainer.accelerator.unwrap_model(trainer.critic)),
         "the optimizer": class_name(inner(trainer.optimizer, "optimizer")),
-        "the optimizer's groups": _groups(trainer.optimizer, model),
+        "the optimizer's groups": _groups(trainer.optimizer, models_of(trainer)),
         "lr_scheduler": class_name(inner(trainer.lr_scheduler, "scheduler")),
         "kl_ctl": class_name(trainer.kl_ctl),
-        "the trained weights": {name: _form(p) for name, p in named(model) if p.requires_grad},
-        "the buffers": {plain_name(name): _form(buffer) for name, buffer in model.named_buffers()},
-        "the checksum of the frozen weights": checksum(p for _, p in named(model) if not p.requires_grad),
+        **_tensors(model),
         "the checksum of the reference": None if reference is None else checksum(p for _, p in named(reference)),
     }
     return json.loads(json.dumps(found))
+
+
+def _critic(critic: Any) -> dict[str, Any]:
+    model = critic.backbone[0]
+    return {"class": class_name(critic.model), "config": _settings(model.config), **_tensors(critic)}
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    return {
+        "the trained weights": {name: _form(p) for name, p in named(model) if p.requires_grad},
+        "the buffers": {plain_name(name): _form(buffer) for name, buffer in model.named_buffers()},
+        "the checksum of the frozen weights": checksum(p for _, p in named(model) if not p.requires_grad),
+    }
+
+
+def models_of(trainer: Any) -> dict[str, nn.Module]:
+    """What is trained, by the beginning of its names in a saved run."""
+    found = {"model": trainer.model, "critic": trainer.critic}
+    return {name: trainer.accelerator.unwrap_model(model) for name, model in found.items() if model is not None}
 
 
 def first_difference(
@@ -134,9 +152,11 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _groups(optimizer: Any, model: nn.Module) -> dict[str, Any]:
+def _groups(optimizer: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The names of the parameters of each group, in the optimizer's order, by which it stores its state."""
-    names = {id(parameter): name for name, parameter in named(model)}
+    names = {id(p): name for name, p in named(models["model"])}
+    if "critic" in models:
+        names |= {id(p): f"critic.{name}" for name, p in named(models["critic"])}
     groups: dict[str, Any] = {"number": len(optimizer.param_groups)}
     for i, group in enumerate(optimizer.param_groups):
         own = [names.get(id(p), f"another of {_form(p)}") for p in group["params"]]

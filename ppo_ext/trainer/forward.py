@@ -139,7 +139,7 @@ class ForwardMixin(TrainerBase):
         """A forward pass over chunks of config.mini_batch_size samples, in eval mode, so without dropout.
 
         Args:
-            model: the policy or the reference.
+            model: the policy or the reference. The values of the policy are those of the critic, if there is one.
             queries, responses: lists of 1-D tensors; only their lengths are read.
             model_inputs: from `prepare_model_inputs`.
             response_masks: None, or a list of 1-D tensors, nonzero where a response token counts.
@@ -176,9 +176,12 @@ class ForwardMixin(TrainerBase):
         scaling: what the head does to its output; given where no logits are to be made, see `head_route.py`. spans: each
         chunk is cut to the columns of its own samples; the results are 0 in the others.
         """
-        model.eval()
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            recompute_layers_without_dropout(model)
+        critic = self.critic if model is self.model else None
+        for part_of_pass in [model] if critic is None else [model, critic]:
+            part_of_pass.eval()
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                recompute_layers_without_dropout(part_of_pass)
+        policy_moves = torch.is_grad_enabled() and not (critic is not None and self._policy_stands_still())
         with_positions = self._needs_position_ids(model)
         entropy_gradient = with_entropy and self.config.entropy_coef > 0
         parts = []
@@ -195,21 +198,28 @@ class ForwardMixin(TrainerBase):
             if with_positions:
                 inputs = {"position_ids": position_ids(attention_mask, self._first_position), **inputs}
             labels = next_tokens(input_ids)
-            if scaling is None:
-                part = forward_chunk(
-                    model, inputs, labels, mask, return_logits, with_entropy, inplace_backward, entropy_gradient
-                )
-            else:
-                counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
-                request = TokenRequest(
-                    labels, mask, token_rows(mask, counted), *scaling, with_entropy, entropy_gradient
-                )
-                part = scored_chunk(model, inputs, request)
+            with torch.set_grad_enabled(policy_moves):
+                if scaling is None:
+                    part = forward_chunk(
+                        model, inputs, labels, mask, return_logits, with_entropy, inplace_backward, entropy_gradient
+                    )
+                else:
+                    counted = None if masks else counted_tokens(*lengths, mask.shape[1], self.is_encoder_decoder)
+                    request = TokenRequest(
+                        labels, mask, token_rows(mask, counted), *scaling, with_entropy, entropy_gradient
+                    )
+                    part = scored_chunk(model, inputs, request)
+            if critic is not None:
+                part = part._replace(values=critic(**inputs).to(mask.device))
             parts.append(in_columns(part, columns, width))
         whole = join_passes(parts)
         self._empty_device_cache()
         next_values = whole.values[:, 1:] if self.config.bootstrap_truncated else None
         return each(whole, lambda x: x[:, :-1])._replace(next_values=next_values)
+
+    def _policy_stands_still(self) -> bool:
+        """Whether this step is one of the first, which train the critic alone."""
+        return self.critic is not None and self.critic_steps < self.config.critic_warmup_steps
 
     @property
     def why_logits(self) -> str | None:

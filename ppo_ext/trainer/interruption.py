@@ -60,13 +60,14 @@ class InterruptionMixin(TrainerBase):
         """Discards what an interrupted step has left; does nothing if there was none, unless `always` is set."""
         if self._flags_before is None and not always:
             return
-        for model in (self.model, self.ref_model):
+        for model in (self.model, self.ref_model, self.critic):
             if model is not None:
                 value_head.remove_hooks(model)
                 model.eval()
         self._turn_adapters_on()
         groups = self.optimizer.param_groups
-        for parameter in [*self.model.parameters(), *(p for group in groups for p in group["params"])]:
+        held = [parameter for group in groups for parameter in group["params"]]
+        for parameter in [*self.model.parameters(), *self.critic_params, *held]:
             parameter.grad = None
         self._discard_half_created_state()
         self._update_guard, self._minibatch_weight = UpdateGuard(), None

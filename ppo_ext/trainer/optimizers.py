@@ -13,14 +13,16 @@ _REHEARSED_STEPS = 8  # RAdam divides by its second moment from the sixth step o
 
 
 def make(
-    optimizer: type[torch.optim.Adam], parameters: Iterable[torch.nn.Parameter], device: torch.device, **options: Any
+    optimizer: type[torch.optim.Adam], parameters: Iterable[Any], device: torch.device, **options: Any
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over the parameters that require a gradient, with torch's fused kernel where `device` has one.
+
+    parameters: or groups of them, of which all require a gradient.
 
     The fused kernel reads gradients, moments and weights once and makes no copies of them; its results differ by
     rounding only.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [part for part in parameters if isinstance(part, dict) or part.requires_grad]
     return optimizer(trained, fused=True if device.type in _FUSED_DEVICES else None, **options)
 
 
@@ -28,14 +30,18 @@ def make(
 
 
 def check(
-    optimizer: Any, lr_scheduler: Any, trained: Iterable[torch.nn.Parameter], device: torch.device | str = "cpu"
+    optimizer: Any,
+    lr_scheduler: Any,
+    trained: Iterable[torch.nn.Parameter],
+    device: torch.device | str = "cpu",
+    critic: Iterable[torch.nn.Parameter] = (),
 ) -> None:
     """Raises TypeError or ValueError for an optimizer or a schedule that cannot train these parameters.
 
     Each kind would otherwise be found out only after weights have changed, or never: an optimizer that needs a closure
     or gives NaN, one of other weights, a schedule that needs a metric or belongs to another optimizer.
 
-    device: where weights that are on the CPU now will be trained.
+    device: where weights that are on the CPU now will be trained. critic: its trained weights, if there is one.
     """
     if type(optimizer).__name__ == "DummyOptim":  # accelerate's, for the one in DeepSpeed's configuration
         return
@@ -53,6 +59,13 @@ def check(
         advice = "make it of model.parameters() once the model has its adapters"
         _fail(
             "optimizer", "hold weights of the model that require a gradient", f"{kind} of {len(held)} others; {advice}"
+        )
+    of_critic = {id(parameter) for parameter in critic}
+    if of_critic and not held & of_critic:
+        _fail(
+            "optimizer",
+            "hold weights of critic_model that require a gradient",
+            f"{kind} without them; make it of the parameters of both",
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
         _fail("optimizer", "minimise the loss", f"{kind} with maximize=True")

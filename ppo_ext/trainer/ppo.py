@@ -9,6 +9,7 @@ import torch
 
 from . import step_inputs
 from .construction import ConstructionMixin
+from .critic import check_settings
 from .forward import ForwardMixin
 from .generation import GenerationMixin
 from .head_route import hooks_see_logits
@@ -93,7 +94,9 @@ class PPOTrainer(
     def _update_schedules(self, kl: float) -> None:
         """The KL coefficient and the learning rate of the next step."""
         all_samples = self.config.batch_size * self.accelerator.num_processes
-        self.kl_ctl.update(kl, sum(self._samples) if self._shares_statistics() else all_samples)
+        if not self._policy_stands_still():
+            self.kl_ctl.update(kl, sum(self._samples) if self._shares_statistics() else all_samples)
+        self.critic_steps += self.critic is not None
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
@@ -106,6 +109,7 @@ class PPOTrainer(
         checks the batch."""
         self._discard_unfinished_step()
         self.config.check()
+        check_settings(self.config, self.critic)
         self._check_bootstrap()
         if self.config.entropy_coef > 0 and is_overridden(self, "loss"):
             step_inputs.fail("PPOConfig.entropy_coef", "be 0 where loss is replaced", self.config.entropy_coef)
@@ -154,7 +158,6 @@ class PPOTrainer(
                 all_stats.append(self._train_on(rollout[rows]))
             if self._early_stop(all_stats[-1]["policy/policykl"]):
                 break
-        self.model.eval()
         self._check_weights()
         return stack_train_stats(all_stats)
 
@@ -174,7 +177,7 @@ class PPOTrainer(
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
-        with torch.enable_grad(), self.accelerator.accumulate(self.model):
+        with torch.enable_grad(), self.accelerator.accumulate(*self._trained_models()):
             if is_overridden(self, "batched_forward_pass", "_forward_pass", "train_minibatch", "loss"):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
                     *inputs, return_logits=True, response_masks=batch.response_masks
@@ -304,15 +307,14 @@ class PPOTrainer(
         The decision costs one host/device sync. Raises ValueError for a loss or a gradient that is NaN or infinite.
         """
         judged = self._minibatch_weight is not None
-        update, finite, skipped_ratios = self._update_guard.decide(self.accelerator, self.model_params, judged)
+        update, finite, skipped_ratios = self._update_guard.decide(self.accelerator, self._trained_params(), judged)
         if not finite:
             self._give_up_update(self._fault())
         self._update_guard.clear()
         for ratio in skipped_ratios:
             self._tell_skipped(ratio)
         if update:
-            if self.config.max_grad_norm is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self._clip_gradients()
             self._update_optimizer()
         self._drop_gradients()
 
@@ -323,8 +325,11 @@ class PPOTrainer(
         raise ValueError(f"PPOTrainer.step: {fault}. This update was not made") from cause
 
     def _check_weights(self) -> None:
-        """Raises ValueError in the step that made a weight NaN or infinite, before the KL coefficient changes."""
-        fault = 1 - all_finite(parameter.detach() for parameter in self.model_params)
+        """Ends the training of a step: raises ValueError if it made a weight NaN or infinite, before the KL coefficient
+        changes."""
+        for model in self._trained_models():
+            model.eval()
+        fault = 1 - all_finite(parameter.detach() for parameter in self._trained_params())
         if self.is_distributed:
             fault = self.accelerator.reduce(fault.to(self.accelerator.device), reduction="sum")
         if fault.item():

@@ -13,14 +13,14 @@ from ..models import checkpoint
 from ..models.saving import plain_name
 from .agreement import gather
 from .base import TrainerBase
-from .fingerprint import fingerprint, first_difference, inner, named
+from .fingerprint import fingerprint, first_difference, inner, models_of, named
 from .interruption import InterruptionMixin
 from .plain_data import decode, difference, encode
 from .processes import ProcessesMixin
 from .random_state import check_random_state, random_state, set_random_state
 
 STATE_FILE = "trainer_state.safetensors"
-_COUNTERS = ("current_step", "compare_step", "skipped_minibatches")
+_COUNTERS = ("current_step", "compare_step", "skipped_minibatches", "critic_steps")
 _MOMENTS = ("mean", "std", "var", "count")
 
 
@@ -28,8 +28,7 @@ class SavedRun(NamedTuple):
     """What a file of `save_run` holds."""
 
     path: str
-    weights: Mapping[str, torch.Tensor]  # trained
-    buffers: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]  # trained weights and buffers, by the names of `_tensors`, and others
     random: Mapping[str, torch.Tensor]  # of every process, [processes, n]
     state: dict[str, Any]  # optimizer, schedule, ...; see `ResumeMixin._state`
     fingerprint: dict[str, Any]
@@ -45,10 +44,10 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
     def save_run(self, directory: str | os.PathLike[str]) -> None:
         """Write everything that the next `step` depends on to a folder; a killed save leaves the old file whole.
 
-        These are the trained weights, the buffers, the optimizer, the learning rate schedule, the KL controller, the
-        running moments of the scores, and the state of every random generator of every process. Not included are frozen
-        weights and the reference, of which the file has checksums, and the position of a dataloader. All processes must
-        call it; the main one writes, and none goes on before the file is whole.
+        These are the trained weights and the buffers of policy and critic, the optimizer, the learning rate schedule, the
+        KL controller, the running moments of the scores, and the state of every random generator of every process. Not
+        included are frozen weights and the reference, of which the file has checksums, and the position of a dataloader.
+        All processes must call it; the main one writes, and none goes on before the file is whole.
 
         Raises: ValueError under FSDP or DeepSpeed, where no process has whole weights (use accelerator.save_state); for a
         state that would not come back equal, such as a function in a schedule; and for a learning rate, KL coefficient
@@ -61,9 +60,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
             return random_state()
 
         states = self._alike(own_random_state)
-        model = self.accelerator.unwrap_model(self.model)
-        tensors: dict[str, torch.Tensor] = {f"model.{name}": p for name, p in named(model) if p.requires_grad}
-        tensors.update({f"buffer.{plain_name(name)}": buffer for name, buffer in model.named_buffers()})
+        tensors = self._tensors()
         tensors.update({f"random.{name}": self._gather_rows(state) for name, state in states.items()})
 
         def write() -> None:
@@ -92,11 +89,8 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
         self._discard_unfinished_step(always=True)
         self._load_optimizer(run)
         with torch.no_grad():
-            for name, parameter in named(self.accelerator.unwrap_model(self.model)):
-                if parameter.requires_grad:
-                    parameter.copy_(run.weights[name])
-            for name, buffer in self.accelerator.unwrap_model(self.model).named_buffers():
-                buffer.copy_(run.buffers[plain_name(name)])
+            for name, tensor in self._tensors().items():
+                tensor.copy_(run.tensors[name])
         for name, value in run.state["kl_ctl"].items():
             setattr(self.kl_ctl, name, value)
         for name in _MOMENTS:
@@ -106,6 +100,14 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
         if run.state["highest_reward"] is not None:
             self.highest_reward = run.state["highest_reward"].to(self.current_device)
         set_random_state({name: rows[self.accelerator.process_index] for name, rows in run.random.items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The trained weights and the buffers of the policy and of the critic."""
+        found: dict[str, torch.Tensor] = {}
+        for part, model in models_of(self).items():
+            found |= {f"{part}.{name}": p for name, p in named(model) if p.requires_grad}
+            found |= {f"{part}_buffer.{plain_name(name)}": buffer for name, buffer in model.named_buffers()}
+        return found
 
     def _state(self) -> dict[str, Any]:
         """What changes from step to step beside the weights."""
@@ -174,14 +176,10 @@ def _parse(path: str) -> SavedRun:
     try:
         content = json.loads(tensors["state"].numpy().tobytes())
         state = {name: decode(value, tensors) for name, value in content["state"].items()}
-        weights, buffers, random = (_part(tensors, f"{prefix}.") for prefix in ("model", "buffer", "random"))
-        return SavedRun(path, weights, buffers, random, state, content["fingerprint"])
+        random = {name.removeprefix("random."): x for name, x in tensors.items() if name.startswith("random.")}
+        return SavedRun(path, tensors, random, state, content["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load_run: {path} must be written by save_run, got {type(error).__name__}: {error}") from None
-
-
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_numbers(owner: str, state: Mapping[str, Any]) -> None:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ..models import checkpoint, lora
+from ..models import checkpoint, loading, lora
 from ..models.auto import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from ..models.staging import complete, staged
+from . import critic
 from .base import TrainerBase
 from .config import PPOConfig, as_dict
 from .processes import ProcessesMixin
@@ -66,9 +67,13 @@ class SavingMixin(ProcessesMixin, TrainerBase):
         complete(source)
         options = {"is_trainable": True, **(model_kwargs or {})}
         base = lora.base_model_of(source, options) if lora.find_adapter(source, options) else source
+        if critic.has_critic(source) and "critic_model" not in kwargs:
+            kwargs["critic_model"] = critic.load(os.path.join(source, critic.FOLDER), options)
         encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
         kind = AutoModelForSeq2SeqLMWithValueHead if encoder_decoder else AutoModelForCausalLMWithValueHead
-        model = kind.from_pretrained(source, **options)
+        model: Any = kind.from_pretrained(source, **options)
+        if "critic_model" in kwargs and not loading.read_v_head(source, options):
+            model = model.pretrained_model
         arguments: dict[str, Any] = {
             "config": PPOConfig() if config is None else config,
             "model": model,
@@ -85,6 +90,8 @@ class SavingMixin(ProcessesMixin, TrainerBase):
     ) -> Any:
         """Save model, value head, tokenizer and a model card to a folder: all files, or none if it is interrupted.
 
+        The critic, if there is one, goes to the folder "critic" within it; a policy that came without a value head is saved
+        without one.
         A README.md that is there stays as it is.
 
         push_to_hub: also upload that folder; kwargs are then those of `push_to_hub`. Returns the upload's result or None.
@@ -114,9 +121,17 @@ class SavingMixin(ProcessesMixin, TrainerBase):
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes everything into a folder; called on the main process."""
+        model = self.accelerator.unwrap_model(self.model)
         whole = {} if self._whole_weights is None else {"state_dict": self._whole_weights}
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **whole)
+        if not self._saves_value_head:
+            whole = {
+                "state_dict": {name: x for name, x in model.state_dict().items() if not name.startswith("v_head.")}
+            }
+        model.save_pretrained(save_directory, **whole)
         self._whole_weights = None
+        if self.critic is not None:
+            folder = os.path.join(save_directory, critic.FOLDER)
+            self.accelerator.unwrap_model(self.critic).model.save_pretrained(folder)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(save_directory)
 

@@ -43,6 +43,16 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_critic(accelerator: Any, critic_model: Any) -> None:
+    """ValueError for a critic where weights are spread over processes, and for one that is split already."""
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            "PPOTrainer: critic_model must be None where weights are spread over the processes, which accelerate does for "
+            f"one model only, got {type(critic_model).__name__} with {accelerator.distributed_type.value}"
+        )
+    check_model(critic_model)
+
+
 def prepare_reference(accelerator: Any, model: torch.nn.Module) -> Any:
     """A model that is only run forward, sharded as the plugin says; accelerate itself asks for an optimizer with it."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -38,7 +38,6 @@ class UpdatesMixin(ProcessesMixin):
             if self._early_stop(self._policykl(all_stats[-accumulation:], weights[-accumulation:])):
                 break
         self._minibatch_weight = None
-        self.model.eval()
         self._check_weights()
         left_out = [i for i, left in enumerate(self._left_out) if left]
         parts_of = partial(gather, self.accelerator) if self.is_distributed else None
@@ -80,9 +79,25 @@ class UpdatesMixin(ProcessesMixin):
             f"{self.config.ratio_threshold:.2f}; the {what} is skipped",
         )
 
+    def _trained_models(self) -> list[Any]:
+        return [self.model] if self.critic is None else [self.model, self.critic]
+
+    def _trained_params(self) -> list[torch.nn.Parameter]:
+        return [*self.model_params, *self.critic_params]
+
+    def _clip_gradients(self) -> None:
+        """Limits the norm of policy and critic apart: the critic's errors shall not make the policy's update smaller."""
+        limit = self.config.max_grad_norm
+        if limit is None:
+            return
+        self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        if self.critic is not None:  # accelerate has undone the loss scaling of both, and would refuse to do so again
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), limit)
+
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad()
-        self.model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
+        for model in self._trained_models():
+            model.zero_grad()  # also what the optimizer does not hold: clipping reads the gradients of the whole model
 
     def _fault(self) -> str:
         """What is not finite, in the words of the first process that has it; the same sentence on all."""
