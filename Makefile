@@ -35,9 +35,11 @@ demo: build $(DEMO)
 demo-rlhf: build
 	$(BIN)/python -m ppo_ext demo rlhf $(or $(ARGS),--overwrite)
 
+# a process for each core, with one thread: threads of several processes would wait for each other
 ## the whole test suite (ARGS=tests/test_gae.py for a part)
 test: build $(TRLS)
-	PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile \
+	    $(ARGS)
 
 ## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
 third-party: build
