@@ -320,12 +320,43 @@ _PPO_MODES = {
 }
 _VALUES = {"values": TOKENS, "mask": WEIGHTS}
 _OF_ROLLOUT = dict.fromkeys(("old_logprobs", "advantages", "vpreds", "values", "returns"), TOKENS)
-_LOSS = {"cliprange": NOT_NEGATIVE, "cliprange_value": NOT_NEGATIVE, "vf_coef": FINITE, "ratio_threshold": THRESHOLD}
+_LOSS_OPTIONS = {
+    "cliprange": CLIPRANGE,
+    "cliprange_value": NOT_NEGATIVE_OR_NONE,
+    "vf_coef": FINITE,
+    "ratio_threshold": THRESHOLD,
+    "dual_clip": ABOVE_ONE,
+    "log_ratio_clamp": POSITIVE_OR_NONE,
+    "ratio_level": RATIO_LEVEL,
+    "policy_loss": POLICY_LOSS,
+    "weights": TOKENS,
+    "ref_logprobs": TOKENS,
+    "kl_coef": FINITE,
+    "kl_estimator": KL_ESTIMATOR,
+    "kl_gradient": KL_GRADIENT,
+    "entropy": TOKENS,
+    "entropy_coef": FINITE,
+    "value_loss": VALUE_LOSS,
+    "huber_delta": POSITIVE,
+    "aggregation": AGGREGATION,
+    "norm_length": POSITIVE_OR_NONE,
+    "denominator": DENOMINATOR,
+    "scale": FINITE,
+    "row_counts": ROW_COUNTS,
+}
+_OPTIONS_OF_WHOLE = {name: role for name, role in _LOSS_OPTIONS.items() if name != "entropy"}
+
+
+def _without_entropy(mode):
+    return dataclasses.replace(mode, tensors=tuple(set(mode.tensors) - {"entropy"}), differentiable=())
+
+
 # from the logits: few choices that multiply a rounding error of theirs
 _WHOLE_LOSS = {
     "results": {"loss": NUMBER, "stats": STATS},
     "scope": BATCH,
     "variants": {"with a bonus": {"entropy_coef": 0.1, "temperature": 0.7, "ratio_threshold": 1e30}},
+    "modes": {title: _without_entropy(mode) for title, mode in _PPO_MODES.items()},
 }
 _WHOLE_LOSS_CHOICES = {
     "temperature": (0.25, 1.0, 1.7),
@@ -454,28 +485,7 @@ _LIST = (
             "logprobs": TOKENS,
             **_OF_ROLLOUT,
             "mask": MASK,
-            "cliprange": CLIPRANGE,
-            "cliprange_value": NOT_NEGATIVE_OR_NONE,
-            "vf_coef": FINITE,
-            "ratio_threshold": THRESHOLD,
-            "dual_clip": ABOVE_ONE,
-            "log_ratio_clamp": POSITIVE_OR_NONE,
-            "ratio_level": RATIO_LEVEL,
-            "policy_loss": POLICY_LOSS,
-            "weights": TOKENS,
-            "ref_logprobs": TOKENS,
-            "kl_coef": FINITE,
-            "kl_estimator": KL_ESTIMATOR,
-            "kl_gradient": KL_GRADIENT,
-            "entropy": TOKENS,
-            "entropy_coef": FINITE,
-            "value_loss": VALUE_LOSS,
-            "huber_delta": POSITIVE,
-            "aggregation": AGGREGATION,
-            "norm_length": POSITIVE_OR_NONE,
-            "denominator": DENOMINATOR,
-            "scale": FINITE,
-            "row_counts": ROW_COUNTS,
+            **_LOSS_OPTIONS,
         },
         {"loss": NUMBER, "stats": STATS},
         scope=BATCH,
@@ -518,8 +528,7 @@ _LIST = (
             **_OF_ROLLOUT,
             "mask": MASK,
             "temperature": TEMPERATURE,
-            **_LOSS,
-            "entropy_coef": FINITE,
+            **_OPTIONS_OF_WHOLE,
             "inplace_forward": FLAG,
             "inplace_backward": FLAG,
             "validate": FLAG,
@@ -541,8 +550,7 @@ _LIST = (
             "temperature": TEMPERATURE,
             "logit_scale": POSITIVE,
             "softcap": SOFTCAP,
-            **_LOSS,
-            "entropy_coef": FINITE,
+            **_OPTIONS_OF_WHOLE,
             "validate": FLAG,
         },
         differentiable=("hidden", "weight", "bias", "vpreds"),

@@ -167,7 +167,7 @@ def shape_condition(op, argument, x):
         ops.SCORES: f"the first dimension of {op.first}",
         ops.BOOTSTRAP: f"the first dimension of {op.first}",
         ops.TOKENS: tokens_of(op),
-        ops.ROW_COUNTS: f"the rows of {op.first}",
+        ops.ROW_COUNTS: f"the rows of {tokens_of(op)}",
     }
     return f"have the shape {whole} of {of.get(role, op.first)}, got "
 
@@ -300,7 +300,7 @@ SCALARS = {
     + (
         ("be positive where the mask has tokens that count", ValueError, 0, 0.0),
         ("be a number or a tensor of one number", ValueError, torch.ones(2), "[2]"),
-        ("be on the device cpu of logprobs", ValueError, torch.ones((), device="meta"), "meta"),
+        ("be on the device cpu of {tokens}", ValueError, torch.ones((), device="meta"), "meta"),
     ),
     ops.THRESHOLD: NOT_NUMBERS + (("be a number", ValueError, NAN, NAN),),
     ops.FLAG: NOT_FLAGS,
@@ -419,6 +419,7 @@ def scalar_cases(table):
 def test_scalar(op, argument, condition, kind, value, got):
     with pytest.raises(kind) as error:
         getattr(ppo_ext, op)(**valid_arguments(OPS[op]) | {argument: value})
+    condition = condition.replace("{tokens}", tokens_of(OPS[op]))
     assert str(error.value) == f"{op}: {argument} must {condition}, got {got}"
 
 
@@ -451,7 +452,7 @@ def test_another_device(op, argument):
         getattr(ppo_ext, op)(**arguments)
     if OPS[op].arguments[argument] is ops.MASK:
         of = mask_of(OPS[op])
-    if OPS[op].arguments[argument] is ops.TOKENS:
+    if OPS[op].arguments[argument] in (ops.TOKENS, ops.ROW_COUNTS):
         of = tokens_of(OPS[op])
     assert str(error.value) == f"{op}: {argument} must be on the device cpu of {of}, got meta"
 

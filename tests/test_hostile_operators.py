@@ -148,6 +148,8 @@ NO_FAULTS = {
     },
     ("_linear_logprobs", "label_note"): {"one more dimension"},
     ("_ppo_loss_from_hidden", "label_note"): {"one more dimension"},
+    ("_ppo_loss_from_hidden", "denominator"): {"one more dimension", "a number"},
+    ("_ppo_loss_from_hidden", "row_counts"): {"one more dimension"},
     ("_linear_logprobs_fold", "states"): {"one more dimension", "float64"},
     ("_linear_logprobs_fold", "results"): {"one more dimension"},
     **{("_gae", argument): {"one more dimension"} for argument in ("bootstrap", "gamma_lams", "cu_seqlens")},

@@ -38,11 +38,9 @@ def run(inputs, op=ppo_ext.ppo_loss_from_logits, dtype=None, factor=1.0, **optio
     return {"loss": loss.detach()} | stats | dict(zip(("grad_logits", "grad_vpreds"), grads))
 
 
-def composed(logits, labels, mask, temperature=1.0, entropy_coef=0.0, **named):
+def composed(logits, labels, mask, temperature=1.0, **named):
     logprobs, entropy = ppo_ext.logprobs_and_entropy(logits, labels, mask=mask, temperature=temperature)
-    loss, stats = ppo_ext.ppo_loss(logprobs, mask=mask, **named)
-    mean = ppo_ext.masked_mean(entropy, mask)
-    return loss - entropy_coef * mean if entropy_coef else loss, stats | {"policy/entropy": mean.detach()}
+    return ppo_ext.ppo_loss(logprobs, mask=mask, entropy=entropy, **named)
 
 
 @pytest.fixture
@@ -79,6 +77,19 @@ def test_has_the_bits_of_the_two_ops_below_it(device, dtype, way, small_blocks):
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-8)
         else:
             assert_same_bits(name, result, expected[name])
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_without_options_it_has_the_bits_of_ppo_loss_without_options(device, way, small_blocks):
+    def plain(logits, labels, mask, **named):
+        return ppo_ext.ppo_loss(ppo_ext.logprobs(logits, labels, mask=mask), mask=mask, **named)
+
+    inputs = inputs_of(device=device)
+    ours, expected = run(inputs, **way), run(inputs, plain)
+    for name, result in expected.items():
+        if name != "grad_logits":  # that of the entropy, which is 0, is added
+            assert_same_bits(name, ours[name], result)
+    torch.testing.assert_close(ours["grad_logits"], expected["grad_logits"], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

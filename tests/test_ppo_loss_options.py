@@ -209,28 +209,6 @@ def test_refuses_what_means_nothing(options, text):
     assert str(error.value) == f"ppo_loss: {text}"
 
 
-def test_parts_with_the_denominators_of_the_whole(device):
-    """Parts of a batch, by rows and by columns, whose losses and gradients add up to those of the whole."""
-    for options in (
-        {"aggregation": "token_mean"},
-        {"aggregation": MEAN},
-        {"aggregation": SUM},
-        {"aggregation": "token_sum"},
-    ):
-        whole = run(VALUES | options, device=device)
-        split = {"denominator": {"token_mean": 5, MEAN: 2, SUM: 2}.get(options["aggregation"])}
-        if options["aggregation"] == MEAN:
-            split["row_counts"] = torch.tensor([3, 2], device=device)
-        loss = 0.0
-        for columns in (slice(0, 2), slice(2, 3)):
-            part = {name: [row[columns] for row in x] for name, x in (INPUTS | VALUES).items()}
-            result = run(part | options | split, device=device)
-            loss += result["loss"].item()
-            expected = whole["grad_logprobs"][:, columns]
-            torch.testing.assert_close(result["grad_logprobs"], expected, rtol=1e-12, atol=1e-14)
-        assert loss == pytest.approx(whole["loss"].item(), rel=1e-12)
-
-
 def test_nothing_counts(device):
     result = run(VALUES | REF | ENTROPY | {"mask": [[0] * 3] * 2, "kl_coef": 0.1, "entropy_coef": 0.1}, device=device)
     assert all((x == 0).all() for x in result.values())

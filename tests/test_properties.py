@@ -27,6 +27,7 @@ ON_LOGITS = [name for name, op in OPS.items() if op.on_logits]
 PER_TOKEN = [name for name, op in OPS.items() if op.scope is TOKEN]
 OF_SEQUENCES = [name for name, op in OPS.items() if op.scope is SEQUENCE]
 MEANS = [name for name, op in OPS.items() if op.scope is BATCH]
+WITH_DENOMINATOR = [name for name, op in OPS.items() if "denominator" in op.arguments]
 # No sequence influences another; where the op has an axis, the tests choose the one of the tokens.
 BY_SEQUENCE = [name for name, op in OPS.items() if op.scope is not BATCH or AXIS in op.arguments.values()]
 CALM = ("normal", "subnormal", "zero")  # sums of these do not cancel to less than their rounding errors
@@ -117,8 +118,7 @@ def without_undefined_gradients(op, inputs, results):
         tokens = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.shape == ratio.shape]
         defined = torch.stack([x.isfinite() for x in (ratio, *tokens)]).all(0)
         if "ref_logprobs" in inputs:  # 0 times the infinite slope of k3 is NaN in torch
-            inverse = (inputs["ref_logprobs"].double() - inputs["logprobs"].double()).float().exp()
-            defined = defined & inverse.isfinite() & (results["policy/skipped"] == 0)
+            defined = defined & inverse_ratios(op, inputs).isfinite() & (results["policy/skipped"] == 0)
         if inputs.get("ratio_level") == "sequence":  # its gradient is a sum over the row
             defined = defined.all(-1, keepdim=True)
     elif op.scope is BATCH:
@@ -135,10 +135,29 @@ def defined_gradients_of_whole_loss(op, inputs, results):
     tokens = [x for x in (ratio, *inputs.values()) if is_of_tokens(x, counts)]
     defined = torch.stack([x.isfinite() for x in tokens]).all(0) & results["policy/entropy"].isfinite()
     found = {}
+    if "ref_logprobs" in inputs:
+        finite = inverse_ratios(op, inputs).isfinite()
+        defined = defined & finite & (results["policy/skipped"] == 0)
+        if not finite[counts].all():  # the weighted k3 is 0 times infinity
+            found = {name: torch.zeros(()) for name in ("loss", "loss/total", "loss/kl", "policy/ref_kl")}
+    if inputs.get("ratio_level") == "sequence":  # its gradient is a sum over the row
+        defined = (defined | ~counts).all(-1, keepdim=True).expand_as(counts)
     for name, x in gradients(results).items():
         kept = defined if name == "grad_vpreds" else defined[..., None] if op.on_logits else defined[counts].all()
         found[name] = x.masked_fill(~kept, 0)
     return found
+
+
+def inverse_ratios(op, inputs):
+    """exp(ref_logprobs - logprobs), in which k3 is linear, in float32."""
+    logprobs = inputs["logprobs"].double() if op.name == "ppo_loss" else exact_logprobs(op, inputs)
+    return (inputs["ref_logprobs"].double() - logprobs).float().exp()
+
+
+def exact_logprobs(op, inputs):
+    names = ("logits", "hidden", "weight", "labels", "bias", "temperature", "logit_scale", "softcap", "mask")
+    given = doubles({name: inputs[name] for name in names if name in inputs})
+    return reference.logprobs(**given) if op.on_logits else reference.linear_logprobs(**given)
 
 
 def is_of_tokens(x, like):
@@ -154,8 +173,12 @@ def scale_of_whole_loss(op, inputs, exact):
     )
     head = max(1.0, largest(inputs["weight"]), largest(inputs["hidden"])) if op.on_hidden else 1.0
     ratio = max(1.0, largest(exact["policy/ratio"])) * max(1.0, largest(inputs["advantages"]))
-    values = max(1.0, *(largest(inputs[name]) for name in ("vpreds", "values", "returns")))
-    return head * logit * max(logit, ratio) + values**2
+    factor = max(1.0, largest(inputs["weights"])) if "weights" in inputs else 1.0
+    if "ref_logprobs" in inputs:
+        factor *= max(1.0, largest(inverse_ratios(op, inputs)[inputs["mask"] != 0]), largest(inputs["ref_logprobs"]))
+    critic = (inputs[name] for name in ("vpreds", "values", "returns"))
+    values = max(1.0, 0.0, *(largest(x) for x in critic if x is not None))
+    return factor * head * logit * max(logit, ratio) + values**2
 
 
 def scale_of(op, name, inputs, grads, exact):
@@ -372,6 +395,58 @@ def test_parts_of_a_batch_weighted_by_their_tokens_give_the_whole(op, case, devi
     for name, grad in gradients(whole).items():
         together = torch.cat([share.to(grad.dtype) * part[name] for share, part in zip(shares, parts)])
         assert_near(name, together, grad, exact[name])
+
+
+def parts_of(op, case, inputs, device):
+    """The tokens that count, dealt out at random to three parts, by whole rows where ratios are of rows: the arguments
+    of each part, with the denominator of the whole, and its rows."""
+    counts, generator = inputs["mask"] != 0, case.generator()
+    by_row, mode = inputs.get("ratio_level", "token") != "token", inputs.get("aggregation", "token_mean")
+    part_of = torch.randint(3, (case.sequences, 1 if by_row else case.tokens), generator=generator).to(device)
+    common = {}
+    if mode != "token_sum" and "denominator" not in inputs:
+        total = (counts if mode == "token_mean" else counts.any(1)).sum()
+        common["denominator"] = total if case.seed % 2 else float(total)
+    if mode == "seq_mean_token_mean" and "row_counts" not in inputs and not by_row:
+        common["row_counts"] = counts.sum(1)
+    for part in range(3):
+        own = counts & (part_of == part)
+        rows = own.any(1).nonzero().squeeze(1)
+        given = of_tokens(lambda x, rows=rows: x[rows] if x.dim() else x, inputs | {"mask": own} | common)
+        yield given, rows
+
+
+def gathered(op, whole, parts):
+    """The sums over the parts of their losses and gradients, those of tokens in their places."""
+    total = {name: torch.zeros_like(whole[name]) for name in ("loss", *gradients(whole))}
+    for results, rows in parts:
+        for name, x in total.items():
+            if name == "loss" or name.removeprefix("grad_") in OF_HEAD:
+                x += results[name]
+            else:
+                x[rows] += results[name]
+    return total
+
+
+@property_of(*WITH_DENOMINATOR, kinds=CALM)
+def test_any_parts_of_a_batch_with_its_denominator_give_the_whole(op, case, device):
+    """The gradients of tokens have the same bits. The loss of each part is rounded once. Where torch multiplies
+    matrices, which it may divide in other ways, all is in float64, to 1e-9 of the largest entry."""
+    inputs, _ = arguments(op, case, device)
+    inputs |= {"ratio_threshold": float("inf")}
+    inputs = doubles(inputs) if op.on_hidden else inputs
+    whole = op.run(inputs, {"loss": torch.ones(())})
+    parts = [(op.run(given, {"loss": torch.ones(())}), rows) for given, rows in parts_of(op, case, inputs, device)]
+    total = gathered(op, whole, parts)
+    if whole["loss"].isfinite():
+        sizes = sum(results["loss"].abs() for results, _ in parts) + whole["loss"].abs()
+        eps = 1e-9 if op.on_hidden else 2 * torch.finfo(torch.float32).eps
+        assert (total["loss"] - whole["loss"]).abs() <= eps * sizes + 1e-9
+    for name, grad in gradients(whole).items():
+        if op.on_hidden:
+            torch.testing.assert_close(total[name], grad, rtol=0, atol=1e-9 * max(1.0, largest(grad)), equal_nan=True)
+        else:
+            assert_same_bits(name, total[name], grad)
 
 
 @property_of(*ON_LOGITS)

@@ -18,6 +18,13 @@ def right(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> tor
     advantages, returns = gae(entropy, rewards, mask, gamma=1, lam=0.95)
     advantages = ppo_ext.masked_whiten(advantages, mask, shift_mean=False)
     loss, stats = ppo_ext.ppo_loss(logprobs, logprobs, advantages, kl, kls, returns, mask, cliprange=0.1)
+    tokens = (logprobs, advantages, None, None, None, mask)
+    ppo_ext.ppo_loss_from_logits(
+        logits, labels, *tokens, cliprange=(0.2, 0.3), ratio_level="sequence", denominator=mask.sum()
+    )
+    ppo_ext.ppo_loss_from_hidden(
+        logits, logits, labels, *tokens, ref_logprobs=kl, kl_coef=0.1, kl_estimator="k3", scale=2
+    )
     return loss + ppo_ext.masked_mean(kl, mask) + stats["loss/total"]
 
 
@@ -38,4 +45,5 @@ def wrong(x: torch.Tensor) -> None:
     ppo_ext.logprobs(x)  # type: ignore[call-arg]
     ppo_ext.masked_whiten(x, x, mean=True)  # type: ignore[call-arg]
     ppo_ext.ppo_loss(x, x, x, x, x, x, x, 0.2)  # type: ignore[call-arg]
+    ppo_ext.ppo_loss_from_logits(x, x, x, x, None, None, None, x, aggregation="mean")  # type: ignore[arg-type]
     PPOConfig(batch_sise=3)  # type: ignore[call-arg]

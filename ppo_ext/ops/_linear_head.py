@@ -58,7 +58,7 @@ class Rows:
         if self.index is not None:
             return x.index_select(0, self.index)
         if self.hidden_mask is not None:
-            return torch.where(self.hidden_mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            return torch.where(self.hidden_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         return x
 
     def back(self, x: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,22 @@ DEFAULTS = {
     "scale": 1.0,
     "row_counts": None,
 }
+# The order of ppo_options_of in csrc/ppo_loss_options_entry.h.
+NUMBERS = (
+    "clip_low",
+    "clip_high",
+    "cliprange_value",
+    "vf_coef",
+    "ratio_threshold",
+    "dual_clip",
+    "log_ratio_clamp",
+    "kl_coef",
+    "entropy_coef",
+    "huber_delta",
+    "norm_length",
+    "denominator",
+    "scale",
+)
 
 
 def is_plain(vpreds: Any, cliprange: Any, cliprange_value: Any, options: dict[str, Any]) -> bool:
@@ -105,124 +121,121 @@ def option_names(dual_clip: bool, weights: bool, ref_logprobs: bool, entropy: bo
     return tuple(name for name in OPTION_STAT_NAMES if given.get(name, True))
 
 
-def bounds(cliprange: Any) -> tuple[float, float]:
+def bounds(op: str, cliprange: Any) -> tuple[float, float]:
     """How far the ratio may go below and above 1: a number for both, or a pair."""
     if not isinstance(cliprange, (tuple, list)):
-        both = check.not_negative("ppo_loss", "cliprange", cliprange)
+        both = check.not_negative(op, "cliprange", cliprange)
         return both, both
     if len(cliprange) != 2:
-        check.fail("ppo_loss", "cliprange", "be a number or a pair (low, high)", f"{len(cliprange)} numbers")
-    low, high = (check.not_negative("ppo_loss", "cliprange", x) for x in cliprange)
+        check.fail(op, "cliprange", "be a number or a pair (low, high)", f"{len(cliprange)} numbers")
+    low, high = (check.not_negative(op, "cliprange", x) for x in cliprange)
     return low, high
 
 
-def numbers(given: dict[str, Any]) -> list[float]:
-    """The options that are numbers, checked, in the order of ppo_options_of in csrc/ppo_loss_options_entry.h; 0 in the
-    place of the denominator."""
-    op = "ppo_loss"
+def numbers(op: str, given: dict[str, Any]) -> list[float]:
+    """The options that are numbers, checked, in the order of NUMBERS; 0 in the place of the denominator."""
     value_range, clamp, length = (given[name] for name in ("cliprange_value", "log_ratio_clamp", "norm_length"))
     return [
-        *bounds(given["cliprange"]),
+        *bounds(op, given["cliprange"]),
         math.inf if value_range is None else check.not_negative(op, "cliprange_value", value_range),
         check.finite(op, "vf_coef", given["vf_coef"]),
-        threshold(given["ratio_threshold"]),
-        0.0 if given["dual_clip"] is None else _above_one(given["dual_clip"]),
-        0.0 if clamp is None else _positive_or_none("log_ratio_clamp", clamp),
+        threshold(op, given["ratio_threshold"]),
+        0.0 if given["dual_clip"] is None else _above_one(op, given["dual_clip"]),
+        0.0 if clamp is None else _positive_or_none(op, "log_ratio_clamp", clamp),
         check.finite(op, "kl_coef", given["kl_coef"]),
         check.finite(op, "entropy_coef", given["entropy_coef"]),
         check.positive(op, "huber_delta", given["huber_delta"]),
-        0.0 if length is None else _positive_or_none("norm_length", length),
+        0.0 if length is None else _positive_or_none(op, "norm_length", length),
         0.0,
         check.finite(op, "scale", given["scale"]),
     ]
 
 
-DENOMINATOR = 11  # its place in the list
-
-
-def threshold(ratio_threshold: Any) -> float:
-    ratio_threshold = check.number("ppo_loss", "ratio_threshold", ratio_threshold)
+def threshold(op: str, ratio_threshold: Any) -> float:
+    ratio_threshold = check.number(op, "ratio_threshold", ratio_threshold)
     if ratio_threshold != ratio_threshold:
-        check.fail("ppo_loss", "ratio_threshold", "be a number", ratio_threshold)
+        check.fail(op, "ratio_threshold", "be a number", ratio_threshold)
     return ratio_threshold
 
 
-def _positive_or_none(argument: str, x: Any) -> float:
-    return check.positive("ppo_loss", argument, x, "be None or a positive finite number")
+def _positive_or_none(op: str, argument: str, x: Any) -> float:
+    return check.positive(op, argument, x, "be None or a positive finite number")
 
 
-def _above_one(dual_clip: Any) -> float:
-    x = check.number("ppo_loss", "dual_clip", dual_clip)
+def _above_one(op: str, dual_clip: Any) -> float:
+    x = check.number(op, "dual_clip", dual_clip)
     if not 1 < x < math.inf:
-        check.fail("ppo_loss", "dual_clip", "be None or a finite number larger than 1", x)
-    check.in_range("ppo_loss", "dual_clip", x)
+        check.fail(op, "dual_clip", "be None or a finite number larger than 1", x)
+    check.in_range(op, "dual_clip", x)
     return x
 
 
-def choices(given: dict[str, Any]) -> list[int]:
+def choices(op: str, given: dict[str, Any]) -> list[int]:
     """The options that are names, as their numbers, in the order of CHOICES."""
     found = []
     for argument, allowed in CHOICES.items():
         name = given[argument]
         if not isinstance(name, str):
-            check.fail("ppo_loss", argument, "be a str", type(name).__name__, TypeError)
+            check.fail(op, argument, "be a str", type(name).__name__, TypeError)
         if name not in allowed:
-            check.fail("ppo_loss", argument, f"be one of {', '.join(map(repr, allowed))}", repr(name))
+            check.fail(op, argument, f"be one of {', '.join(map(repr, allowed))}", repr(name))
         found.append(allowed.index(name))
     return found
 
 
-def denominator(x: Any, first: torch.Tensor, mask: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """(a number, None) or (0, a tensor [] in the dtype of the arithmetic); (0, None) if it is not given."""
+def denominator(op: str, x: Any, of: str, first: torch.Tensor, mask: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """(a number, None) or (0, a tensor [] in the dtype of the arithmetic); (0, None) if it is not given. `first` is a
+    tensor of tokens in that dtype, and `of` the name of the one that decides about devices and shapes."""
     if x is None:
         return 0.0, None
     if isinstance(x, torch.Tensor):
-        check.tensor("ppo_loss", "denominator", x)
+        check.tensor(op, "denominator", x)
         if x.numel() != 1 or x.dtype.is_complex or x.is_quantized:
-            check.fail("ppo_loss", "denominator", "be a number or a tensor of one number", list(x.shape))
-        check.device("ppo_loss", "denominator", x, first.device, "logprobs")
+            check.fail(op, "denominator", "be a number or a tensor of one number", list(x.shape))
+        check.device(op, "denominator", x, first.device, of)
         return 0.0, x.detach().reshape(()).to(first.dtype)
-    x = check.not_negative("ppo_loss", "denominator", x)
+    x = check.not_negative(op, "denominator", x)
     # Only an empty part of a batch may come with a denominator of 0. The host waits for the mask in this case alone.
     if x == 0 and bool(mask.any()):
-        check.fail("ppo_loss", "denominator", "be positive where the mask has tokens that count", x)
+        check.fail(op, "denominator", "be positive where the mask has tokens that count", x)
     return (x, None) if x > 0 else (1.0, None)
 
 
-def row_counts(x: Any, first: torch.Tensor) -> torch.Tensor | None:
+def row_counts(op: str, x: Any, of: str, first: torch.Tensor) -> torch.Tensor | None:
     """The number of tokens of each whole row, in the dtype of the arithmetic."""
     if x is None:
         return None
-    check.tensor("ppo_loss", "row_counts", x)
+    check.tensor(op, "row_counts", x)
     if x.dtype.is_complex or x.is_quantized:
-        check.fail("ppo_loss", "row_counts", "be int or float", x.dtype, TypeError)
-    check.shape("ppo_loss", "row_counts", x, first.shape[:-1], "the rows of logprobs")
-    check.device("ppo_loss", "row_counts", x, first.device, "logprobs")
+        check.fail(op, "row_counts", "be int or float", x.dtype, TypeError)
+    check.shape(op, "row_counts", x, first.shape[:-1], f"the rows of {of}")
+    check.device(op, "row_counts", x, first.device, of)
     return x.detach().to(first.dtype).contiguous()
 
 
-def combination(found: Sequence[int], given: dict[str, Any], values: Sequence[float]) -> None:
+def combination(op: str, found: Sequence[int], given: dict[str, Any], values: Sequence[float]) -> None:
     """Refuses options that mean nothing together. `found` is of `choices`, `values` of `numbers`; in `given` the tensors
     are flags that tell whether they are given."""
     ratio_level, policy_loss, _, _, _, aggregation = found
-    _, _, _, _, _, dual_clip, _, kl_coef, entropy_coef, _, norm_length, _, _ = values
+    names = ("dual_clip", "kl_coef", "entropy_coef", "norm_length")
+    dual_clip, kl_coef, entropy_coef, norm_length = (values[NUMBERS.index(name)] for name in names)
     policy, level, mode = (
         CHOICES[name][number]
         for name, number in (("policy_loss", policy_loss), ("ratio_level", ratio_level), ("aggregation", aggregation))
     )
     if dual_clip and policy != "clip":
-        check.fail("ppo_loss", "dual_clip", f"be None with policy_loss={policy!r}", dual_clip)
+        check.fail(op, "dual_clip", f"be None with policy_loss={policy!r}", dual_clip)
     if level != "token" and policy == "reinforce":
-        check.fail("ppo_loss", "ratio_level", "be 'token' with policy_loss='reinforce'", repr(level))
+        check.fail(op, "ratio_level", "be 'token' with policy_loss='reinforce'", repr(level))
     if kl_coef and not given["ref_logprobs"]:
-        check.fail("ppo_loss", "kl_coef", "be 0 with ref_logprobs=None", kl_coef)
+        check.fail(op, "kl_coef", "be 0 with ref_logprobs=None", kl_coef)
     if entropy_coef and not given["entropy"]:
-        check.fail("ppo_loss", "entropy_coef", "be 0 with entropy=None", entropy_coef)
+        check.fail(op, "entropy_coef", "be 0 with entropy=None", entropy_coef)
     if norm_length and mode != "seq_mean_token_sum_norm":
-        check.fail("ppo_loss", "norm_length", f"be None with aggregation={mode!r}", norm_length)
+        check.fail(op, "norm_length", f"be None with aggregation={mode!r}", norm_length)
     if given["denominator"] and mode == "token_sum":
-        check.fail("ppo_loss", "denominator", "be None with aggregation='token_sum'", "one")
+        check.fail(op, "denominator", "be None with aggregation='token_sum'", "one")
     if given["row_counts"] and mode != "seq_mean_token_mean":
-        check.fail("ppo_loss", "row_counts", f"be None with aggregation={mode!r}", "a tensor")
+        check.fail(op, "row_counts", f"be None with aggregation={mode!r}", "a tensor")
     if given["row_counts"] and level != "token":
-        check.fail("ppo_loss", "row_counts", f"be None with ratio_level={level!r}", "a tensor")
+        check.fail(op, "row_counts", f"be None with ratio_level={level!r}", "a tensor")

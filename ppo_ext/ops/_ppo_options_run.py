@@ -18,9 +18,10 @@ _FLOATS = (
     "ref_logprobs",
     "entropy",
 )
+_CRITIC = ("vpreds", "values", "returns")
 _OPTIONAL = ("weights", "ref_logprobs", "entropy")
 _DIFFERENTIABLE = ("logprobs", "vpreds", "entropy")
-_DUAL_CLIP = 5  # its place in the numbers
+_DENOMINATOR, _DUAL_CLIP = (_ppo_options.NUMBERS.index(name) for name in ("denominator", "dual_clip"))
 
 _forward, _forward_name = _native.define(
     "_ppo_loss_options(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values,"
@@ -66,22 +67,22 @@ class _PPOLossOptions(torch.autograd.Function):
         return *(None if grad is None else x for grad, x in zip(ctx.grads, found)), None
 
 
-def _prepare(given: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of tokens that are given, and the mask, checked, contiguous, and but for the mask of one dtype."""
-    first = given["logprobs"]
-    check.floating("ppo_loss", "logprobs", first)
-    critic = any(given[name] is not None for name in ("vpreds", "values", "returns"))
-    for name in _FLOATS[1:]:
-        x = given[name]
-        if x is None and (name in _OPTIONAL or (not critic and name in ("vpreds", "values", "returns"))):
-            continue
-        check.floating("ppo_loss", name, x)
-        check.shape("ppo_loss", name, x, first.shape, "logprobs")
-        check.device("ppo_loss", name, x, first.device, "logprobs")
-    mask = check.mask("ppo_loss", given["mask"], first.shape, first.device, "logprobs")
-    found = {name: given[name] for name in _FLOATS if given[name] is not None}
-    found = {name: x.contiguous() for name, x in zip(found, check.same_dtype(*found.values()))}
-    return found | {"mask": mask.contiguous()}
+def prepare(
+    op: str, given: dict[str, Any], names: tuple[str, ...], of: str, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The tensors of these names that are given, and the mask, checked, contiguous, and but for the mask of one dtype,
+    `dtype` at least. `of` is the tensor whose shape and device they must have."""
+    like = given[of]
+    critic = any(given[name] is not None for name in _CRITIC)
+    optional = _OPTIONAL if critic else (*_OPTIONAL, *_CRITIC)
+    found = {name: given[name] for name in names if given[name] is not None or name not in optional}
+    for name, x in found.items():
+        check.floating(op, name, x)
+        check.shape(op, name, x, like.shape, of)
+        check.device(op, name, x, like.device, of)
+    mask = check.mask(op, given["mask"], like.shape, like.device, of)
+    *same, _ = check.same_dtype(*found.values(), torch.empty(0, dtype=dtype, device=like.device))
+    return {name: x.contiguous() for name, x in zip(found, same)} | {"mask": mask.contiguous()}
 
 
 # ---- the options ----------------------------------------------------------------------------------------------------
@@ -96,12 +97,12 @@ _REST = (
 _SIMPLE = {float, int, bool, str, type(None)}
 
 
-def _parsed(low: Any, high: Any, *rest: Any) -> tuple[list[float], list[int], tuple]:
+def _parsed(op: str, low: Any, high: Any, *rest: Any) -> tuple[list[float], list[int], tuple]:
     """The numbers and names of the operator, and the names of the statistics in its order (with None for the factor of
     the saved gradients). `rest` is of _REST, then for each of _TENSORS a flag that tells whether it is given."""
     given = dict(zip((*_REST, *_TENSORS), rest)) | {"cliprange": low if high is None else (low, high)}
-    found, values = _ppo_options.choices(given), _ppo_options.numbers(given)
-    _ppo_options.combination(found, given, values)
+    found, values = _ppo_options.choices(op, given), _ppo_options.numbers(op, given)
+    _ppo_options.combination(op, found, given, values)
     on = (given["dual_clip"] is not None, *(given[name] for name in _TENSORS[:3]))
     return values, found, (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on))
 
@@ -109,11 +110,11 @@ def _parsed(low: Any, high: Any, *rest: Any) -> tuple[list[float], list[int], tu
 _parsed_once = functools.lru_cache(maxsize=64)(_parsed)
 
 
-def _options(given: dict[str, Any]) -> tuple[list[float], list[int], tuple]:
+def options(op: str, given: dict[str, Any]) -> tuple[list[float], list[int], tuple]:
     """`_parsed`, from memory if the options are the same numbers and names as before."""
     pair = given["cliprange"]
     low, high = pair if type(pair) is tuple and len(pair) == 2 else (pair, None)
-    key = (low, high, *[given[name] for name in _REST], *[given[name] is not None for name in _TENSORS])
+    key = (op, low, high, *[given[name] for name in _REST], *[given[name] is not None for name in _TENSORS])
     simple = _SIMPLE.issuperset(map(type, key)) and not torch.compiler.is_compiling()
     return _parsed_once(*key) if simple else _parsed(*key)
 
@@ -121,13 +122,18 @@ def _options(given: dict[str, Any]) -> tuple[list[float], list[int], tuple]:
 # ---- the op ---------------------------------------------------------------------------------------------------------
 
 
-def _run_operator(tensors, mask, first, given, numbers, found):
-    """The operator's outputs; `tensors` and `mask` in the forms that it takes."""
-    number, tensor = _ppo_options.denominator(given["denominator"], first, mask)
+def denominators(op, given, of, first, mask, numbers):
+    """(the numbers, among them the denominator if it is one, the denominator if it is a tensor, the counts of rows)."""
+    number, tensor = _ppo_options.denominator(op, given["denominator"], of, first, mask)
     if number != 0:
         numbers = [*numbers]
-        numbers[_ppo_options.DENOMINATOR] = number
-    counts = _ppo_options.row_counts(given["row_counts"], first)
+        numbers[_DENOMINATOR] = number
+    return numbers, tensor, _ppo_options.row_counts(op, given["row_counts"], of, first)
+
+
+def _run_operator(tensors, mask, first, given, numbers, found):
+    """The operator's outputs; `tensors` and `mask` in the forms that it takes."""
+    numbers, tensor, counts = denominators("ppo_loss", given, "logprobs", first, mask, numbers)
     tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
     return _forward(*tensors[:6], mask, *tensors[6:], tensor, counts, numbers, found)
 
@@ -153,16 +159,15 @@ def _run_unprepared(given, numbers, found):
 
 def run(given: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`ppo_loss`, whose arguments these are, by name."""
-    numbers, found, names = _options(given)
+    numbers, found, names = options("ppo_loss", given)
     outputs = _run_unprepared(given, numbers, found)
     if outputs is None:
-        given = given | _prepare(given)
+        check.floating("ppo_loss", "logprobs", given["logprobs"])
+        given = given | prepare("ppo_loss", given, _FLOATS, "logprobs")
         first, mask = given["logprobs"], given["mask"]
         if not _native.available(first.device.type):
-            number, tensor = _ppo_options.denominator(given["denominator"], first, mask)
-            counts = _ppo_options.row_counts(given["row_counts"], first)
-            total = tensor if number == 0 else number
-            return reference.ppo_loss(**given | {"denominator": total, "row_counts": counts})
+            denominators("ppo_loss", given, "logprobs", first, mask, numbers)
+            return reference.ppo_loss(**given)
         outputs = _run_operator([given[name] for name in _FLOATS], mask, first, given, numbers, found)
     return _results(outputs, given, names)
 
@@ -177,10 +182,14 @@ def _results(outputs, given, names):
         for name, x in zip(_DIFFERENTIABLE, leaves):
             if x is not None:
                 check.no_tangent("ppo_loss", name, x)
+    return loss, named_stats(names, vector, leaves[1] is not None, advantages, ratio)
+
+
+def named_stats(names, vector, critic, advantages, ratio):
     stats = dict(zip(names, vector.unbind()))
     del stats[None]
-    if leaves[1] is None:
+    if not critic:
         stats = {name: x for name, x in stats.items() if name not in _ppo_options.OF_CRITIC}
     stats["policy/advantages"] = advantages
     stats["policy/ratio"] = ratio
-    return loss, stats
+    return stats

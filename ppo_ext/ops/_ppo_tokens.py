@@ -2,28 +2,63 @@
 known, and its gradients before the last token is."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from . import check
-from . import ppo_loss as _loss
+from . import _ppo_options_run, check
+from ._ppo_options import CHOICES, NUMBERS, STAT_NAMES
+from ._ppo_options_run import _backward, _forward
 
-TOKENS = ("old_logprobs", "advantages", "vpreds", "values", "returns")
-# The arguments of the operators that come after those of the log-probabilities.
-TENSORS = "".join(f"Tensor {name}, " for name in TOKENS) + "Tensor mask"
-COEFFICIENTS = ("cliprange", "cliprange_value", "vf_coef", "ratio_threshold", "entropy_coef")
-NUMBERS = ", ".join(f"float {name}" for name in COEFFICIENTS)
-# What they return first, see TokenLoss.
-RESULTS = "Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages"
+_TENSORS = ("old_logprobs", "advantages", "vpreds", "values", "returns", "weights", "ref_logprobs")
+# The arguments of an operator that come after those of the log-probabilities, and what it returns first.
+ARGUMENTS = (
+    "Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values, Tensor? returns, Tensor mask,"
+    " Tensor? weights, Tensor? ref_logprobs, Tensor? denominator, Tensor? row_counts, float[] numbers, int[] choices"
+)
+RESULTS = "Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_vpreds"
+_OF_TOKENS = 8  # so many of them have the shape of the tokens
+
+
+class Tokens(NamedTuple):
+    """The values of ARGUMENTS: what `ppo_loss` takes, but for log-probabilities and entropy."""
+
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    vpreds: torch.Tensor | None
+    values: torch.Tensor | None
+    returns: torch.Tensor | None
+    mask: torch.Tensor
+    weights: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    denominator: torch.Tensor | None
+    row_counts: torch.Tensor | None
+    numbers: list[float]
+    choices: list[int]
+
+    def number(self, name: str) -> float:
+        return self.numbers[NUMBERS.index(name)]
+
+    def with_number(self, name: str, x: float) -> "Tokens":
+        place = NUMBERS.index(name)
+        return self._replace(numbers=[*self.numbers[:place], x, *self.numbers[place + 1 :]])
+
+    def choice(self, name: str) -> str:
+        return CHOICES[name][self.choices[list(CHOICES).index(name)]]
+
+    def of_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """The tokens that `rows` selects of each tensor, for `row_gradients`."""
+        found: list[Any] = list(self)
+        found[:_OF_TOKENS] = (None if x is None else rows(x) for x in found[:_OF_TOKENS])
+        return Tokens(*found)
 
 
 class TokenLoss(NamedTuple):
     """The results of an operator, but for the gradients of what the logits are made of.
 
-    loss: []. stats: one number for each name in STAT_NAMES. ratio, counted_advantages, and the gradient of the loss with
-    respect to vpreds: of the tokens' shape.
+    loss: []. stats: one number for each of the names that `prepare` returns. ratio, counted_advantages, and the gradient
+    of the loss with respect to vpreds: of the tokens' shape, the gradient without entries if there is no critic.
     """
 
     loss: torch.Tensor
@@ -33,117 +68,92 @@ class TokenLoss(NamedTuple):
     grad_vpreds: torch.Tensor
 
 
-STAT_NAMES = (*_loss.STAT_NAMES, "policy/entropy")
+def fake_results(tokens: Tokens) -> TokenLoss:
+    logprobs = tokens.old_logprobs
+    loss, stats, ratio, counted_advantages, _, grad_vpreds, _ = _outputs(logprobs, logprobs, tokens)
+    return TokenLoss(loss, stats, ratio, counted_advantages, grad_vpreds)
 
 
-def fake_results(mask: torch.Tensor, dtype: torch.dtype) -> TokenLoss:
-    token = [mask.new_empty(mask.shape, dtype=dtype) for _ in range(3)]
-    return TokenLoss(mask.new_empty((), dtype=dtype), mask.new_empty(len(STAT_NAMES), dtype=dtype), *token)
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
-
-
-def prepare(op: str, labels: torch.Tensor, tokens: tuple, mask: Any, dtype: torch.dtype) -> tuple[list, torch.Tensor]:
-    """The tensors of TOKENS, checked, dense and of one dtype, and the mask. dtype: that of the log-probabilities."""
-    for name, x in zip(TOKENS, tokens):
-        check.floating(op, name, x)
-        check.shape(op, name, x, labels.shape, "labels")
-        check.device(op, name, x, labels.device, "labels")
+def prepare(op: str, given: dict[str, Any], labels: torch.Tensor, dtype: torch.dtype) -> tuple[Tokens, tuple]:
+    """The arguments of a loss, by name, checked and in the forms of an operator, and the names of the statistics. dtype:
+    that of the log-probabilities."""
+    given = given | {"labels": labels}
+    found: dict[str, Any] = _ppo_options_run.prepare(op, given, _TENSORS, "labels", dtype)
+    for name, x in found.items():
         check.no_tangent(op, name, x)
-    mask = check.mask(op, mask, labels.shape, labels.device, "labels")
-    *found, _ = check.same_dtype(*tokens, torch.empty(0, dtype=dtype, device=labels.device))
-    return [x.contiguous() for x in found], mask.contiguous()
-
-
-def numbers(
-    op: str, cliprange: Any, cliprange_value: Any, vf_coef: Any, ratio_threshold: Any, entropy_coef: Any
-) -> tuple:
-    """The coefficients, checked."""
-    cliprange = check.not_negative(op, "cliprange", cliprange)
-    cliprange_value = check.not_negative(op, "cliprange_value", cliprange_value)
-    vf_coef = check.finite(op, "vf_coef", vf_coef)
-    ratio_threshold = check.number(op, "ratio_threshold", ratio_threshold)
-    if math.isnan(ratio_threshold):
-        check.fail(op, "ratio_threshold", "be a number", ratio_threshold)
-    return cliprange, cliprange_value, vf_coef, ratio_threshold, check.finite(op, "entropy_coef", entropy_coef)
-
-
-def check_tokens(op: str, like: torch.Tensor, tokens: tuple, mask: torch.Tensor, numbers: tuple) -> torch.dtype:
-    """What the public functions see to, in the operators. `like`: the labels. Returns the tokens' dtype."""
-    dtype = tokens[0].dtype
-    if dtype not in (torch.float32, torch.float64):
-        check.fail(op, TOKENS[0], "be float32 or float64", dtype, TypeError)
-    expected = {name: (x, dtype) for name, x in zip(TOKENS, tokens)} | {"mask": (mask, torch.bool)}
-    for name, (x, wanted) in expected.items():
-        if x.dtype != wanted:
-            check.fail(op, name, f"be {str(wanted).removeprefix('torch.')}", x.dtype, TypeError)
-        check.shape(op, name, x, like.shape, "labels")
-        check.device(op, name, x, like.device, "labels")
-        if not x.is_contiguous():
-            check.fail(op, name, "be contiguous", f"strides {list(x.stride())}")
-    for name, x in zip(("cliprange", "cliprange_value"), numbers):
-        if not x >= 0:
-            check.fail(op, name, "not be negative", x)
-    for name, x in (("vf_coef", numbers[2]), ("entropy_coef", numbers[4])):
-        if not math.isfinite(x):
-            check.fail(op, name, "be a finite number", x)
-    return dtype
+    numbers, choices, names = _ppo_options_run.options(op, given | {"entropy": labels})
+    first, mask = found["old_logprobs"], found["mask"]
+    numbers, total, counts = _ppo_options_run.denominators(op, given, "labels", first, mask, numbers)
+    tensors: list[Any] = [found.get(name) for name in Tokens._fields[:_OF_TOKENS]]
+    return Tokens(*[*tensors, total, counts, numbers, choices]), names
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
-def share_of(mask: torch.Tensor) -> torch.Tensor:
-    """One over the number of tokens that count, which is known before the first log-probability."""
-    return 1.0 / mask.sum().clamp(min=1).double()
+def _outputs(logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: Tokens) -> tuple[torch.Tensor, ...]:
+    """Those of the operator of ppo_loss."""
+    dtype = tokens.old_logprobs.dtype
+    given = (None if x is None else x.to(dtype).contiguous() for x in (logprobs, entropy))
+    return _forward(next(given), *tokens[:_OF_TOKENS], next(given), *tokens[_OF_TOKENS:])
 
 
-def row_gradients(logprobs, tokens, mask, numbers, share):
+def by_sequence(tokens: Tokens) -> bool:
+    """Whether a token's gradient depends on the log-probabilities of its whole sequence."""
+    return tokens.choice("ratio_level") != "token"
+
+
+def shares(tokens: Tokens) -> torch.Tensor:
+    """What the terms of each token are multiplied by in the loss, which is known before the first log-probability: the
+    gradient of an entropy that is added. Refuses what the operator of ppo_loss does."""
+    if len(tokens.numbers) != len(NUMBERS):
+        check.fail("ppo_loss", "numbers", f"have {len(NUMBERS)} entries", len(tokens.numbers))
+    plain = tokens.with_number("entropy_coef", -1.0).with_number("ratio_threshold", math.inf)
+    logprobs = tokens.old_logprobs
+    loss, stats, _, _, grad_logprobs, _, grad_entropy = _outputs(logprobs, torch.zeros_like(logprobs), plain)
+    return _backward(torch.ones_like(loss), stats, grad_logprobs, None, grad_entropy)[2]
+
+
+def row_gradients(
+    logprobs: torch.Tensor, tokens: Tokens, share: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of the loss with respect to some rows' log-probabilities and entropies (None if it has none), before
-    it is known whether the ratio guard skips the minibatch."""
-    *coefficients, entropy_coef = numbers
-    grad = _loss._forward(logprobs.to(tokens[0].dtype), *tokens, mask, *coefficients)[4]
-    return (grad * share).to(logprobs.dtype), entropy_gradients(logprobs, mask, entropy_coef, share)
+    it is known whether the ratio guard skips the minibatch. tokens: of `of_rows`; share: these rows of `shares`."""
+    choices = [0 if name == "aggregation" else x for name, x in zip(CHOICES, tokens.choices)]
+    alone = tokens._replace(choices=choices, denominator=None, row_counts=None)
+    grad = _outputs(logprobs, None, alone.with_number("entropy_coef", 0.0))[4]
+    coefficient = tokens.number("entropy_coef")
+    of_entropy = None if coefficient == 0 else (-coefficient * share).to(logprobs.dtype)
+    return torch.where(share == 0, 0, grad * share).to(logprobs.dtype), of_entropy
 
 
-def entropy_gradients(logprobs, mask, entropy_coef, share):
-    return None if entropy_coef == 0 else (mask * (-entropy_coef * share)).to(logprobs.dtype)
+def whole_loss(
+    logprobs: torch.Tensor, entropy: torch.Tensor, tokens: Tokens
+) -> tuple[TokenLoss, tuple[torch.Tensor, torch.Tensor | None]]:
+    """The loss of all tokens with its statistics, and its gradients with respect to the log-probabilities and entropies
+    (None if it has none)."""
+    loss, stats, ratio, counted_advantages, *grads = _outputs(logprobs, entropy, tokens)
+    needed = (True, tokens.vpreds is not None, tokens.number("entropy_coef") != 0)
+    of_logprobs, of_vpreds, of_entropy = _backward(
+        torch.ones_like(loss), stats, *(grad if need else None for grad, need in zip(grads, needed))
+    )
+    row_grads = of_logprobs.to(logprobs.dtype), of_entropy.to(logprobs.dtype) if needed[2] else None
+    return TokenLoss(loss, stats, ratio, counted_advantages, of_vpreds), row_grads
 
 
-def whole_loss(logprobs, entropy, tokens, mask, numbers) -> tuple[TokenLoss, torch.Tensor]:
-    """The loss of all tokens with its statistics, and its gradient with respect to the log-probabilities."""
-    *coefficients, entropy_coef = numbers
-    outputs = _loss._forward(logprobs.to(tokens[0].dtype), *tokens, mask, *coefficients)
-    loss, vector, ratio, counted_advantages, *grads = outputs
-    grad_logprobs, grad_vpreds = _loss._backward(torch.ones_like(loss), vector, *grads)
-    rows = (entropy.to(loss.dtype).reshape(1, -1), mask.to(loss.dtype).reshape(1, -1))
-    stats = torch.cat([vector[:-1], torch.ops.ppo_ext._masked_moments.default(*rows)[0, 1:2]])
-    if entropy_coef != 0:
-        loss = loss - torch.where(skipped(stats), 0, entropy_coef * stats[-1])
-        stats[STAT_NAMES.index("loss/total")] = loss
-    return TokenLoss(loss, stats, ratio, counted_advantages, grad_vpreds), grad_logprobs.to(logprobs.dtype)
-
-
-def skipped(stats: torch.Tensor) -> torch.Tensor:
-    """Whether the ratio guard skips the minibatch."""
-    return stats[STAT_NAMES.index("policy/skipped")] != 0
-
-
-def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], numbers: tuple) -> None:
+def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], tokens: Tokens) -> None:
     """The gradients that were made before the ratio guard could decide."""
-    if numbers[COEFFICIENTS.index("ratio_threshold")] == math.inf:
+    if tokens.number("ratio_threshold") == math.inf:
         return
-    if stats.device.type != "cpu" or skipped(stats):
+    skipped = stats[STAT_NAMES.index("policy/skipped")] != 0
+    if stats.device.type != "cpu" or skipped:
         for grad in gradients:
-            grad.masked_fill_(skipped(stats), 0)
+            grad.masked_fill_(skipped, 0)
 
 
-def named_stats(found: TokenLoss) -> dict[str, torch.Tensor]:
-    *numbers, entropy = found.stats.unbind()
-    stats = dict(zip(_loss.STAT_NAMES, numbers))
-    stats |= {"policy/advantages": found.counted_advantages, "policy/ratio": found.ratio}
-    return stats | {"policy/entropy": entropy}
+def named_stats(found: TokenLoss, tokens: Tokens, names: tuple) -> dict[str, torch.Tensor]:
+    critic = tokens.vpreds is not None
+    return _ppo_options_run.named_stats(names, found.stats, critic, found.counted_advantages, found.ratio)
 
 
 # ---- the backward pass ----------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def ppo_loss(
     cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
     cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
     vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
-    ratio_threshold = _ppo_options.threshold(ratio_threshold)
+    ratio_threshold = _ppo_options.threshold("ppo_loss", ratio_threshold)
     tensors = logprobs, old_logprobs, advantages, vpreds, values, returns
     coefficients = cliprange, cliprange_value, vf_coef, ratio_threshold
     outputs = _run_unprepared(tensors, mask, coefficients)

@@ -4,6 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _native, _ppo_tokens, check, reference
+from ._ppo_options import Aggregation, KLEstimator, KLGradient, PolicyLoss, RatioLevel, ValueLoss
 from .check_labels import note
 from .logprobs import _backward as _grad_logits
 from .logprobs import _backward_inplace as _grad_logits_inplace
@@ -59,49 +60,61 @@ class _GradientInForward(torch.autograd.Function):
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _forward(logits, labels, mask, temperatures, temperature, noted, tokens, numbers):
+def _forward(logits, labels, temperatures, temperature, noted, tokens):
     """The results, what the gradient of the logits needs of each row, and the gradients of the log-probabilities and
     entropies."""
+    mask = tokens.mask
     logprobs, entropy, *saved = _logprobs(logits, labels, mask, temperatures, temperature, True, noted)
-    found, grad_logprobs = _ppo_tokens.whole_loss(logprobs, entropy, tokens, mask, numbers)
-    grad_entropy = _ppo_tokens.entropy_gradients(logprobs, mask, numbers[-1], _ppo_tokens.share_of(mask))
-    if grad_entropy is not None:
-        grad_entropy = torch.where(_ppo_tokens.skipped(found.stats), 0, grad_entropy)
-    return found, (labels, mask, entropy, *saved, temperatures), (grad_logprobs, grad_entropy)
+    found, row_grads = _ppo_tokens.whole_loss(logprobs, entropy, tokens)
+    return found, (labels, mask, entropy, *saved, temperatures), row_grads
 
 
-def _forward_inplace(logits, labels, mask, temperatures, temperature, noted, tokens, numbers):
-    """The results, after the gradient has been written over the logits, some rows at a time."""
-    share, results = _ppo_tokens.share_of(mask), []
-    for part, labels_, mask_, temperatures_, *tokens_ in _blocks(logits, labels, mask, temperatures, *tokens):
-        logprobs, entropy, *saved = _logprobs(part, labels_, mask_, temperatures_, temperature, True, noted)
-        grads = _ppo_tokens.row_gradients(logprobs, tokens_, mask_, numbers, share)
-        _grad_logits_inplace(part, *grads, labels_, mask_, entropy, *saved, temperatures_, temperature)
+def _forward_inplace(logits, labels, temperatures, temperature, noted, tokens):
+    """The results, after the gradient has been written over the logits, some rows at a time where a row's gradient needs
+    no other."""
+    if _ppo_tokens.by_sequence(tokens):
+        found, rows, row_grads = _forward(logits, labels, temperatures, temperature, noted, tokens)
+        _grad_logits_inplace(logits, *row_grads, *rows, temperature)
+        torch.autograd.graph.increment_version(logits)
+        return found
+    share, results = _ppo_tokens.shares(tokens), []
+    for part, (labels_, temperatures_, share_), tokens_ in _blocks(logits, (labels, temperatures, share), tokens):
+        mask = tokens_.mask
+        logprobs, entropy, *saved = _logprobs(part, labels_, mask, temperatures_, temperature, True, noted)
+        grads = _ppo_tokens.row_gradients(logprobs, tokens_, share_)
+        _grad_logits_inplace(part, *grads, labels_, mask, entropy, *saved, temperatures_, temperature)
         results.append((logprobs, entropy))
     logprobs, entropy = (torch.cat(x).view(labels.shape) if len(x) > 1 else x[0] for x in zip(*results))
-    found, _ = _ppo_tokens.whole_loss(logprobs, entropy, tokens, mask, numbers)
-    _ppo_tokens.zero_if_skipped(found.stats, [logits], numbers)
+    found, _ = _ppo_tokens.whole_loss(logprobs, entropy, tokens)
+    _ppo_tokens.zero_if_skipped(found.stats, [logits], tokens)
     torch.autograd.graph.increment_version(logits)
     return found
 
 
-def _blocks(logits, *rest):
+def _blocks(logits, others, tokens):
     """The arguments, on a CPU some rows at a time where rows of the logits can be counted without a copy of them."""
-    count = rest[0].numel()
+    count = tokens.mask.numel()
     rows = max(1, _BLOCK // (logits.shape[-1] * logits.element_size()))
     if logits.device.type != "cpu" or count <= rows:
-        return [(logits, *rest)]
+        return [(logits, others, tokens)]
     try:
-        flat = (logits.view(-1, logits.shape[-1]), *(None if x is None else x.flatten() for x in rest))
+        flat = logits.view(-1, logits.shape[-1])
     except RuntimeError:
-        return [(logits, *rest)]
-    return [tuple(None if x is None else x[i : i + rows] for x in flat) for i in range(0, count, rows)]
+        return [(logits, others, tokens)]
+    blocks = []
+    for first in range(0, count, rows):
+
+        def of_block(x, first=first):
+            return None if x is None else x.flatten()[first : first + rows]
+
+        blocks.append((flat[first : first + rows], [of_block(x) for x in others], tokens.of_rows(of_block)))
+    return blocks
 
 
-def _apply(logits, labels, mask, temperatures, temperature, noted, tokens, numbers, inplace_forward, inplace_backward):
-    plain = (logits.detach(), labels, mask, temperatures, temperature, noted, [x.detach() for x in tokens], numbers)
-    vpreds = tokens[2]
-    needed = torch.is_grad_enabled() and (logits.requires_grad or vpreds.requires_grad)
+def _apply(logits, labels, temperatures, temperature, noted, tokens, names, inplace_forward, inplace_backward):
+    vpreds, tokens = tokens.vpreds, tokens.of_rows(torch.Tensor.detach)
+    plain = (logits.detach(), labels, temperatures, temperature, noted, tokens)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logits, vpreds))
     inplace_forward = inplace_forward and needed and not torch.compiler.is_compiling() and check.overwritable(logits)
     if inplace_forward and logits.requires_grad:
         found = _forward_inplace(*plain)
@@ -113,7 +126,7 @@ def _apply(logits, labels, mask, temperatures, temperature, noted, tokens, numbe
             loss = _PPOLossFromLogits.apply(
                 logits, vpreds, loss, rows, row_grads, found.grad_vpreds, temperature, inplace_backward
             )
-    return loss, _ppo_tokens.named_stats(found)
+    return loss, _ppo_tokens.named_stats(found, tokens, names)
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
@@ -124,17 +137,33 @@ def ppo_loss_from_logits(
     labels: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    vpreds: torch.Tensor,
-    values: torch.Tensor,
-    returns: torch.Tensor,
+    vpreds: torch.Tensor | None,
+    values: torch.Tensor | None,
+    returns: torch.Tensor | None,
     mask: torch.Tensor,
     *,
     temperature: float | torch.Tensor = 1.0,
-    cliprange: float = 0.2,
-    cliprange_value: float = 0.2,
+    cliprange: float | tuple[float, float] = 0.2,
+    cliprange_value: float | None = 0.2,
     vf_coef: float = 0.1,
     ratio_threshold: float = float("inf"),
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ratio_level: RatioLevel = "token",
+    policy_loss: PolicyLoss = "clip",
+    weights: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
+    kl_gradient: KLGradient = "exact",
     entropy_coef: float = 0.0,
+    value_loss: ValueLoss = "mse",
+    huber_delta: float = 10.0,
+    aggregation: Aggregation = "token_mean",
+    norm_length: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+    scale: float = 1.0,
+    row_counts: torch.Tensor | None = None,
     inplace_forward: bool = False,
     inplace_backward: bool = False,
     validate: bool = False,
@@ -142,26 +171,24 @@ def ppo_loss_from_logits(
     """The whole PPO loss of a minibatch from its logits, which are read once forward and once backward.
 
         logprobs, entropy = logprobs_and_entropy(logits, labels, ...)
-        loss = ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, ...)
-               - entropy_coef * masked_mean(entropy, mask)
+        loss = ppo_loss(logprobs, old_logprobs, advantages, vpreds, values, returns, mask, entropy=entropy, ...)
 
     Args:
         logits, labels, temperature, inplace_backward, validate: as in `logprobs_and_entropy`.
-        old_logprobs, advantages, vpreds, values, returns: of the labels' shape, as in `ppo_loss`.
+        old_logprobs, advantages, vpreds, values, returns: as in `ppo_loss`, of the labels' shape.
         mask: of the labels' shape, bool, int or float, nonzero where a token counts. The logits of the others are not
             read.
-        cliprange, cliprange_value, vf_coef, ratio_threshold: as in `ppo_loss`.
-        entropy_coef: weight of the entropy bonus, finite in float32. Where the ratio guard skips the minibatch, the
-            bonus is 0 too.
+        all others: as in `ppo_loss`, of the labels' shape where they have a number for each token.
         inplace_forward: let the forward pass write the gradient over `logits`, while a few rows of them are in a CPU's
             cache; the backward pass multiplies it by the gradient of the loss, which costs nothing on a CPU where that
             is 1. In half precision the gradient is rounded before it is multiplied. If autograd uses the overwritten
             logits later, it raises an error. Without effect where logits need no gradient, under torch.compile, and for
-            logits whose entries share memory.
+            logits whose entries share memory. With ratios of sequences, whose gradients are known after the last token,
+            all logits are read before the first is overwritten.
 
     Returns:
-        (loss, stats) as `ppo_loss` returns them, differentiable once with respect to logits and vpreds, and in stats
-        also policy/entropy, the mean entropy of the tokens that count. loss/total includes the bonus.
+        (loss, stats) as `ppo_loss` with options and an entropy returns them, differentiable once with respect to logits
+        and vpreds.
 
     Raises:
         The errors of `logprobs` and `ppo_loss`.
@@ -170,24 +197,20 @@ def ppo_loss_from_logits(
         Masked rows, precision and determinism are those of `logprobs` and `ppo_loss`. If no token counts, loss, gradients
         and statistics are 0.
     """
+    given = locals()
     labels, _, temperatures, temperature = _prepare_logits(_OP, logits, labels, temperature, None)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    given = (old_logprobs, advantages, vpreds, values, returns)
-    tokens, mask = _ppo_tokens.prepare(_OP, labels, given, mask, dtype)
-    numbers = _ppo_tokens.numbers(_OP, cliprange, cliprange_value, vf_coef, ratio_threshold, entropy_coef)
-    inplace_forward = check.flag(_OP, "inplace_forward", inplace_forward)
-    inplace_backward = check.flag(_OP, "inplace_backward", inplace_backward)
-    validate = check.flag(_OP, "validate", validate)
+    tokens, names = _ppo_tokens.prepare(_OP, given, labels, dtype)
+    inplace_forward = check.flag(_OP, "inplace_forward", given.pop("inplace_forward"))
+    inplace_backward = check.flag(_OP, "inplace_backward", given.pop("inplace_backward"))
+    validate = check.flag(_OP, "validate", given.pop("validate"))
     check.no_tangent(_OP, "logits", logits)
     native = _native.available(logits.device.type)
     if validate or not native:
-        check.ids(_OP, labels, logits.shape[-1], mask)
+        check.ids(_OP, labels, logits.shape[-1], tokens.mask)
         if temperatures is not None:
-            check.temperatures(_OP, temperatures, mask)
+            check.temperatures(_OP, temperatures, tokens.mask)
     if not native:
-        either = temperature if temperatures is None else temperatures
-        options = dict(zip(_ppo_tokens.COEFFICIENTS, numbers), temperature=either)
-        named = dict(zip(_ppo_tokens.TOKENS, tokens), mask=mask)
-        return reference.ppo_loss_from_logits(logits, labels, **named, **options)
-    arguments = (logits, labels, mask, temperatures, temperature, note(logits.device), tokens, numbers)
+        return reference.ppo_loss_from_logits(**given)
+    arguments = (logits, labels, temperatures, temperature, note(logits.device), tokens, names)
     return check.naming(_OP, _apply, *arguments, inplace_forward, inplace_backward)

@@ -213,32 +213,21 @@ def masked_whiten(values, mask, shift_mean=True, *, mode=None, unbiased=True, ep
     return torch.where(weights != 0, whitened + mean if mode == "keep_mean" else whitened, 0.0)
 
 
-def _with_bonus(found, entropy, mask, entropy_coef):
-    """The loss and statistics of ppo_loss, with the entropy bonus."""
-    loss, stats = found
-    stats["policy/entropy"] = masked_mean(entropy, mask)
-    if entropy_coef != 0:
-        loss = loss - torch.where(stats["policy/skipped"] != 0, 0.0, entropy_coef * stats["policy/entropy"])
-        stats["loss/total"] = loss
-    return loss, {name: value.detach() for name, value in stats.items()}
+# `options` are those of ppo_loss but for the entropy.
 
 
 def ppo_loss_from_logits(
-    logits, labels, old_logprobs, advantages, vpreds, values, returns, mask,
-    *, temperature=1.0, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf"), entropy_coef=0.0,
-):  # fmt: skip
+    logits, labels, old_logprobs, advantages, vpreds, values, returns, mask, *, temperature=1.0, **options
+):
     logprobs, entropy = logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
-    options = {"cliprange": cliprange, "cliprange_value": cliprange_value, "vf_coef": vf_coef}
     tokens = (logprobs, old_logprobs, advantages, vpreds, values, returns)
-    return _with_bonus(ppo_loss(*tokens, mask, ratio_threshold=ratio_threshold, **options), entropy, mask, entropy_coef)
+    return ppo_loss(*tokens, mask, entropy=entropy, **options)
 
 
 def ppo_loss_from_hidden(
     hidden, weight, labels, old_logprobs, advantages, vpreds, values, returns, mask,
-    *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None,
-    cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ratio_threshold=float("inf"), entropy_coef=0.0,
+    *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, **options,
 ):  # fmt: skip
     logits = linear_logits(hidden, weight, mask != 0, bias, logit_scale, softcap)
-    options = {"cliprange": cliprange, "cliprange_value": cliprange_value, "vf_coef": vf_coef}
-    options |= {"temperature": temperature, "ratio_threshold": ratio_threshold, "entropy_coef": entropy_coef}
-    return ppo_loss_from_logits(logits, labels, old_logprobs, advantages, vpreds, values, returns, mask, **options)
+    tokens = (old_logprobs, advantages, vpreds, values, returns)
+    return ppo_loss_from_logits(logits, labels, *tokens, mask, temperature=temperature, **options)

@@ -203,11 +203,11 @@ def ppo_loss(
     if ref_logprobs is not None:
         kl = _kl(logprobs, ref_logprobs, torch.exp(token_log_ratio), kl_estimator, kl_gradient)
         parts["loss/kl"] = aggregate(kl)
-        loss = loss + kl_coef * parts["loss/kl"]
+        loss = loss + (kl_coef * parts["loss/kl"] if kl_coef else 0.0)
         stats["policy/ref_kl"] = mean(kl)
     if entropy is not None:
         parts["loss/entropy"] = aggregate(entropy)
-        loss = loss - entropy_coef * parts["loss/entropy"]
+        loss = loss - (entropy_coef * parts["loss/entropy"] if entropy_coef else 0.0)
         stats["policy/entropy"] = mean(entropy)
 
     skipped = ratio_mean > ratio_threshold
