@@ -56,6 +56,18 @@ def test_a_mutant_that_changes_nothing_survives(tmp_path):
     assert check.check(mutant, tmp_path).killed_by is None
 
 
+def test_what_noticed_a_change_has_to_pass_without_one(tmp_path, monkeypatch):
+    mutant = named(CHEAP[PYTHON])
+    killed_by = "test_ppo_loss.py::test_hand_worked_case[cpu]"
+    outcome = check.Outcome(mutant.name, mutant.side, mutant.file, killed_by, 1.0)
+    for name in ("unchanged", "changed"):
+        (tmp_path / name).mkdir()
+    assert check.failure_without([mutant], [outcome], tmp_path / "unchanged") is None
+    package = check.package
+    monkeypatch.setattr(check, "package", lambda mutant, folder, mutate: package(mutant, folder))
+    assert check.failure_without([mutant], [outcome], tmp_path / "changed") == killed_by
+
+
 def test_what_includes_a_header_is_compiled_again():
     assert "common/moments.h" in check.includes("ppo_loss_cpu.cpp", check.on_host.CSRC)
     assert "gae.h" not in check.includes("ppo_loss_cpu.cpp", check.on_host.CSRC)

@@ -1,5 +1,5 @@
-"""`python -m tests.mutants [--save] [NAME ...]`: makes every mutant, runs its tests, and prints the first that
-fails."""
+"""`python -m tests.mutants [--save] [NAME ...]`: makes every mutant, runs its tests, and prints the first that fails; then
+runs these without a change."""
 
 import argparse
 import dataclasses
@@ -21,11 +21,6 @@ from .table import MUTANTS  # noqa: E402
 EVIDENCE = pathlib.Path(__file__).parent.parent.parent / "bench" / "evidence"
 
 
-def run(mutant, mutate=True):
-    with tempfile.TemporaryDirectory() as folder:
-        return check.check(mutant, pathlib.Path(folder), mutate)
-
-
 def markdown(report):
     stamp, rows = report["stamp"], report["mutants"]
     lines = [
@@ -41,7 +36,7 @@ def markdown(report):
                 "",
                 f"{killed} of {len(rows)} wrong changes are seen by the tests; {stamp['date']}, "
                 f"commit {stamp['commit']}. Written by `python -m tests.mutants --save` (`make mutants`). "
-                'Without the change the same tests pass. "CUDA on the host" are the .cu files, run without a GPU.',
+                'Without the change these tests pass. "CUDA on the host" are the .cu files, run without a GPU.',
                 "",
                 "| change | side | file | first test that fails |",
                 "| --- | --- | --- | --- |",
@@ -60,25 +55,37 @@ def main(argv=None):
     )
     options = parser.parse_args(argv)
     chosen = [mutant for mutant in MUTANTS if not options.names or any(name in mutant.name for name in options.names)]
-    for mutant in tqdm.tqdm(check.baselines(chosen), unit="run", desc="without a mutant"):
-        failed = run(mutant, mutate=False).killed_by
-        if failed:
-            sys.exit(f"mutants: {mutant.tests} must pass without a mutant, got a failure of {failed}")
-    outcomes = [run(mutant) for mutant in tqdm.tqdm(chosen, unit="mutant")]
-    rows = {outcome.name: dataclasses.asdict(outcome) for outcome in outcomes}
-    if options.names and options.save:  # the outcomes of all others are kept
-        kept = json.loads((EVIDENCE / "mutants.json").read_text())["mutants"]
-        rows = {row["name"]: row for row in kept} | rows
-    report = {
-        "stamp": machine.stamp(torch.device("cpu")),
-        "mutants": [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows],
-    }
-    print(markdown(report))
-    if options.save:
-        (EVIDENCE / "mutants.json").write_text(json.dumps(report, indent=1) + "\n")
-        (EVIDENCE / "mutants.md").write_text(markdown(report))
+    rows = {row["name"]: row for row in json.loads((EVIDENCE / "mutants.json").read_text())["mutants"]}
+    outcomes = []
+    for mutant in tqdm.tqdm(chosen, unit="mutant"):
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes.append(check.check(mutant, pathlib.Path(folder)))
+        rows[mutant.name] = dataclasses.asdict(outcomes[-1])
+        if options.save:
+            save(rows)
+    check_without(chosen, outcomes)
+    print(markdown(report_of({outcome.name: dataclasses.asdict(outcome) for outcome in outcomes})))
     return 1 if any(outcome.killed_by is None for outcome in outcomes) else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def check_without(mutants, outcomes):
+    """Ends the program if a test that noticed a change fails without one as well."""
+    for side in tqdm.tqdm(dict.fromkeys(mutant.side for mutant in mutants), unit="run", desc="without a change"):
+        pairs = [pair for pair in zip(mutants, outcomes, strict=True) if pair[0].side == side]
+        with tempfile.TemporaryDirectory() as folder:
+            failed = check.failure_without(*zip(*pairs, strict=True), pathlib.Path(folder))
+        if failed:
+            sys.exit(f"mutants: the tests that notice a change must pass without one, got a failure of {failed}")
+
+
+def report_of(rows):
+    return {
+        "stamp": machine.stamp(torch.device("cpu")),
+        "mutants": [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows],
+    }
+
+
+def save(rows):
+    report = report_of(rows)
+    (EVIDENCE / "mutants.json").write_text(json.dumps(report, indent=1) + "\n")
+    (EVIDENCE / "mutants.md").write_text(markdown(report))

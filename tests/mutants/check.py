@@ -13,7 +13,7 @@ import time
 from cuda_on_host import build as on_host
 from sanitized import build as on_cpu
 
-from .table import CPU, CUDA, MUTANTS
+from .table import CPU, CUDA
 
 TESTS = pathlib.Path(__file__).parent.parent
 ROOT = TESTS.parent
@@ -80,8 +80,8 @@ def package(mutant, folder, mutate=True):
     return target
 
 
-def run_tests(mutant, folder):
-    """Runs the tests of a mutant on the package in `folder`."""
+def run_tests(mutant, folder, tests=None):
+    """Runs the tests of a mutant, or these ones, on the package in `folder`."""
     env = (
         on_host.environment(folder, seed=0)
         if mutant.side == CUDA
@@ -104,7 +104,7 @@ def run_tests(mutant, folder):
         os.devnull,
         "-k",
         selection,
-        *(str(TESTS / name) for name in mutant.tests.split()),
+        *(str(TESTS / name) for name in tests or mutant.tests.split()),
     ]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=900)
 
@@ -126,7 +126,14 @@ def check(mutant, folder, mutate=True):
     return Outcome(mutant.name, mutant.side, mutant.file, killed_by, round(time.perf_counter() - start, 1))
 
 
-def baselines(mutants=MUTANTS):
-    """One mutant for each kind of run. Without the change these runs must pass, else a failure with it would mean
-    nothing."""
-    return list({(mutant.side, mutant.tests, mutant.selection): mutant for mutant in mutants}.values())
+def failure_without(mutants, outcomes, folder):
+    """The first test that failed without a change among those that noticed one, or None.
+
+    mutants: of one side. A process that ended by itself names no test; for it all tests of its mutant run.
+    """
+    tests = set()
+    for mutant, outcome in zip(mutants, outcomes, strict=True):
+        killed_by = outcome.killed_by or ""
+        tests |= {killed_by} if killed_by.startswith("test_") else set(mutant.tests.split())
+    anything = dataclasses.replace(mutants[0], selection="")
+    return first_failure(run_tests(anything, package(anything, folder, mutate=False), sorted(tests)))
