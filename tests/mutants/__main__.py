@@ -89,3 +89,7 @@ def save(rows):
     report = report_of(rows)
     (EVIDENCE / "mutants.json").write_text(json.dumps(report, indent=1) + "\n")
     (EVIDENCE / "mutants.md").write_text(markdown(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
