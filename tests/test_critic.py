@@ -66,7 +66,7 @@ def test_values_are_those_of_the_critic(make, name, policy, side, monkeypatch):
     critic = make(name)
     ours = trainer(policy, padding_side=side, critic_model=critic)
     seen = []
-    monkeypatch.setattr(ours, "_record", lambda rollout, *_, **__: seen.append(rollout) or {"objective/kl": 0.0})
+    monkeypatch.setattr(ours, "_record", lambda rollout, *_: seen.append(rollout) or {"objective/kl": 0.0})
     queries, responses, scores = tiny_models.batch(4, 3)
     expected = [values_alone(critic, q, r) for q, r in zip(queries, responses)]
     ours.step(queries, responses, scores)

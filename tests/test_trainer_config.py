@@ -25,6 +25,11 @@ OURS = {
     "gae_through_padding",
     "inplace_logits_grad",
     "lam_returns",
+    "loss_aggregation",
+    "rollout_high",
+    "rollout_kind",
+    "rollout_level",
+    "rollout_low",
     "total_ppo_epochs",
 }  # the last is an attribute in TRL
 

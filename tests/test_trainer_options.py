@@ -1,7 +1,12 @@
 """A short run with the options of today's PPO together: k3, two clip bounds, a dual clip, two lambdas, an entropy bonus."""
 
+import pytest
 import tiny_models
 import torch
+
+import ppo_ext
+from ppo_ext.trainer import ppo
+from ppo_ext.trainer.config import AGGREGATIONS
 
 OPTIONS = {
     "kl_penalty": "k3",
@@ -13,6 +18,38 @@ OPTIONS = {
     "entropy_coef": 1e-3,
 }
 WANTED = 9  # the score is the share of this token in a response
+
+
+def test_an_aggregation_is_refused_where_loss_is_replaced():
+    trainer = tiny_models.trainer(loss_aggregation="token_sum")
+    before, loss = tiny_models.weights(trainer), trainer.loss
+    trainer.loss = lambda *args, **kwargs: loss(*args, **kwargs)
+    with pytest.raises(
+        ValueError, match="PPOConfig.loss_aggregation must be 'token_mean' where loss is replaced, got tok"
+    ):
+        tiny_models.steps(trainer)
+    tiny_models.assert_unmoved(before, trainer)
+    with pytest.raises(ValueError, match="loss_aggregation must be one of token_mean, seq_mean_token_mean.*got 'mean'"):
+        ppo_ext.PPOConfig(loss_aggregation="mean")
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_the_loss_is_aggregated_as_the_op_does(name, monkeypatch):
+    trainer = tiny_models.trainer(loss_aggregation=name, mini_batch_size=4, ppo_epochs=2, learning_rate=1e-4)
+    seen, op = [], ppo.policy_and_value_loss
+    monkeypatch.setattr(
+        ppo, "policy_and_value_loss", lambda *args, **kw: seen.append((args, op(*args, **kw))) or seen[-1][1]
+    )
+    tiny_models.steps(trainer)
+    ((logprobs, old, advantages, vpreds, values, returns, mask), (pg_loss, vf_loss, stats)) = seen[1]
+    assert stats["policy/clipfrac"] == stats["val/clipfrac"] == 0
+    surrogate = -advantages * (logprobs - old).exp()
+    squares = 0.05 * (vpreds - returns) ** 2
+    rows = mask.sum(1)
+    divisor = {"token_mean": mask.sum(), "seq_mean_token_mean": len(mask) * rows[:, None], "token_sum": 1}
+    divisor |= {"seq_mean_token_sum": len(mask), "seq_mean_token_sum_norm": len(mask) * mask.shape[1]}
+    for found, term in ((pg_loss, surrogate), (vf_loss, squares)):
+        assert found.item() == pytest.approx((term * mask / divisor[name]).sum().item(), rel=1e-3)
 
 
 def test_a_policy_learns_with_all_options():

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 
 import ppo_ext
+from ppo_ext.trainer.config import AGGREGATIONS
 
 ROWS = 4  # samples of a process
 BATCHES = ("equal", "ragged", "empty")
@@ -32,6 +33,8 @@ OPTIONS = {
         "entropy_coef": 0.1,
     },
     "critic": {"critic_warmup_steps": 1, "max_grad_norm": 0.1},
+    **{name: {"loss_aggregation": name, "entropy_coef": 0.1} for name in AGGREGATIONS[1:]},
+    "rollout": {"rollout_kind": "tis"},
     "padding": {"whiten_rewards": True, "gae_through_padding": True},
 }
 GRID = [*itertools.product(BATCHES, ACCUMULATION, OPTIMIZERS, [None])]
@@ -117,6 +120,7 @@ def train(kind, accumulation, optimizer_name, option, processes, rank=None):
             [x for part in column for x in part]
             for column in zip(*[samples(kind, r, step) for r in ranks], strict=True)
         ]
+        batch += [[-(ids % 7) / 3.0 for ids in batch[1]]] if option == "rollout" else []
         history.append({k: v for k, v in trainer.step(*batch).items() if not k.startswith("time/")})
     after = all_weights(trainer, critic)
     change = torch.cat([(after[name] - before[name]).flatten().double() for name in before])

@@ -58,7 +58,9 @@ class TrainerBase:
     running: RunningMoments  # of the scores
     _update_guard: UpdateGuard
     _samples: list[int]  # of each process, those that count in this step; 0 where it sits out
-    _minibatch_weight: torch.Tensor | None  # what its mean loss is multiplied by in an update of several parts
+    _minibatch_weight: torch.Tensor | None  # what its loss is multiplied by in an update of several parts
+    _token_weight: torch.Tensor | None  # likewise its means over tokens, such as the mean ratio
+    _has_rollout: bool  # whether this step was given rollout_logprobs
     skipped_minibatches: int  # by the ratio guard, since the trainer was made
 
     current_step: int  # steps sent to tensorboard

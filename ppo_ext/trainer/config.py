@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
+from ..ops._ppo_options import Aggregation
 from .callers import warn
 from .kl_controller import MAX_KL_ERROR
 from .stats import flatten_dict
@@ -18,6 +19,13 @@ from .stats import flatten_dict
 Plain: TypeAlias = bool | int | float | str | None
 
 KL_PENALTIES = ("kl", "abs", "mse", "full", "k3", "low_var_kl")
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "kl_penalty": KL_PENALTIES,
+    "loss_aggregation": AGGREGATIONS,
+    "rollout_kind": (None, "tis", "icepop"),
+    "rollout_level": ("token", "sequence", "geometric"),
+}
 
 _COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
 _POSITIVE = ("horizon", "target_kl", "ratio_threshold")
@@ -107,6 +115,13 @@ class PPOConfig:
     cliprange_value: float = 0.2  # value predictions are clipped to the old value +- this
     vf_coef: float = 0.1  # weight of the value loss in the total
     entropy_coef: float = 0.0  # weight of the entropy per token, in nats, that is subtracted from the loss
+    # "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm" or "token_sum", see `ppo_loss`
+    loss_aggregation: str = "token_mean"
+    # importance weights for step(rollout_logprobs=...), see `rollout_weights`: None (no weights), "tis" or "icepop"
+    rollout_kind: str | None = None
+    rollout_level: str = "token"  # of the ratios: "token", "sequence" or "geometric"
+    rollout_low: float = 0.0  # bounds of the weights
+    rollout_high: float = 2.0
     ratio_threshold: float = 10.0  # a minibatch whose mean ratio exceeds this is skipped
 
     # --- early stopping
@@ -196,8 +211,7 @@ class PPOConfig:
         if self.adap_kl_ctrl:
             self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
             self._require_horizon()
-        if self.kl_penalty not in KL_PENALTIES:
-            raise ValueError(f"PPOConfig: kl_penalty must be one of {', '.join(KL_PENALTIES)}, got {self.kl_penalty!r}")
+        self._require_choices()
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
@@ -222,6 +236,16 @@ class PPOConfig:
                 f"PPOConfig: horizon must exceed {MAX_KL_ERROR} * batch_size * processes = {MAX_KL_ERROR * samples:g} "
                 f"when adap_kl_ctrl is on (one step could make kl_coef 0 or negative), got {self.horizon}"
             )
+
+    def _require_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str | None) or value not in choices:
+                raise ValueError(f"PPOConfig: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        self._require(("rollout_low", "rollout_high"), lambda x: 0 <= x < math.inf, "be finite and not negative")
+        if self.rollout_low > self.rollout_high:
+            got = f"{self.rollout_low} and {self.rollout_high}"
+            raise ValueError(f"PPOConfig: rollout_low must be at most rollout_high, got {got}")
 
     def _require_switch(self, name: str) -> None:
         value = getattr(self, name)

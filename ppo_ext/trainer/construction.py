@@ -176,7 +176,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         )
         self.running = RunningMoments(self.accelerator)
         self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
-        self._samples, self._minibatch_weight = [config.batch_size], None
+        self._samples, self._minibatch_weight, self._token_weight = [config.batch_size], None, None
         self.skipped_minibatches = self.current_step = self.compare_step = self.critic_steps = 0
         best_kwargs = as_dict("push_to_hub_if_best_kwargs", config.push_to_hub_if_best_kwargs)
         if best_kwargs and "repo_id" not in best_kwargs:

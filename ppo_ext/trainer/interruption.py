@@ -70,7 +70,7 @@ class InterruptionMixin(TrainerBase):
         for parameter in [*self.model.parameters(), *self.critic_params, *held]:
             parameter.grad = None
         self._discard_half_created_state()
-        self._update_guard, self._minibatch_weight = UpdateGuard(), None
+        self._update_guard, self._minibatch_weight, self._token_weight = UpdateGuard(), None, None
         self.accelerator.step = 0
         self.accelerator.gradient_state._set_sync_gradients(True)
         self._reset_scaler()

@@ -16,6 +16,7 @@ from .head_route import hooks_see_logits
 from .loss_terms import entropy_with_gradient, mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
+from .processes import Batch
 from .reporting import ReportingMixin, stack_train_stats
 from .resume import ResumeMixin
 from .rewards import RewardsMixin
@@ -48,7 +49,12 @@ class PPOTrainer(
     """
 
     def step(
-        self, queries: Tensors, responses: Tensors, scores: Scores, response_masks: Tensors | None = None
+        self,
+        queries: Tensors,
+        responses: Tensors,
+        scores: Scores,
+        response_masks: Tensors | None = None,
+        rollout_logprobs: Tensors | None = None,
     ) -> dict[str, Any]:
         """Train on one batch.
 
@@ -56,14 +62,15 @@ class PPOTrainer(
             queries, responses: lists of config.batch_size 1-D integer tensors, none of them empty.
             scores: one finite number per response: an int, a float, or a tensor of one element.
             response_masks: None, or a list of 1-D tensors, each of its response's length, nonzero where a token counts.
+            rollout_logprobs: None, or likewise the log-probabilities with which another engine sampled the tokens.
 
-        Returns: dict of TRL's 40 statistics, floats and numpy arrays.
+        Returns: dict of TRL's 40 statistics, floats and numpy arrays; with options more.
 
         Raises: ValueError or TypeError that names the argument, before any weight has changed.
         """
         clock = Clock()
-        queries, responses, checked_scores, response_masks = self._check_together(
-            lambda: self._start_step(queries, responses, scores, response_masks)
+        queries, responses, checked_scores, response_masks, rollout_logprobs = self._check_together(
+            lambda: self._start_step(queries, responses, scores, response_masks, rollout_logprobs)
         )
         with self._interruptible():
             all_scores = self._scale_scores(torch.stack(checked_scores))
@@ -71,23 +78,17 @@ class PPOTrainer(
             with clock("forward_pass"):
                 model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
                 policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
+                compared = self._compare_rollout(policy, rollout_logprobs, queries, responses, model_inputs)
             with clock("compute_rewards"):
                 rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
             with clock("compute_advantages"):
                 values, advantages, returns = self._call_compute_advantages(policy, rewards, model_inputs)
             with clock("optimize_step"):
                 batch = (queries, responses, response_masks, model_inputs, policy.logprobs, values, policy.mask)
-                rollout = Rollout(*batch, advantages, returns)
+                rollout = Rollout(*batch, advantages, returns, **compared)
                 train_stats = self._train(rollout)
             with clock("calc_stats"):
-                stats = self._record(
-                    rollout,
-                    train_stats,
-                    scores=all_scores,
-                    ref_logprobs=reference.logprobs,
-                    non_score_reward=non_score_reward,
-                    kls=kls,
-                )
+                stats = self._record(rollout, train_stats, all_scores, reference.logprobs, non_score_reward, kls)
             self._update_schedules(stats["objective/kl"])
             return {**stats, **clock.total()}
 
@@ -103,19 +104,31 @@ class PPOTrainer(
     # ---- before the first forward pass -----------------------------------------------------------------------------
 
     def _start_step(
-        self, queries: Tensors, responses: Tensors, scores: Scores, masks: Tensors | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]:
+        self, queries: Tensors, responses: Tensors, scores: Scores, masks: Tensors | None, rollout: Tensors | None
+    ) -> Batch:
         """Takes up config fields that may have been set since the last step, drops what an interrupted step left, and
         checks the batch."""
         self._discard_unfinished_step()
         self.config.check()
         check_settings(self.config, self.critic)
         self._check_bootstrap()
-        if self.config.entropy_coef > 0 and is_overridden(self, "loss"):
-            step_inputs.fail("PPOConfig.entropy_coef", "be 0 where loss is replaced", self.config.entropy_coef)
+        self._check_loss_options()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
-        return self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
+        batch = self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
+        self._has_rollout = rollout is not None
+        self._check_rollout_settings(rollout)
+        step_inputs.check_lengths(len(batch[0]), **({} if rollout is None else {"rollout_logprobs": rollout}))
+        of_tokens = (batch[1], batch[3], self.current_device, self.is_encoder_decoder)
+        return *batch, step_inputs.rollout_tensors(rollout, *of_tokens)
+
+    def _check_loss_options(self) -> None:
+        """Raises ValueError for options of the loss where a user's own loss is in its place."""
+        if not is_overridden(self, "loss"):
+            return
+        for name, off in (("entropy_coef", 0), ("loss_aggregation", "token_mean")):
+            if getattr(self.config, name) != off:
+                step_inputs.fail(f"PPOConfig.{name}", f"be {off!r} where loss is replaced", getattr(self.config, name))
 
     def _step_safety_checker(
         self,
@@ -177,12 +190,15 @@ class PPOTrainer(
         """
         inputs = (self.model, batch.queries, batch.responses, batch.model_inputs)
         old = (batch.logprobs, batch.values)
+        known: dict[str, torch.Tensor] = {} if batch.weights is None else {"weights": batch.weights}
         with torch.enable_grad(), self.accelerator.accumulate(*self._trained_models()):
             if is_overridden(self, "batched_forward_pass", "_forward_pass", "train_minibatch", "loss"):
                 logprobs, logits, vpreds, _ = self.batched_forward_pass(
                     *inputs, return_logits=True, response_masks=batch.response_masks
                 )
-                return self.train_minibatch(*old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns)
+                return self.train_minibatch(
+                    *old, logprobs, logits, vpreds, batch.mask, batch.advantages, batch.returns, **known
+                )
             scalings = self._head_route.choose(self)
             new = self._forward_pass(
                 *inputs,
@@ -193,7 +209,15 @@ class PPOTrainer(
                 spans=scalings and batch.spans,
             )
             return self.train_minibatch(
-                *old, new.logprobs, None, new.values, batch.mask, batch.advantages, batch.returns, entropy=new.entropy
+                *old,
+                new.logprobs,
+                None,
+                new.values,
+                batch.mask,
+                batch.advantages,
+                batch.returns,
+                entropy=new.entropy,
+                **known,
             )
 
     def _inplace_backward_allowed(self) -> bool:
@@ -215,12 +239,14 @@ class PPOTrainer(
         returns: torch.Tensor,
         *,
         entropy: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One backward pass, and an optimizer update when enough of them are accumulated.
 
         Arguments are those of `loss`. Returns its statistics.
         """
-        known = {} if entropy is None else {"entropy": entropy}  # a replaced loss need not have that argument
+        given = {"entropy": entropy, "weights": weights}
+        known = {name: x for name, x in given.items() if x is not None}  # a replaced loss need not have these arguments
         loss_p, loss_v, train_stats = self.loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, **known
         )
@@ -228,7 +254,7 @@ class PPOTrainer(
         read = {"old_logprobs": old_logprobs, "values": values, "advantages": advantages, "returns": returns}
         read |= {"logprobs": logprobs.detach(), "vpreds": vpreds.detach(), "mask": mask}
         ratio_facts = (train_stats.pop(SKIPPED, None), train_stats.pop(RATIO_MEAN, None))
-        self._update_guard.add(loss, *ratio_facts, read, weight)
+        self._update_guard.add(loss, *ratio_facts, read, self._token_weight)
         if not self._leaves_update_out():
             self._backward(loss if weight is None else loss * weight)
             if self.accelerator.sync_gradients:
@@ -249,6 +275,7 @@ class PPOTrainer(
         returns: torch.Tensor,
         *,
         entropy: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """PPO's clipped policy and value loss, with config.entropy_coef also an entropy term.
 
@@ -257,6 +284,7 @@ class PPOTrainer(
             logits: [b, T-1, V] or None. Only the entropy is computed from them, unless it is given.
             entropy: [b, T-1] or None. Without logits as well, the entropy statistic is NaN. With config.entropy_coef one
                 of the two is needed, with its gradient.
+            weights: [b, T-1] or None, constant factors of the policy loss of each token.
 
         Returns:
             (policy loss - entropy_coef * entropy, vf_coef * value loss, statistics): two 0-d tensors and a dict of detached
@@ -266,10 +294,10 @@ class PPOTrainer(
         Source: TRL 0.11.4, `PPOTrainer.loss`.
         """
         cliprange, high = self.config.cliprange, self.config.cliprange_high
-        bonus: dict[str, Any] = {}
+        options: dict[str, Any] = {} if weights is None else {"weights": weights}
         if self.config.entropy_coef > 0:
             entropy = entropy_with_gradient(entropy, logits, logprobs, mask)
-            bonus = {"entropy": entropy, "entropy_coef": self.config.entropy_coef}
+            options |= {"entropy": entropy, "entropy_coef": self.config.entropy_coef}
         pg_loss, vf_loss, stats = policy_and_value_loss(
             logprobs,
             old_logprobs,
@@ -282,7 +310,8 @@ class PPOTrainer(
             cliprange=cliprange if high is None else (cliprange, high),
             cliprange_value=self.config.cliprange_value,
             dual_clip=self.config.dual_clip,
-            **bonus,
+            aggregation=self.config.loss_aggregation,
+            **options,
             # in an update of several parts all of them are judged together
             ratio_threshold=self.config.ratio_threshold if self._minibatch_weight is None else math.inf,
         )

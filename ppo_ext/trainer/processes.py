@@ -15,7 +15,9 @@ from .fingerprint import first_difference, ppo_settings
 from .rollout import Rollout
 
 Result = TypeVar("Result")
-Batch = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]
+Batch = tuple[
+    list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None
+]
 
 
 class ProcessesMixin(TrainerBase):
@@ -64,7 +66,7 @@ class ProcessesMixin(TrainerBase):
 
     def _facts(self, batch: Batch) -> tuple[int, int]:
         """A number that differs where settings do, and how many samples of this process count."""
-        queries, responses, _, masks = batch
+        queries, responses, _, masks, _ = batch
         sits_out = self.config.exact_update and masks is not None
         sits_out = sits_out and not step_inputs.any_counts(responses, masks, self.is_encoder_decoder)
         digest = hashlib.blake2b(json.dumps(self._common_settings(), sort_keys=True).encode(), digest_size=8)
@@ -73,7 +75,11 @@ class ProcessesMixin(TrainerBase):
     def _common_settings(self) -> dict[str, Any]:
         """The settings that decide numbers, or which collectives a step has."""
         pushes = bool(self.config.push_to_hub_if_best_kwargs)
-        return {**ppo_settings(self.config), "compare_steps": int(self.config.compare_steps), "pushes": pushes}
+        settings = {**ppo_settings(self.config), "compare_steps": int(self.config.compare_steps), "pushes": pushes}
+        return {
+            **{f"PPOConfig.{name}": value for name, value in settings.items()},
+            "rollout_logprobs": self._has_rollout,
+        }
 
     def _mean_score(self, scores: torch.Tensor) -> torch.Tensor:
         """The mean score, 0-d, over the samples of all processes that do not sit out."""
@@ -90,7 +96,7 @@ class ProcessesMixin(TrainerBase):
             if found is not None:
                 name, a, b = found
                 got = f"{a} on process 0 and {b} on process {process}"
-                step_inputs.fail(f"PPOConfig.{name}", "be the same on all processes", got)
+                step_inputs.fail(name, "be the same on all processes", got)
         raise AssertionError("the settings differ")
 
     def _all_samples(self, rollout: Rollout, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .base import TrainerBase
 from .callers import warn
 from .processes import ProcessesMixin
 from .rollout import Rollout
+from .rollout_check import RolloutCheckMixin
 from .stats import WANDB_PADDING, convert_to_scalar, stack_dicts, stats_to_np, unpack
 from .update_guard import RATIO_MEAN, SKIPPED
 
@@ -41,7 +42,7 @@ def _lengths(name: str, samples: Sequence[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-class ReportingMixin(ProcessesMixin, TrainerBase):
+class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
     """`PPOTrainer.record_step_stats`, `gather_stats`, `log_stats` and what they need."""
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class ReportingMixin(ProcessesMixin, TrainerBase):
         Args:
             kl_coef: the KL coefficient that the rewards were computed with.
             data: scores [B]; logprobs, ref_logprobs, non_score_reward, kls, masks [B, T-1]; queries, responses;
-                train_stats: dict of [minibatches, n].
+                train_stats: dict of [minibatches, n]; with step(rollout_logprobs=...) also rollout_logprobs [B, T-1].
 
         Returns: dict of tensors, arrays and floats under TRL's keys.
 
@@ -72,6 +73,8 @@ class ReportingMixin(ProcessesMixin, TrainerBase):
             **_lengths("responses", data["responses"]),
             **{f"ppo/{key}": value.mean(dim=0) for key, value in data["train_stats"].items() if key not in GUARD},
         }
+        if "rollout_logprobs" in data:
+            stats |= self._rollout_stats(data["logprobs"], data["rollout_logprobs"], mask)
         error, var = stats["ppo/val/error"], stats["ppo/returns/var"]
         # returns without variance: nothing to explain, so 0
         stats["ppo/val/var_explained"] = torch.where(var > 0, 1 - error / torch.where(var > 0, var, 1.0), 0.0)
@@ -85,11 +88,22 @@ class ReportingMixin(ProcessesMixin, TrainerBase):
         mean = self.accelerator.reduce(flat, reduction="mean")
         return {**stats, **dict(zip(keys, unpack(mean, tensors), strict=True))}
 
-    def _record(self, rollout: Rollout, train_stats: Mapping[str, torch.Tensor], **data: Any) -> dict[str, Any]:
-        """The statistics that `step` returns. data: what `record_step_stats` takes beside the rollout's tensors.
+    def _record(
+        self,
+        rollout: Rollout,
+        train_stats: Mapping[str, torch.Tensor],
+        scores: torch.Tensor,
+        ref_logprobs: torch.Tensor,
+        non_score_reward: torch.Tensor,
+        kls: torch.Tensor,
+    ) -> dict[str, Any]:
+        """The statistics that `step` returns, see `record_step_stats`.
 
         With several processes and config.exact_update they are those of the samples of all processes.
         """
+        data = {"scores": scores, "ref_logprobs": ref_logprobs, "non_score_reward": non_score_reward, "kls": kls}
+        if rollout.rollout_logprobs is not None:
+            data["rollout_logprobs"] = rollout.rollout_logprobs
         of_batch = {
             "logprobs": rollout.logprobs,
             "masks": rollout.mask,

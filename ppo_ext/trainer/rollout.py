@@ -27,6 +27,8 @@ class Rollout:
     mask: torch.Tensor  # [B, T-1] int64
     advantages: torch.Tensor  # [B, T-1] float32
     returns: torch.Tensor  # [B, T-1] float32
+    rollout_logprobs: torch.Tensor | None = None  # [B, T-1] float32, those with which an engine sampled
+    weights: torch.Tensor | None = None  # [B, T-1] float32, of the tokens in the policy loss, see `rollout_weights`
     spans: "Spans | None" = None  # see `token_spans`; None: minibatches keep the padding of the whole batch
 
     def __getitem__(self, rows: list[int]) -> "Rollout":
@@ -43,6 +45,8 @@ class Rollout:
             mask=self.mask[index],
             advantages=self.advantages[index],
             returns=self.returns[index],
+            rollout_logprobs=None if self.rollout_logprobs is None else self.rollout_logprobs[index],
+            weights=None if self.weights is None else self.weights[index],
             spans=self.spans and {mask: [spans[row] for row in rows] for mask, spans in self.spans.items()},
         )
 
@@ -80,10 +84,24 @@ def token_mask(
     column = torch.arange(attention_mask.shape[1], device=device)
     counts = (column >= start[:, None]) & (column < end[:, None])
     if response_masks is not None:
-        chosen = pad_sequence([mask != 0 for mask in response_masks], batch_first=True)
-        index = (column - token_0[:, None]).clamp(0, chosen.shape[1] - 1)
-        counts &= chosen.gather(1, index)
+        counts &= _in_columns([mask != 0 for mask in response_masks], token_0, attention_mask)
     return counts.to(attention_mask.dtype)
+
+
+def of_tokens(
+    rows: Sequence[torch.Tensor], attention_mask: torch.Tensor, query_lengths: Sequence[int], is_encoder_decoder: bool
+) -> torch.Tensor:
+    """One number for each response token -> [B, T], in the columns that are about these tokens. Others hold anything."""
+    first = attention_mask.argmax(dim=1)
+    before = -1 if is_encoder_decoder else torch.tensor(query_lengths, device=attention_mask.device) - 1
+    return _in_columns(rows, first + before, attention_mask)
+
+
+def _in_columns(rows: Sequence[torch.Tensor], token_0: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """rows: one entry for each response token. token_0: [B], the column that is about the first of them."""
+    padded = pad_sequence([*rows], batch_first=True)
+    column = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return padded.gather(1, (column - token_0[:, None]).clamp(0, padded.shape[1] - 1))
 
 
 def token_spans(model_inputs: Mapping[str, torch.Tensor]) -> Spans:

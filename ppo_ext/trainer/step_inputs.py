@@ -14,6 +14,7 @@ from ..ops import check
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Scores: TypeAlias = Sequence[torch.Tensor | float]
 
+_ROUNDED = 1e-3  # what a log-probability may be by rounding
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -91,6 +92,36 @@ def mask_tensors(masks: Tensors | None, responses: Tensors, device: torch.device
         if mask.shape != response.shape:
             fail(f"response_masks[{i}]", f"have the shape {list(response.shape)} of responses[{i}]", list(mask.shape))
     return [mask.to(device) for mask in masks]
+
+
+def rollout_tensors(
+    rows: Tensors | None, responses: Tensors, masks: Tensors | None, device: torch.device, is_encoder_decoder: bool
+) -> list[torch.Tensor] | None:
+    """One 1-D tensor of log-probabilities per response, of its length, float32 on the device; None stays None.
+
+    They are finite and at most 0 where a token counts; the others are not read. One host/device sync.
+    """
+    if rows is None:
+        return None
+    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        if not isinstance(row, torch.Tensor):
+            fail(f"rollout_logprobs[{i}]", "be a 1-D tensor of log-probabilities", type(row).__name__, TypeError)
+        check.values("PPOTrainer.step", f"rollout_logprobs[{i}]", row)
+        if not row.is_floating_point():
+            fail(f"rollout_logprobs[{i}]", "hold floats", row.dtype, TypeError)
+        if row.shape != response.shape:
+            got = list(row.shape)
+            fail(f"rollout_logprobs[{i}]", f"have the shape {list(response.shape)} of responses[{i}]", got)
+    found = [row.detach().to(device=device, dtype=torch.float32) for row in rows]
+    first = 2 if is_encoder_decoder else 0
+    bad = [(row.isfinite() & (row <= _ROUNDED)).logical_not() for row in found]
+    if masks is not None:
+        bad = [wrong & (mask != 0) for wrong, mask in zip(bad, masks, strict=True)]
+    if torch.cat([wrong[first:] for wrong in bad]).any():
+        i = next(i for i, wrong in enumerate(bad) if wrong[first:].any())
+        t = first + int(bad[i][first:].int().argmax())
+        fail(f"rollout_logprobs[{i}][{t}]", "be finite and at most 0, a log-probability", found[i][t].item())
+    return found
 
 
 def check_contents(

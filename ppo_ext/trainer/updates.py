@@ -10,7 +10,12 @@ from .agreement import first_sentence, gather
 from .callers import warn
 from .processes import ProcessesMixin
 from .rollout import Rollout
-from .whole_update import stack_whole_updates, tokens_of_minibatches, weights_of_minibatches
+from .whole_update import (
+    denominators_of_minibatches,
+    stack_whole_updates,
+    tokens_of_minibatches,
+    weights_of_minibatches,
+)
 
 
 class UpdatesMixin(ProcessesMixin):
@@ -27,21 +32,37 @@ class UpdatesMixin(ProcessesMixin):
     def _train_whole_updates(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """`_train`, in which every minibatch counts by its tokens among those of its update, and so do its statistics."""
         accumulation = int(self.config.gradient_accumulation_steps)
-        all_stats, tokens = [], []
+        aggregation = self.config.loss_aggregation
+        all_stats, tokens, denominators = [], [], []
         self._left_out = []
         for _ in range(self.config.ppo_epochs):
             minibatches = self._minibatches()
             tokens.append(tokens_of_minibatches(rollout.mask, minibatches))
-            weights = weights_of_minibatches(tokens[-1], accumulation, self.accelerator)
-            for rows, self._minibatch_weight in zip(minibatches, weights.unbind(), strict=True):
+            found = denominators_of_minibatches(rollout.mask, minibatches, aggregation)
+            denominators += [] if found is None else [found]
+            weights, of_losses = self._weights(tokens[-1], found)
+            for rows, self._token_weight, self._minibatch_weight in zip(
+                minibatches, weights.unbind(), of_losses.unbind(), strict=True
+            ):
                 all_stats.append(self._train_on(rollout[rows]))
             if self._early_stop(self._policykl(all_stats[-accumulation:], weights[-accumulation:])):
                 break
-        self._minibatch_weight = None
+        self._minibatch_weight = self._token_weight = None
         self._check_weights()
         left_out = [i for i, left in enumerate(self._left_out) if left]
         parts_of = partial(gather, self.accelerator) if self.is_distributed else None
-        return stack_whole_updates(all_stats, torch.cat(tokens), accumulation, left_out, parts_of)
+        own = torch.cat(denominators) if denominators else None
+        return stack_whole_updates(all_stats, torch.cat(tokens), accumulation, left_out, parts_of, own)
+
+    def _weights(self, tokens: torch.Tensor, denominators: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the means over tokens and the losses of the minibatches of an epoch count in their updates."""
+        accumulation = int(self.config.gradient_accumulation_steps)
+        if denominators is None:
+            weights = weights_of_minibatches(tokens, accumulation, self.accelerator)
+            return weights, torch.full_like(weights, accumulation * self.accelerator.num_processes)
+        counts = torch.stack([tokens, denominators])
+        weights, of_losses = weights_of_minibatches(counts, accumulation, self.accelerator)
+        return weights, of_losses
 
     def _policykl(self, stats: list[dict[str, torch.Tensor]], weights: torch.Tensor) -> torch.Tensor:
         """policy/policykl over all tokens of one update, of whose minibatches these are the statistics and weights."""

@@ -1,7 +1,7 @@
 """One update from many parts: how much each minibatch counts in it, and the statistics of the parts together.
 
-The parts of an update are the `accumulation` minibatches that every process accumulates. Its loss is the mean over the
-tokens of all of them, as if they were one minibatch of one process.
+The parts of an update are the `accumulation` minibatches that every process accumulates. Its loss is that of all of them as
+one minibatch of one process: with the default aggregation, the mean over all their tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,34 @@ def tokens_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int
     return (mask != 0).sum(dim=1)[rows].sum(dim=1).to(torch.float32)
 
 
-def weights_of_minibatches(tokens: torch.Tensor, accumulation: int, accelerator: Any) -> torch.Tensor:
-    """What the mean loss of each minibatch is multiplied by, [minibatches]: its share in the tokens of its update.
+def rows_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
+    """In how many rows of each minibatch a token counts, float32 [minibatches]. mask: [B, T]."""
+    rows = torch.tensor(minibatches, device=mask.device)
+    return (mask != 0).any(dim=1)[rows].sum(dim=1).to(torch.float32)
 
-        weight = parts * tokens / (tokens of the update),   parts = accumulation * processes
+
+def denominators_of_minibatches(
+    mask: torch.Tensor, minibatches: Sequence[Sequence[int]], aggregation: str
+) -> torch.Tensor | None:
+    """What `ppo_loss` divides the loss of each minibatch by, but for a constant; None for a sum, which is not divided."""
+    if aggregation == "token_sum":
+        return None
+    return (tokens_of_minibatches if aggregation == "token_mean" else rows_of_minibatches)(mask, minibatches)
+
+
+def weights_of_minibatches(counts: torch.Tensor, accumulation: int, accelerator: Any) -> torch.Tensor:
+    """What the mean of each minibatch is multiplied by, [..., minibatches]: its share in the counts of its update.
+
+        weight = parts * counts / (counts of the update),   parts = accumulation * processes
 
     accelerate divides the loss by `accumulation` and averages the gradient over the processes, which `parts` undoes. One
     collective with several processes; no host/device sync.
     """
-    totals = tokens.reshape(-1, accumulation).sum(dim=1)
+    totals = counts.unflatten(-1, (-1, accumulation)).sum(dim=-1)
     if accelerator.num_processes > 1:
         totals = accelerator.reduce(totals, reduction="sum")
     parts = accumulation * accelerator.num_processes
-    return parts * tokens / totals.clamp(min=1.0).repeat_interleave(accumulation)
+    return parts * counts / totals.clamp(min=1.0).repeat_interleave(accumulation, dim=-1)
 
 
 def stack_whole_updates(
@@ -44,27 +59,34 @@ def stack_whole_updates(
     accumulation: int,
     skipped: Sequence[int],
     parts_of: Any = None,
+    denominators: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The statistics of all updates, [updates, 1] each; arrays as one row, [1, all entries], minibatch by minibatch.
 
-    Means are over the tokens of an update, and variances are those of all its tokens.
+    Means are over the tokens of an update, and variances are those of all its tokens. Losses are aggregated as the loss is.
 
     Args:
         all_stats: of each minibatch. tokens: [minibatches], those that count. skipped: updates that were left out.
+        denominators: [minibatches], of the losses; None: they are sums.
         parts_of: None, or a function that makes of one tensor [n] those of all processes, [processes, n].
     """
     stacked = stack_dicts(all_stats)
     count = len(all_stats)
-    flat = torch.cat([tokens, *(x.float().flatten() for x in stacked.values())])
+    own = tokens if denominators is None else denominators
+    flat = torch.cat([tokens, own, *(x.float().flatten() for x in stacked.values())])
     parts = flat[None] if parts_of is None else parts_of(flat)
-    own_tokens, *columns = parts.split([count, *(x.numel() for x in stacked.values())], dim=1)
-    n = _by_update(own_tokens, count, accumulation)
+    tokens, own, *columns = parts.split([count, count, *(x.numel() for x in stacked.values())], dim=1)
+    n, of_losses = (_by_update(x, count, accumulation) for x in (tokens, own))
     found = {key: column.reshape(len(parts), count, -1) for key, column in zip(stacked, columns, strict=True)}
     numbers = {key: _by_update(x, count, accumulation) for key, x in found.items() if x.shape[2] == 1}
     result = {key: x.transpose(0, 1).reshape(1, -1) for key, x in found.items() if x.shape[2] != 1}
     for key, x in numbers.items():
         if key in _EXTREMES:
             combined = _extreme(key, x, n)
+        elif key in _LOSSES and denominators is None:
+            combined = torch.where(n > 0, x, 0.0).sum(dim=1)
+        elif key in _LOSSES:
+            combined = _combine(x, of_losses, None)
         else:
             combined = _combine(x, n, numbers.get(_VARIANCES.get(key, "")))
         result[key] = combined.to(torch.float32)[:, None]
