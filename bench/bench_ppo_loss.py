@@ -4,7 +4,11 @@ A forward pass reads 24 bytes for each token and the int64 mask. It writes 16 by
 vpreds but for a factor, and the two per-token statistics. A backward pass reads the two gradients and writes them
 multiplied by the factor. TRL's loss also computes the entropy of the logits, which is left out here and timed with
 logprobs_and_entropy. Checked are both gradients, the loss, and those statistics that an implementation returns.
+
+"+dual_clip" is the policy loss that the frameworks have in common, without a critic; its loss and gradient are checked.
 """
+
+import functools
 
 import torch
 
@@ -40,7 +44,18 @@ def _loss_and_stats(inputs, op):
     return loss, *(stats[name] for name in _STATS if name in stats)
 
 
+def _policy_loss(inputs, op):
+    return op(*(inputs[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")))
+
+
+def clipped_twice(logprobs, old_logprobs, advantages, mask, op=ppo_ext.ppo_loss):
+    """The policy loss that the frameworks have in common: two clip bounds and the dual clip, no critic."""
+    no_critic = (None, None, None)
+    return op(logprobs, old_logprobs, advantages, *no_critic, mask, cliprange=(0.2, 0.28), dual_clip=3.0)[0]
+
+
 OPS = {"ppo_loss": Op(_loss_and_stats, ("logprobs", "vpreds"))}
+CLIPPED_TWICE, _POLICY = "ppo_loss+dual_clip", Op(_policy_loss, ("logprobs",))
 OPERATORS = {
     "ppo_loss": Operators(
         lambda x: torch.ops.ppo_ext._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")),
@@ -72,10 +87,29 @@ def case(shape, pass_name, device, *, kind="speed", with_compiled=True):
     )
 
 
+def policy_case(shape, pass_name, device):
+    """Without the values and their gradient: 3 arrays and the mask in, 3 arrays out, then a gradient in and out."""
+    tokens, exact = shape[0] * shape[1], functools.partial(clipped_twice, op=reference.ppo_loss)
+    return Case(
+        CLIPPED_TWICE,
+        pass_name,
+        shape,
+        torch.float32,
+        make=lambda device: cases.token_inputs(shape, device),
+        reference=lambda inputs: _POLICY.results(pass_name, in_float64(inputs), exact),
+        implementations={
+            OURS: _POLICY.implementation(pass_name, clipped_twice),
+            **peers.implementations(CLIPPED_TWICE, _POLICY, pass_name, device),
+        },
+        traffic=Traffic(read=8 * tokens, copy=(12 if pass_name == FORWARD else 16) * tokens),
+    )
+
+
 def suite(device, full):
     for i, shape in enumerate(SHAPES[full]):
         for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (BOTH,):
             yield case(shape, pass_name, device)
+        yield policy_case(shape, BOTH, device)
 
 
 def tiny_cases(device):

@@ -235,3 +235,31 @@ def test_an_excerpt_runs_the_statements_between_two():
 def test_statements_that_are_no_longer_there_are_an_error():
     with pytest.raises(LookupError, match="Trainer.train has no statements from 'double = 2' to 'no such'"):
         excerpt.excerpt(Trainer.train, "double = 2", "no such", inputs=(), outputs=())
+
+
+SOURCE = """
+import a_cluster
+
+@a_cluster.registered("sum")
+def total(x: a_cluster.Numbers) -> float:
+    return helper(x) + 1
+
+def other():
+    raise ValueError
+"""
+
+
+def test_definitions_are_made_without_the_imports_of_their_module():
+    found = excerpt.definitions(SOURCE, ("total",), helper=sum)
+    assert found.total([1, 2]) == 4 and not hasattr(found, "other")
+
+
+def test_a_definition_that_is_no_longer_there_is_an_error():
+    with pytest.raises(LookupError, match="the module has no missing$"):
+        excerpt.definitions(SOURCE, ("total", "missing"))
+
+
+def test_the_text_of_a_file_in_a_wheel(wheel_folder):
+    assert wheels.text("old", "dummy/other.py") == "x = 100"
+    with pytest.raises(LookupError, match="dummy-package==2.0 has no dummy/none.py"):
+        wheels.text("new", "dummy/none.py")

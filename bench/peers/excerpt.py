@@ -1,11 +1,15 @@
-"""Statements of a long function of another library, unchanged, as a function that can be called alone.
+"""Parts of another library, unchanged, that can be called alone: statements of a long function, or some definitions of a
+module whose imports need a cluster.
 
 TRL's trainers have all of PPO in one method each. The code that is timed must be theirs, not a copy.
 """
 
+import __future__
+
 import ast
 import inspect
 import textwrap
+import types
 
 
 def excerpt(function, first, last, *, inputs, outputs):
@@ -21,6 +25,21 @@ def excerpt(function, first, last, *, inputs, outputs):
     scope = dict(function.__globals__)
     exec(compile(ast.fix_missing_locations(module), inspect.getsourcefile(function) or "<excerpt>", "exec"), scope)
     return scope[f"{function.__name__}_excerpt"]
+
+
+def definitions(source, names, **scope):
+    """The functions and classes of these names in the text of a module, without their decorators. `scope`: what they find
+    in the module instead of its imports."""
+    chosen = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]
+    missing = set(names) - {node.name for node in chosen}
+    if missing:
+        raise LookupError(f"the module has no {', '.join(sorted(missing))}")
+    for node in chosen:
+        node.decorator_list = []
+    module = ast.Module(chosen, [])
+    flags = __future__.annotations.compiler_flag  # annotations may name what is not imported
+    exec(compile(module, "<definitions>", "exec", flags=flags, dont_inherit=True), scope)
+    return types.SimpleNamespace(**{name: scope[name] for name in names})
 
 
 def _statements(tree, source, first, last):

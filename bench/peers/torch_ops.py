@@ -27,14 +27,23 @@ def cross_entropy_of_linear(hidden, weight, labels):
     return -torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
 
 
+def chunks_of_linear(hidden, weight, labels):
+    """torch's own, since 2.12: the gradients are made with the loss, some rows at a time."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+
+
 def _load(device):
+    linear = {"torch linear + cross_entropy": Offer(cross_entropy_of_linear)}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        linear["torch linear_cross_entropy, in chunks"] = Offer(chunks_of_linear)
     return {
         "logprobs": {"torch gather - logsumexp": Offer(gather_minus_logsumexp)},
         "gae": {
             "torch, one matrix product": Offer(triangular_product),
             "torch, one matrix product, compiled": Offer(compiled(triangular_product), compiled=True),
         },
-        "linear_logprobs": {"torch linear + cross_entropy": Offer(cross_entropy_of_linear)},
+        "linear_logprobs": linear,
     }
 
 

@@ -10,11 +10,20 @@ import subprocess
 import sys
 import types
 import warnings
+import zipfile
 
 from . import Unavailable
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent.parent / ".peers"
-WHEELS = {"trl 1.12": "trl==1.12.0", "trl newest": "trl==1.16.0", "liger": "liger-kernel==0.8.5"}
+WHEELS = {
+    "trl 1.12": "trl==1.12.0",
+    "trl newest": "trl==1.16.0",
+    "liger": "liger-kernel==0.8.5",
+    "verl": "verl==0.9.1",
+    "openrlhf": "openrlhf==0.11.2",
+    "areal": "areal==1.0.4",
+    "skyrl": "skyrl==0.3.0",
+}
 HOW = "python -m bench.peers --download"
 
 
@@ -42,6 +51,15 @@ def under_own_name(name, package, module):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"{alias}.{module}")
+
+
+def text(name, file):
+    """The text of a file in the wheel, for what cannot be imported without the rest of its library."""
+    with zipfile.ZipFile(path(name)) as archive:
+        for member in archive.namelist():
+            if member == file or member.endswith(f"/purelib/{file}"):
+                return archive.read(member).decode()
+    raise LookupError(f"{WHEELS[name]} has no {file}")
 
 
 def on_path(name):

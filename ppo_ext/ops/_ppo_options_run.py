@@ -133,9 +133,11 @@ def denominators(op, given, of, first, mask, numbers):
 
 def _run_operator(tensors, mask, first, given, numbers, found):
     """The operator's outputs; `tensors` and `mask` in the forms that it takes."""
-    numbers, tensor, counts = denominators("ppo_loss", given, "logprobs", first, mask, numbers)
+    total = counts = None
+    if given["denominator"] is not None or given["row_counts"] is not None:
+        numbers, total, counts = denominators("ppo_loss", given, "logprobs", first, mask, numbers)
     tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
-    return _forward(*tensors[:6], mask, *tensors[6:], tensor, counts, numbers, found)
+    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers, found)
 
 
 def _run_unprepared(given, numbers, found):
