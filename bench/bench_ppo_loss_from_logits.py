@@ -11,7 +11,7 @@ import torch
 import ppo_ext
 from ppo_ext.ops import reference
 
-from . import bench_logprobs, bench_loss_head, cases
+from . import bench_logprobs, bench_loss_head, bench_ppo_loss, cases
 from .passes import BOTH, FORWARD, Op, Operators
 from .suite import OURS, OURS_IN_PLACE, Case, in_float64
 from .timing import Traffic
@@ -25,9 +25,11 @@ def _loss(inputs, op):
 
 
 def _operators(x):
-    logprobs, *_ = torch.ops.ppo_ext._logprobs.default(x["logits"], x["labels"], x["mask"], None, 1.0, True, None)
-    tokens = (x[name] for name in _PER_TOKEN)
-    return torch.ops.ppo_ext._ppo_loss.default(logprobs, *tokens, 0.2, 0.2, 0.1, float("inf"))
+    logprobs, entropy, *_ = torch.ops.ppo_ext._logprobs.default(
+        x["logits"], x["labels"], x["mask"], None, 1.0, True, None
+    )
+    tokens = (logprobs, *(x[name] for name in _PER_TOKEN), None, None, entropy, None, None)
+    return torch.ops.ppo_ext._ppo_loss_options.default(*tokens, *bench_ppo_loss.NO_OPTIONS)
 
 
 OPS = {"ppo_loss_from_logits": Op(_loss, ("logits",))}
