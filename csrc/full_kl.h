@@ -36,6 +36,24 @@ struct KLInputs {
   InverseTemperature<A> inv_temperature;
 };
 
+// A row of the policy's logits and the reference's.
+template <class T>
+struct LogitRowPair {
+  const T *logits, *ref_logits;
+  int64_t stride, ref_stride, V;
+};
+
+template <class T, class A>
+PPO_HD LogitRowPair<T> row_pair(const KLInputs<T, A>& in, int64_t n) {
+  LogitRowPair<T> row;
+  row.logits = in.logits + in.rows.offset(n);
+  row.ref_logits = in.ref_logits + in.ref_rows.offset(n);
+  row.stride = in.rows.stride_v;
+  row.ref_stride = in.ref_rows.stride_v;
+  row.V = in.rows.V;
+  return row;
+}
+
 // One number a row each, written by the forward pass and read by the backward pass: x_t, s, x'_t and mean.
 template <class A>
 struct KLRowStats {
@@ -96,6 +114,42 @@ PPO_HD KLState<A> kl_merge(KLState<A> a, KLState<A> b, GapScale<A> scale) {
   a = kl_rescale(a, max, ref_at_max, ref_max, scale);
   b = kl_rescale(b, max, ref_at_max, ref_max, scale);
   return {max, ref_at_max, a.sum + b.sum, a.weighted + b.weighted, ref_max, a.ref_sum + b.ref_sum};
+}
+
+// Rows of so few columns are read in fp64: no error of a power is averaged out, and the divergence may be a thousandth of
+// the terms that it is the difference of.
+constexpr int64_t kFewColumns = 8;
+constexpr int64_t kColumnsOfSum = 2048;  // whose terms are added up first: errors grow with them and not with V
+
+// The whole row at once, in fp64.
+template <class T>
+PPO_HD KLState<double> kl_state_of_row(const LogitRowPair<T>& row, GapScale<double> scale) {
+  KLState<double> state = kl_empty<double>();
+  for (int64_t v = 0; v < row.V; ++v) {
+    const double x = double(row.logits[v * row.stride]), ref_x = double(row.ref_logits[v * row.ref_stride]);
+    if (x > state.max) {
+      state.max = x;
+      state.ref_at_max = kl_pivot(ref_x);
+    }
+    state.ref_max = ref_x > state.ref_max ? ref_x : state.ref_max;
+  }
+  const double origin = state.max == -INFINITY ? 0.0 : state.max,
+               ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
+  for (int64_t begin = 0; begin < row.V; begin += kColumnsOfSum) {
+    const int64_t end = begin + kColumnsOfSum < row.V ? begin + kColumnsOfSum : row.V;
+    double sum = 0, ref_sum = 0, weighted = 0;
+    for (int64_t v = begin; v < end; ++v) {
+      const double d = double(row.logits[v * row.stride]) - origin, ref_x = double(row.ref_logits[v * row.ref_stride]);
+      const double e = exp(d * scale.inverse);
+      sum += e;
+      ref_sum += exp((ref_x - ref_origin) * scale.inverse);
+      weighted += e == 0.0 ? 0.0 : e * kl_gap(d, ref_x, state.ref_at_max * scale.shrink, scale.shrink);
+    }
+    state.sum += sum;
+    state.ref_sum += ref_sum;
+    state.weighted += weighted;
+  }
+  return state;
 }
 
 template <class A>

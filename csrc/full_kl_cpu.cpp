@@ -2,7 +2,8 @@
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 20N   (s = size of a logit; from memory each logit once per pass)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads
+// Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads;
+//           rows of at most 8 columns in fp64
 // Limits    masked rows are not read
 
 #include "common/pages.h"
@@ -13,36 +14,10 @@
 namespace ppo_ext {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // of fp64 logits
-
 // ---- one row, fp64 arithmetic ----
 
 KLState<double> row_state(const LogitRowPair<double>& row, const GapScale<double>& scale) {
-  KLState<double> state = kl_empty<double>();
-  const auto logit = [&](int64_t v) { return row.logits[v * row.stride]; };
-  const auto ref_logit = [&](int64_t v) { return row.ref_logits[v * row.ref_stride]; };
-  for (int64_t v = 0; v < row.V; ++v) {
-    if (logit(v) > state.max) {
-      state.max = logit(v);
-      state.ref_at_max = kl_pivot(ref_logit(v));
-    }
-    state.ref_max = ref_logit(v) > state.ref_max ? ref_logit(v) : state.ref_max;
-  }
-  const double origin = state.max == -INFINITY ? 0.0 : state.max,
-               ref_origin = state.ref_max == -INFINITY ? 0.0 : state.ref_max;
-  for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-    double sum = 0, ref_sum = 0, weighted = 0;  // of a block: rounding errors grow with the block and not with V
-    for (int64_t v = begin; v < std::min(begin + kBlock, row.V); ++v) {
-      const double d = logit(v) - origin, e = std::exp(d * scale.inverse);
-      sum += e;
-      ref_sum += std::exp((ref_logit(v) - ref_origin) * scale.inverse);
-      weighted += e == 0.0 ? 0.0 : e * kl_gap(d, ref_logit(v), state.ref_at_max * scale.shrink, scale.shrink);
-    }
-    state.sum += sum;
-    state.ref_sum += ref_sum;
-    state.weighted += weighted;
-  }
-  return state;
+  return kl_state_of_row(row, scale);
 }
 
 void fill_gradient(const LogitRowPair<double>& row, const KLRowGrad<double>& grad, double* out, int64_t out_stride) {
@@ -56,6 +31,7 @@ void fill_gradient(const LogitRowPair<double>& row, const KLRowGrad<double>& gra
 
 template <class T>
 KLState<double> row_state(const LogitRowPair<T>& row, const GapScale<float>& scale) {
+  if (row.V <= kFewColumns) return kl_state_of_row(row, GapScale<double>::of(scale.inverse));
   return PPO_AT_LEVEL(row_state, row, scale);
 }
 
@@ -67,24 +43,13 @@ void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* 
 // ---- ranges of rows ----
 
 template <class T, class A>
-LogitRowPair<T> row_of(const KLInputs<T, A>& in, int64_t n) {
-  LogitRowPair<T> row;
-  row.logits = in.logits + in.rows.offset(n);
-  row.ref_logits = in.ref_logits + in.ref_rows.offset(n);
-  row.stride = in.rows.stride_v;
-  row.ref_stride = in.ref_rows.stride_v;
-  row.V = in.rows.V;
-  return row;
-}
-
-template <class T, class A>
 void forward_rows(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const GapScale<A> scale = GapScale<A>::of(in.inv_temperature.of(n));
     KLState<double> state{};
     KLRow<double> result{};
     if (!in.mask || in.mask[n]) {
-      state = row_state(row_of(in, n), scale);
+      state = row_state(row_pair(in, n), scale);
       result = kl_of_row(state, GapScale<double>::of(scale.inverse));
     }
     kl[n] = A(result.kl);
@@ -106,7 +71,7 @@ void backward_rows(const KLInputs<T, A>& in, const KLRowStats<A>& saved, const K
     }
     const KLRowGrad<A> grad = kl_grad_of_row(out.grad_kl[n], saved.max[n], saved.sum[n], saved.ref_at_max[n],
                                              saved.mean_gap[n], GapScale<A>::of(in.inv_temperature.of(n)));
-    fill_gradient(row_of(in, n), grad, row, out.rows.stride_v);
+    fill_gradient(row_pair(in, n), grad, row, out.rows.stride_v);
   }
 }
 

@@ -1,9 +1,9 @@
 // full_kl_cuda.cu
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 20N   (s = size of a logit; each logit once per pass)
-// Launch    forward one block of 256 threads per row, one warp per row up to V = 1024; backward one block per 64 KiB of
-//           a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
-// Sums      online maxima and sums in fp32 (fp64 for fp64), merged in an order that depends on V only
+// Launch    forward one block of 256 threads per row, one warp per row up to V = 1024, one thread up to 8; backward one
+//           block per 64 KiB of a row; 16-byte accesses at any alignment, single ones if the stride of V is not 1
+// Sums      online maxima and sums in fp32 (fp64 for fp64 and up to V = 8), merged in an order that depends on V only
 // Limits    masked rows are not read
 
 #include "common/launch.h"
@@ -62,6 +62,16 @@ __device__ __forceinline__ void add_logits(KLState<A>& state, const A (&x)[2][kC
   state.weighted += weighted;
 }
 
+template <class S, class A>
+__device__ __forceinline__ void write_row(const KLState<S>& state, const KLRow<S>& result, A* kl,
+                                          const KLRowStats<A>& out, int64_t n) {
+  kl[n] = A(result.kl);
+  out.max[n] = A(state.max);
+  out.sum[n] = A(state.sum);
+  out.ref_at_max[n] = A(state.ref_at_max);
+  out.mean_gap[n] = A(result.mean_gap);
+}
+
 // ---- kernels ----
 
 template <int kThreads, bool kAligned, class T, class A>
@@ -82,12 +92,21 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
     } else {
       state.max = 0;
     }
-    if (thread_of_group<kThreads>() != 0) continue;
-    kl[n] = result.kl;
-    out.max[n] = state.max;
-    out.sum[n] = state.sum;
-    out.ref_at_max[n] = state.ref_at_max;
-    out.mean_gap[n] = result.mean_gap;
+    if (thread_of_group<kThreads>() == 0) write_row(state, result, kl, out, n);
+  }
+}
+
+template <class T, class A>
+__global__ void __launch_bounds__(kBlock) few_columns_kernel(const KLInputs<T, A> in, A* kl, const KLRowStats<A> out) {
+  for (int64_t n = int64_t(blockIdx.x) * kBlock + threadIdx.x; n < in.rows.rows; n += int64_t(gridDim.x) * kBlock) {
+    KLState<double> state{};
+    KLRow<double> result{};
+    if (!in.mask || in.mask[n]) {
+      const GapScale<double> scale = GapScale<double>::of(double(in.inv_temperature.of(n)));
+      state = kl_state_of_row(row_pair(in, n), scale);
+      result = kl_of_row(state, scale);
+    }
+    write_row(state, result, kl, out, n);
   }
 }
 
@@ -119,6 +138,10 @@ struct OnCUDA {
   template <class T, class A>
   static void forward(const KLInputs<T, A>& in, A* kl, const KLRowStats<A>& out, const Tensor& like) {
     const Launcher launch("full_kl", like);
+    if (in.rows.V <= kFewColumns) {
+      launch(few_columns_kernel<T, A>, divide_up(in.rows.rows, kBlock), kBlock, in, kl, out);
+      return;
+    }
     if (in.rows.V <= kWarpPerRow) {
       launch(forward_kernel<kWarp, false, T, A>, divide_up(in.rows.rows, kBlock / kWarp), kBlock, in, kl, out);
       return;

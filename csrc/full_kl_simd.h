@@ -9,12 +9,6 @@
 
 namespace ppo_ext {
 
-template <class T>
-struct LogitRowPair {
-  const T *logits, *ref_logits;
-  int64_t stride, ref_stride, V;
-};
-
 #define PPO_DECLARE_FOR(T)                                                             \
   KLState<double> row_state(const LogitRowPair<T>& row, const GapScale<float>& scale); \
   void fill_gradient(const LogitRowPair<T>& row, const KLRowGrad<float>& grad, T* out, int64_t out_stride);

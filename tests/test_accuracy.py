@@ -72,6 +72,17 @@ def test_no_error_is_beyond_torchs(kept):
         assert ours[1] <= 1.1 * torchs[1] + 0.1 * unit, key
 
 
+def test_a_divergence_is_within_torchs_error_at_every_scale(kept):
+    """Of policy and reference, for rows of a few columns and for others: a tenth of a unit is what chance leaves among
+    the few rows of the table."""
+    rows = [row | {"few": row["V"] <= 8} for row in kept if row["op"] == "full_kl"]
+    fields = ("result", "dtype", "scale", "ref_scale", "offset", "ref_offset", "few")
+    for key, group in accuracy_pages.grouped(rows, *fields).items():
+        everyone, unit = accuracy_pages.aggregate(group), max(row["unit"] for row in group)
+        for ours, torchs in zip(everyone["ours"], everyone[accuracy_pages.TORCH], strict=True):
+            assert ours <= torchs + 0.1 * unit, key
+
+
 def test_the_page_is_of_the_figures():
     figures = accuracy_pages.load()
     assert (accuracy_pages.EVIDENCE / "accuracy.md").read_text() == accuracy_pages.markdown(figures)

@@ -70,6 +70,19 @@ def test_each_side_keeps_its_precision(device, V, scale, ref_scale, offset, ref_
     assert_within_torch_error("grad_logits", ours[1], torchs[1], truth[1], scale=resolution)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("V", (2, 3, 8))
+@pytest.mark.parametrize("scale, ref_scale", ((1.0, 1.0), (30.0, 30.0), (1.0, 1e3), (1e3, 1.0)))
+def test_few_columns_lose_nothing_but_the_last_rounding(device, V, dtype, scale, ref_scale):
+    """A divergence of 1e-3 is the difference of terms of order one, of which fp32 would leave four digits."""
+    noise = torch.randn(400, V, device=device)
+    logits = (scale * noise).to(dtype)
+    ref_logits = (ref_scale * (noise + 0.1 * torch.randn_like(noise))).to(dtype)
+    truth = reference.full_kl(logits.double(), ref_logits.double())
+    error = (ppo_ext.full_kl(logits, ref_logits).double() - truth).abs()
+    assert (error <= 2.0**-24 * truth + 1e-12).all(), (error / truth).max()
+
+
 @pytest.mark.parametrize("V", (40, 2500))
 @pytest.mark.parametrize("position", (0, -1))
 def test_a_saturated_row_has_no_gradient(device, V, position):

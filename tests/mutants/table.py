@@ -164,6 +164,15 @@ MUTANTS = (
         "test_full_kl.py",
     ),
     Mutant(
+        "rows of a few columns are read in fp32",
+        CPU,
+        "csrc/full_kl.h",
+        "kFewColumns = 8",
+        "kFewColumns = 0",
+        "test_full_kl.py",
+        "few_columns",
+    ),
+    Mutant(
         "a label's distance overflows before the temperature divides it",
         CPU,
         "csrc/logprobs.h",
@@ -367,6 +376,15 @@ MUTANTS = (
         "weighted += e == A(0) ? A(0) : e * kl_gap(",
         "weighted += e * kl_gap(",
         "test_full_kl.py",
+    ),
+    Mutant(
+        "rows of a few columns are read by a warp in fp32",
+        CUDA,
+        "csrc/full_kl_cuda.cu",
+        "if (in.rows.V <= kFewColumns)",
+        "if (in.rows.V < 0)",
+        "test_full_kl.py",
+        "few_columns",
     ),
     Mutant(
         "the divergence is missing in its gradient",
