@@ -5,6 +5,7 @@ import test_limits
 import tiny_models
 import torch
 import transformers
+from architectures import tiny
 from tiny_models import EOS, PAD, VOCAB
 
 import ppo_ext
@@ -90,6 +91,54 @@ def test_greedy_responses_of_a_batch_are_those_of_each_query_alone(name, side):
     for query, response in zip(queries, together, strict=True):
         assert torch.equal(trainer.generate(query, **options)[0], response)
     assert trainer.tokenizer.padding_side == side
+
+
+@pytest.mark.parametrize("name", ["xlnet", "git"])
+def test_a_cache_that_forgets_what_is_padding_is_measured(name):
+    """Their forward pass hides padding on the left, and their generation does not."""
+    head = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(tiny.build(name, tiny.CAUSAL))
+    config = ppo_ext.PPOConfig(batch_size=4, mini_batch_size=4)
+    trainer = ppo_ext.PPOTrainer(config, head, None, tiny_models.tokenizer("left"))
+    queries = [torch.arange(3, 3 + length) for length in (2, 5, 9, 5)]
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD, "return_prompt": False}
+    together = trainer.generate(queries, batch_size=4, **options)
+    for query, response in zip(queries, together, strict=True):
+        assert torch.equal(trainer.generate(query, **options)[0], response)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name, kind", [("cpmant", tiny.CAUSAL), ("prophetnet", tiny.CAUSAL), ("prophetnet", tiny.SEQ2SEQ)]
+)
+def test_a_model_that_reads_its_padding_is_refused(name, kind, dtype):
+    def trainer(batch_size):
+        head = (
+            ppo_ext.AutoModelForSeq2SeqLMWithValueHead
+            if kind == tiny.SEQ2SEQ
+            else ppo_ext.AutoModelForCausalLMWithValueHead
+        )
+        model = head.from_pretrained(tiny.build(name, kind).to(dtype))
+        config = ppo_ext.PPOConfig(batch_size=batch_size, mini_batch_size=batch_size)
+        return ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer())
+
+    with pytest.raises(ValueError, match="model must give a padded sample the logits that it gives the sample alone"):
+        trainer(4)
+    assert trainer(1)
+
+
+class BlindLlama(transformers.LlamaForCausalLM):
+    """It attends to padding, which a causal model forgives on the right."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **options)
+
+
+def test_a_model_that_reads_padding_on_the_left_is_padded_on_the_right(monkeypatch):
+    monkeypatch.setitem(MODELS, "blind", lambda: BlindLlama(tiny_models.llama().config))
+    trainer = make_trainer("blind", "left")
+    queries, responses, _ = tiny_models.batch(4, 3)
+    _, inputs = forward(trainer, queries, responses)
+    assert inputs["attention_mask"][:, 0].all() and not inputs["attention_mask"].all()
 
 
 def test_queries_that_padding_would_move_are_generated_by_length():

@@ -4,38 +4,69 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from .modes import evaluating
 
 _TOKENS = 8
 
 
-def logits(model: Any) -> torch.Tensor | None:
+def logits(
+    model: Any, left: int = 0, right: int = 0, pad_id: int = 0, first_position: int | None = None
+) -> torch.Tensor | None:
     """The logits [1, 8, V] of eight fixed ids, in eval mode, with autograd's graph unless gradients are off.
+
+    Args:
+        left, right: columns of padding before and after the ids that are read first, hidden by the attention mask.
+        first_position: what position_ids begin with; None if the model makes them itself.
 
     None where nothing can be measured: weights on meta or sharded (FSDP, DeepSpeed ZeRO-3), or a model whose forward
     pass needs more than ids.
     """
     model = getattr(model, "_orig_mod", model)  # compiling for eight ids would take longer than all the rest
-    if any(parameter.device.type == "meta" or parameter.numel() == 0 for parameter in model.parameters()):
+    if not _is_whole(model):
         return None
-    inputs = token_inputs(model)
+    inputs = token_inputs(model, left, right, pad_id)
+    if first_position is not None:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0) + first_position
     try:
         with evaluating(model):
-            return model(**inputs).logits
+            return model(**inputs).logits[:, left : left + _TOKENS]
     except Exception:  # the step of such a model is the user's own, and so is its error
         return None
 
 
-def token_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """What a transformers or peft model is given to read: eight fixed ids, [1, 8]."""
+@torch.no_grad()
+def generated(model: Any, left: int = 0, pad_id: int = 0) -> torch.Tensor | None:
+    """The logits [1, 3, V] of three tokens that `generate` appends to the eight ids; None where it cannot be measured."""
+    model = getattr(model, "_orig_mod", model)
+    if not _is_whole(model):
+        return None
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1, "pad_token_id": pad_id}
+    try:
+        with evaluating(model):
+            outputs = model.generate(
+                **token_inputs(model, left, pad_id=pad_id), **options, output_logits=True, return_dict_in_generate=True
+            )
+        return torch.stack(outputs.logits, dim=1)
+    except Exception:
+        return None
+
+
+def _is_whole(model: Any) -> bool:
+    return not any(parameter.device.type == "meta" or parameter.numel() == 0 for parameter in model.parameters())
+
+
+def token_inputs(model: Any, left: int = 0, right: int = 0, pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """What a transformers or peft model is given to read: eight fixed ids between columns of padding."""
     embedding = model.get_input_embeddings()
     size = getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size
     ids = (torch.arange(1, _TOKENS + 1, dtype=torch.int64, device="cpu") % size).unsqueeze(0)
     ids = ids.to(next(embedding.parameters()).device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    columns = (left, right)
+    inputs = {"input_ids": pad(ids, columns, value=pad_id), "attention_mask": pad(torch.ones_like(ids), columns)}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
+        inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
     return inputs
 
 
@@ -56,6 +87,15 @@ def reached(result: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> s
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two logits are equal up to the rounding of their dtype."""
     return bool((a - b).abs().max() <= 8 * torch.finfo(a.dtype).eps * a.abs().max())
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two logits agree on most of the tokens but for the rounding of a whole model.
+
+    On most: rounding may send a token to another expert, and a mask that hides too little changes all of them.
+    """
+    gaps = (a - b).abs().amax(dim=-1).float() / a.float().std(dim=-1)
+    return not bool(gaps.median() > max(1e-3, 16 * torch.finfo(a.dtype).eps))
 
 
 def divergence(a: torch.Tensor, b: torch.Tensor) -> float:

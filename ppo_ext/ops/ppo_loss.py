@@ -142,7 +142,8 @@ def ppo_loss(
         cliprange: how far the ratio may go from 1, finite in float32 and not negative; a pair (low, high) for below and
             above.
         cliprange_value: how far vpreds may go from values, likewise; None for an unclipped value loss.
-        vf_coef: weight of the value loss, finite in float32.
+        vf_coef: weight of the value loss, finite in float32. Its product with a value loss, or with the difference of vpred
+            and return, is infinite in the loss or the gradient if it is beyond the results' dtype.
         ratio_threshold: if the mean ratio is larger, loss and gradients are exactly 0 and policy/skipped is 1. Infinity
             means never.
         dual_clip: for a negative advantage the loss is at most -advantages * dual_clip; larger than 1.

@@ -41,6 +41,9 @@ class TrainerBase:
     optional_peft_ctx: Callable[[], AbstractContextManager[Any]]  # within it, a peft model is the reference
     _limits: Limits  # of what policy and reference can read
     _left_padding_is_harmless: bool  # it moves no position, given position_ids where the model takes them
+    _hidden_in_generation: (
+        bool | None
+    )  # whether `generate` gives queries padded on the left their own responses; measured once
     _padding_is_inert: bool  # more or fewer columns of it change nothing but rounding
     _first_position: int  # what position_ids begin with
     _head_route: HeadRoute  # whether a step makes logits

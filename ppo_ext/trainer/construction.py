@@ -20,7 +20,7 @@ from .callers import warn
 from .config import PPOConfig, as_dict
 from .head_route import HeadRoute
 from .kl_controller import AdaptiveKLController, FixedKLController
-from .padding import PaddingWatch, left_padding_is_harmless, padding_is_inert
+from .padding import PaddingWatch, left_padding_is_harmless, measure_padding, padding_is_inert
 from .processes import ProcessesMixin
 from .stats import RunningMoments
 from .update_guard import UpdateGuard
@@ -81,6 +81,13 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         assert model is not None
         self._init_models(model, ref_model, num_shared_layers, pattern, critic_model)
         self.tokenizer = tokenizer
+        self._left_padding_is_harmless = measure_padding(
+            model.pretrained_model,
+            self._left_padding_is_harmless,
+            tokenizer,
+            self._limits,
+            config.batch_size * self.accelerator.num_processes,
+        )
         self._padding_watch = PaddingWatch(tokenizer, model.pretrained_model)
         self._init_data(dataset, data_collator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -175,6 +182,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self.accelerator)
+        self._hidden_in_generation = None
         self._update_guard, self._head_route = UpdateGuard(), HeadRoute()
         self._samples, self._minibatch_weight, self._token_weight = [config.batch_size], None, None
         self.skipped_minibatches = self.current_step = self.compare_step = self.critic_steps = 0

@@ -9,7 +9,7 @@ import torch
 from ..models.modes import evaluating
 from . import generation_inputs, stopping
 from .base import TrainerBase
-from .padding import check_padding_id, input_side, padding_side
+from .padding import check_padding_id, hidden_in_generation, input_side, padding_side
 from .sharding import gathered
 from .step_inputs import check_ids, token_ids
 
@@ -111,7 +111,7 @@ class GenerationMixin(TrainerBase):
                 generation_kwargs["max_new_tokens"] = length_sampler()
             batch = query_tensors[start : start + batch_size]
             responses: dict[int, list[torch.Tensor]] = {}
-            for rows in self._padded_together(batch):
+            for rows in self._padded_together(model, batch):
                 queries = [batch[row] for row in rows]
                 inputs = self._pad_queries(queries, pad_to_multiple_of).to(self.current_device)
                 generations, stops = self._sample(model, queries, inputs, generation_kwargs)
@@ -122,14 +122,24 @@ class GenerationMixin(TrainerBase):
             outputs += [response for row in range(len(batch)) for response in responses[row]]
         return outputs
 
-    def _padded_together(self, queries: Sequence[torch.Tensor]) -> list[list[int]]:
-        """Indices of queries that one call of `generate` gets: all, or those of one length if padding would move them."""
-        if self.is_encoder_decoder or self._left_padding_is_harmless:
+    def _padded_together(self, model: Any, queries: Sequence[torch.Tensor]) -> list[list[int]]:
+        """Indices of queries that one call of `generate` gets: all, or those of one length if padding would change them."""
+        if self.is_encoder_decoder or (self._left_padding_is_harmless and self._generation_hides_padding(model)):
             return [list(range(len(queries)))]
         groups: dict[int, list[int]] = {}
         for row, query in enumerate(queries):
             groups.setdefault(len(query), []).append(row)
         return list(groups.values())
+
+    def _generation_hides_padding(self, model: Any) -> bool:
+        if (
+            self._hidden_in_generation is None
+        ):  # by all processes alike, whatever their queries, as weights may be gathered
+            with self._unwrapped_for_generation(model) as unwrapped:
+                self._hidden_in_generation = hidden_in_generation(
+                    unwrapped.pretrained_model, self.tokenizer.pad_token_id
+                )
+        return self._hidden_in_generation
 
     def _pad_queries(self, queries: list[torch.Tensor], pad_to_multiple_of: int | None) -> Any:
         # `generate` itself fills up rows of one length, too, as soon as one of them has ended

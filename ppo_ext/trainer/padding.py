@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..models.limits import Limits, has_absolute_positions
+from ..models import probe
+from ..models.limits import Limits, first_position, has_absolute_positions
 from .callers import warn
 from .rollout import takes_position_ids
 from .stopping import end_ids
+
+_PROBED = 3  # columns of padding
 
 
 def left_padding_is_harmless(pretrained_model: Any) -> bool:
@@ -22,8 +25,50 @@ def left_padding_is_harmless(pretrained_model: Any) -> bool:
     """
     if getattr(pretrained_model, "_is_stateful", False) or pretrained_model.dtype == torch.float64:
         return False
-    told = takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
-    return told or not has_absolute_positions(pretrained_model)
+    return _told_positions(pretrained_model) or not has_absolute_positions(pretrained_model)
+
+
+def _told_positions(pretrained_model: Any) -> bool:
+    return takes_position_ids(pretrained_model) and not getattr(pretrained_model.config, "is_encoder_decoder", False)
+
+
+@torch.no_grad()
+def measure_padding(pretrained_model: Any, harmless: bool, tokenizer: Any, limits: Limits, batch_size: int) -> bool:
+    """Whether padding on the left is harmless, which a few tokens with padding may show to be wrong.
+
+    Args:
+        harmless: what `left_padding_is_harmless` says.
+        limits: of the model.
+        batch_size: samples of a step on all processes; a single one needs no padding.
+
+    Raises: ValueError for a model that gives samples other numbers with padding on either side.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or (limits.vocabulary is not None and pad_id >= limits.vocabulary):
+        return harmless  # `step` refuses to pad
+    alone = probe.logits(pretrained_model)
+    on_right = probe.logits(pretrained_model, right=_PROBED, pad_id=pad_id)
+    if alone is None or on_right is None:
+        return harmless
+    if batch_size > 1 and not probe.alike(alone, on_right):
+        raise ValueError(
+            "PPOTrainer: model must give a padded sample the logits that it gives the sample alone, got a "
+            f"{type(pretrained_model).__name__} with others, whatever the attention mask hides; choose another model, or "
+            "batch_size=1 on one process, which needs no padding"
+        )
+    first = first_position(pretrained_model) if _told_positions(pretrained_model) else None
+    on_left = probe.logits(pretrained_model, left=_PROBED, pad_id=pad_id, first_position=first) if harmless else None
+    return harmless and (on_left is None or probe.alike(alone, on_left))
+
+
+def hidden_in_generation(pretrained_model: Any, pad_id: int | None) -> bool:
+    """Whether `generate` goes on after a query padded on the left as after the query alone, on a few tokens.
+
+    Some models give every token its own numbers with such padding, and do not when they read from their cache.
+    """
+    alone = None if pad_id is None else probe.generated(pretrained_model)
+    padded = None if pad_id is None else probe.generated(pretrained_model, _PROBED, pad_id)
+    return alone is None or padded is None or probe.alike(alone, padded)
 
 
 def padding_is_inert(pretrained_model: Any) -> bool:

@@ -2,8 +2,8 @@
 
 headers    checks the CPU library's sources against the oldest torch's headers; a minute, in every CI run
 compilers  compiles them against the oldest and the newest
-torches    runs the op tests of one wheel on four versions of torch
-aarch64    cross-compiles both libraries and runs the op tests under emulation
+torches    runs the op tests of one wheel on four versions of torch, and installs the sources there
+aarch64    cross-compiles both libraries and runs some cases of each op test under emulation
 """
 
 import argparse
@@ -26,7 +26,8 @@ def compile_sources(options, versions, syntax_only):
 
 def run_torches(options):
     for version in torches.versions():
-        yield torches.check_torch(version, options.wheel, options.keep)
+        compilers = options.compiler if version == packages.OLDEST else options.compiler[:1]
+        yield torches.check_torch(version, options.wheel, compilers, options.keep)
 
 
 CHECKS = {

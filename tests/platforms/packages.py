@@ -77,6 +77,7 @@ def make_environment(version):
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         run([sys.executable, "-m", "venv", "--clear", folder])
-        pip(python, "install", "--quiet", f"torch=={version}", "numpy", "pytest", "pytest-benchmark", "hypothesis")
+        needs = "numpy", "pytest", "pytest-benchmark", "hypothesis"
+        pip(python, "install", "--quiet", "--no-compile", f"torch=={version}", *needs)
         (folder / "complete").touch()
     return python

@@ -25,14 +25,16 @@ SECTIONS = {
     "torches": (
         "One wheel on several versions of torch",
         "The wheel was built once. Each torch is the one that `pip install torch==VERSION` brings, in an environment of its "
-        "own; there the op tests ran on the CPU. What is skipped needs TRL or a GPU.",
-        ("torch", "python", "cpu", "cuda", "passed", "skipped", "seconds"),
+        "own; there all op tests ran on the CPU, in so many seconds. What is skipped needs TRL or a GPU. Then `pip install "
+        ".` compiled a copy of the sources there without the CUDA kernels, by the compilers named, and `info` ended well.",
+        ("torch", "python", "cpu", "cuda", "passed", "skipped", "seconds", "pip install ."),
     ),
     "aarch64": (
         "aarch64 Linux",
         "Cross-compiled with every warning an error, linked to libtorch's library for aarch64 and to no newer glibc than "
-        "2.28, and run by an aarch64 Python under qemu's user-mode emulation, with one thread. The CUDA library is compiled "
-        "for capabilities 9.0 and 10.0 (GH200, GB200) and linked, but not run.",
+        "2.28, and run by an aarch64 Python under qemu's user-mode emulation, with one thread. There, of the cases of each "
+        "function in the op tests the first, the middle one and the last ran, all in one process. The CUDA library is "
+        "compiled for capabilities 9.0 and 10.0 (GH200, GB200) and linked, but not run.",
         ("step", "passed", "skipped", "seconds"),
     ),
 }
