@@ -40,11 +40,60 @@ def test_a_compiler_that_is_not_here_fails_the_check():
     assert row["failures"] == ["not installed; apt-get install clang-1"]
 
 
-def test_every_compiled_op_is_run_on_every_torch():
-    assert torches.op_tests() == sorted(f"tests/test_{path.stem[:-4]}.py" for path in ROOT.glob("csrc/*_cpu.cpp"))
+def test_every_op_is_run_on_every_torch():
+    compiled = {f"tests/test_{path.stem[:-4]}.py" for path in ROOT.glob("csrc/*_cpu.cpp")}
+    assert compiled <= set(torches.op_tests())
     assert all((ROOT / test).exists() for test in torches.op_tests())
     oldest = ".".join(map(str, OLDEST_TORCH))
     assert packages.OLDEST.startswith(f"{oldest}.")
+
+
+CASES = """
+import pytest
+
+@pytest.mark.parametrize("n", range(9))
+def test_many(n):
+    assert n != 4
+
+def test_one():
+    pytest.skip("no")
+"""
+
+
+def test_few_cases_of_each_function_are_run_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(torches, "ROOT", tmp_path)
+    shutil.copytree(ROOT / "tests" / "platforms", tmp_path / "tests" / "platforms")
+    (tmp_path / "bench").mkdir()
+    for name in ("test_a.py", "test_b.py"):
+        (tmp_path / "tests" / name).write_text(CASES)
+    files = ["tests/test_a.py", "tests/test_b.py"]
+    whole = torches.run_op_tests([sys.executable], files)
+    few = torches.run_op_tests([sys.executable], files, ["-p", "tests.platforms.few_cases"])
+    assert list(whole) == list(few) == files
+    assert torches.total(whole) == {
+        "passed": 16,
+        "skipped": 2,
+        "failures": ["tests/test_a.py::test_many[4]", "tests/test_b.py::test_many[4]"],
+    }
+    assert [(row["passed"], row["skipped"], len(row["failures"])) for row in few.values()] == [(2, 1, 1), (2, 1, 1)]
+
+
+def test_an_interpreter_that_cannot_run_tests_fails_the_check(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no tests here >&2; exit 3\n")
+    python.chmod(0o755)
+    found = torches.run_op_tests([python], ["tests/test_gae.py"])
+    assert "no tests here" in torches.total(found)["failures"][0]
+
+
+def test_what_is_installed_is_the_sources_alone():
+    assert {"csrc", "ppo_ext", "_build"}.isdisjoint(
+        torches.without_outputs(ROOT, ["csrc", "ppo_ext", "_build", "build"])
+    )
+    assert torches.without_outputs(ROOT / "ppo_ext", ["_C_cpu.so", "_build_info.json", "build"]) == {
+        "_C_cpu.so",
+        "_build_info.json",
+    }
 
 
 def test_a_torch_brings_the_versions_that_it_depends_on():
