@@ -26,6 +26,7 @@ OURS = {
     "inplace_logits_grad",
     "lam_returns",
     "loss_aggregation",
+    "ragged_batches",
     "rollout_high",
     "rollout_kind",
     "rollout_level",

@@ -1,5 +1,7 @@
-"""A short run with the options of today's PPO together: k3, two clip bounds, a dual clip, two lambdas, an entropy bonus."""
+"""Short runs with the options of today's PPO together: k3, two clip bounds, a dual clip, two lambdas, an entropy bonus, a
+critic of its own; and runs with them that are resumed."""
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -52,10 +54,58 @@ def test_the_loss_is_aggregated_as_the_op_does(name, monkeypatch):
         assert found.item() == pytest.approx((term * mask / divisor[name]).sum().item(), rel=1e-3)
 
 
-def test_a_policy_learns_with_all_options():
+def critic_model():
+    torch.manual_seed(5)
+    return ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(tiny_models.build("gpt2", 5))
+
+
+RESUMED = {
+    "aggregation": {"loss_aggregation": "seq_mean_token_sum", "gradient_accumulation_steps": 2},
+    "weights": {"rollout_kind": "icepop", "rollout_level": "geometric", "rollout_low": 0.5},
+    "ragged": {"ragged_batches": True, "gradient_accumulation_steps": 2},
+    "all": {**OPTIONS, "critic_warmup_steps": 2, "critic_learning_rate": 3e-3, "ragged_batches": True},
+}
+
+
+def steps_of(trainer, numbers):
+    """The last statistics of some steps, of batches of 3 if they may be ragged."""
+    for i in numbers:
+        batch = tiny_models.batch(3 if trainer.config.ragged_batches else 4, 30 + i)
+        rows = [-(ids % 7) / 3.0 for ids in batch[1]] if trainer.config.rollout_kind else None
+        stats = trainer.step(*batch, rollout_logprobs=rows)
+    return {key: value for key, value in stats.items() if not key.startswith("time/")}
+
+
+@pytest.mark.filterwarnings("ignore:PPOTrainer.step. rollout_logprobs differ")
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_has_the_same_bits(name, tmp_path):
+    def make():
+        critic = critic_model() if name == "all" else None
+        return tiny_models.trainer(critic_model=critic, **RESUMED[name])
+
+    whole = make()
+    expected = steps_of(whole, range(4))
+    stopped = make()
+    steps_of(stopped, range(1))
+    stopped.save_run(tmp_path)
+    resumed = make()
+    steps_of(resumed, range(7, 10))  # load_run must overwrite whatever these change
+    resumed.load_run(tmp_path)
+    found = steps_of(resumed, range(1, 4))
+    assert all(np.array_equal(found[key], value) for key, value in expected.items())
+    for a, b in zip(resumed._trained_params(), whole._trained_params(), strict=True):
+        assert torch.equal(a, b)
+    other = tiny_models.trainer(critic_model=critic_model() if name == "all" else None)
+    with pytest.raises(ValueError, match="load_run: PPOConfig"):
+        other.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("with_critic", [False, True])
+def test_a_policy_learns_with_all_options(with_critic):
     torch.manual_seed(0)
+    own = {"critic_model": critic_model(), "critic_warmup_steps": 3} if with_critic else {}
     trainer = tiny_models.trainer(
-        batch_size=16, mini_batch_size=16, ppo_epochs=4, learning_rate=5e-3, init_kl_coef=0.01, **OPTIONS
+        batch_size=16, mini_batch_size=16, ppo_epochs=4, learning_rate=5e-3, init_kl_coef=0.01, **OPTIONS, **own
     )
     queries = [torch.tensor([3 + i, 4]) for i in range(16)]
     settings = {
@@ -65,14 +115,18 @@ def test_a_policy_learns_with_all_options():
         "pad_token_id": tiny_models.PAD,
         "bad_words_ids": [[tiny_models.PAD]],
     }
-    means, before = [], tiny_models.weights(trainer)
+    means, errors, before = [], [], tiny_models.weights(trainer)
     for _ in range(40):
         responses = trainer.generate(queries, batch_size=16, return_prompt=False, **settings)
         scores = [(response == WANTED).float().mean() for response in responses]
         stats = trainer.step(queries, responses, scores)
         assert all(torch.isfinite(torch.tensor(x)) for x in tiny_models.scalars(stats).values())
         means.append(torch.stack(scores).mean().item())
+        errors.append(stats["ppo/val/error"])
+        if with_critic and len(means) == 3:
+            tiny_models.assert_unmoved(before, trainer)
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.2, means
+    assert sum(errors[-5:]) < 0.5 * sum(errors[:5]), errors
     assert any(not torch.equal(now, before[name]) for name, now in tiny_models.weights(trainer).items())
     assert {"ppo/policy/clipfrac_dual", "ppo/policy/clipfrac_high", "ppo/loss/entropy"} <= stats.keys()
     assert stats["objective/kl"] >= 0  # k3 is never negative

@@ -42,6 +42,7 @@ _SWITCHES = (
     "bootstrap_truncated",
     "early_stopping",
     "exact_update",
+    "ragged_batches",
     "use_score_scaling",
     "use_score_norm",
     "remove_unused_columns",
@@ -79,6 +80,9 @@ class PPOConfig:
     mini_batch_size: int = 128  # samples per forward pass
     gradient_accumulation_steps: int = 1  # minibatches per optimizer update
     ppo_epochs: int = 4  # passes over the batch per step()
+    ragged_batches: bool = (
+        False  # step() and the dataloader may have fewer samples than batch_size, as at a dataset's end
+    )
     exact_update: bool = True  # accumulated and distributed parts make the update of one large minibatch (**)
 
     # --- optimizer
@@ -212,6 +216,8 @@ class PPOConfig:
             self._require(("target",), lambda x: x > 0, "be positive when adap_kl_ctrl is on")
             self._require_horizon()
         self._require_choices()
+        if self.ragged_batches and not self.exact_update:
+            raise ValueError("PPOConfig: ragged_batches must be False with exact_update=False, got True")
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % self.backward_batch_size:
             raise ValueError(

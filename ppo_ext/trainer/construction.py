@@ -223,7 +223,8 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None
     ) -> torch.utils.data.DataLoader[Any]:
-        """A shuffled dataloader of whole batches of config.batch_size; a streaming dataset keeps its own order.
+        """A shuffled dataloader of whole batches of config.batch_size; a streaming dataset keeps its own order. With
+        config.ragged_batches the samples that are left at the end are a smaller batch.
 
         Columns of a datasets.Dataset that the model's forward does not take are dropped, except label, query and
         response; config.remove_unused_columns=False keeps all.
@@ -233,7 +234,8 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         datasets.check_dataset(dataset)
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset)
-        return datasets.whole_batches(dataset, self.config.batch_size, self.accelerator.num_processes, data_collator)
+        processes, ragged = self.accelerator.num_processes, self.config.ragged_batches
+        return datasets.batches(dataset, self.config.batch_size, processes, data_collator, ragged)
 
     def _filter_kwargs(self, kwargs: Mapping[str, Any], target_func: Callable[..., Any]) -> dict[str, Any]:
         """The keyword arguments that target_func names as parameters. Nothing here calls it; subclasses of TRL's do."""

@@ -24,23 +24,27 @@ def check_dataset(dataset: Any) -> None:
         raise TypeError(f"PPOTrainer: dataset must be a torch or datasets Dataset, got {type(dataset).__name__}")
 
 
-def whole_batches(
-    dataset: Any, batch_size: int, processes: int, collate: Callable[[list[Any]], Any] | None
+def batches(
+    dataset: Any, batch_size: int, processes: int, collate: Callable[[list[Any]], Any] | None, ragged: bool = False
 ) -> torch.utils.data.DataLoader[Any]:
-    """A dataloader of whole batches: shuffled, or for a stream in its own order.
+    """A dataloader of whole batches, with `ragged` also of a last smaller one: shuffled, or for a stream in its own order.
 
-    Raises: ValueError for fewer samples than one batch for every process.
+    Raises: ValueError for fewer samples than one batch for every process, with `ragged` than one sample for each.
     """
+    options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": collate, "drop_last": not ragged}
     if is_stream(dataset):
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = _Stream(dataset)
-        return torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collate, drop_last=True)
-    if len(dataset) < batch_size * processes:
+        return torch.utils.data.DataLoader(dataset, **options)
+    if ragged and len(dataset) < processes:
+        got = f"{len(dataset)} for {processes} processes"
+        raise ValueError(f"PPOTrainer: dataset must hold at least one sample for each process, got {got}")
+    if not ragged and len(dataset) < batch_size * processes:
         raise ValueError(
             f"PPOTrainer: dataset must hold at least config.batch_size * processes = {batch_size} * {processes} samples, "
             f"one whole batch each, got {len(dataset)}"
         )
-    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collate, shuffle=True, drop_last=True)
+    return torch.utils.data.DataLoader(dataset, shuffle=True, **options)
 
 
 class _Stream(torch.utils.data.IterableDataset[Any]):

@@ -16,14 +16,14 @@ from .head_route import hooks_see_logits
 from .loss_terms import entropy_with_gradient, mean_entropy, policy_and_value_loss
 from .overrides import is_overridden, replaceable
 from .padding import check_padding_id
-from .processes import Batch
+from .ragged import cut, rows_of_step
 from .reporting import ReportingMixin, stack_train_stats
 from .resume import ResumeMixin
 from .rewards import RewardsMixin
 from .rollout import Rollout
 from .saving import SavingMixin
 from .stats import Clock
-from .step_inputs import Scores, Tensors
+from .step_inputs import Batch, Scores, Tensors
 from .update_guard import RATIO_MEAN, SKIPPED, all_finite
 from .updates import UpdatesMixin
 
@@ -94,9 +94,8 @@ class PPOTrainer(
 
     def _update_schedules(self, kl: float) -> None:
         """The KL coefficient and the learning rate of the next step."""
-        all_samples = self.config.batch_size * self.accelerator.num_processes
         if not self._policy_stands_still():
-            self.kl_ctl.update(kl, sum(self._samples) if self._shares_statistics() else all_samples)
+            self.kl_ctl.update(kl, sum(self._samples))
         self.critic_steps += self.critic is not None
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -115,10 +114,14 @@ class PPOTrainer(
         self._check_loss_options()
         self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.accelerator.step = 0  # minibatches: accumulation begins with the step, also if the config has changed
-        batch = self._step_safety_checker(self.config.batch_size, queries, responses, scores, masks)
+        ragged, size = self.config.ragged_batches, self.config.batch_size
+        if ragged:
+            step_inputs.check_ragged(size, queries)
+        batch = self._step_safety_checker(None if ragged else size, queries, responses, scores, masks)
         self._has_rollout = rollout is not None
         self._check_rollout_settings(rollout)
-        step_inputs.check_lengths(len(batch[0]), **({} if rollout is None else {"rollout_logprobs": rollout}))
+        if rollout is not None:
+            step_inputs.check_lengths(len(batch[0]), rollout_logprobs=rollout)
         of_tokens = (batch[1], batch[3], self.current_device, self.is_encoder_decoder)
         return *batch, step_inputs.rollout_tensors(rollout, *of_tokens)
 
@@ -176,9 +179,9 @@ class PPOTrainer(
 
     def _minibatches(self) -> list[list[int]]:
         """Index lists of one epoch, drawn from numpy's global stream as TRL does."""
-        order = np.random.permutation(self.config.batch_size).tolist()
-        size = self.config.mini_batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        size, accumulation = int(self.config.mini_batch_size), int(self.config.gradient_accumulation_steps)
+        rows = rows_of_step(max(self._samples), size, accumulation)
+        return cut(np.random.permutation(rows).tolist(), size, accumulation)
 
     def _train_on(self, batch: Rollout) -> dict[str, torch.Tensor]:
         """Forward pass, backward pass and, when enough minibatches are accumulated, the optimizer update.

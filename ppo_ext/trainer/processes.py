@@ -12,12 +12,11 @@ from . import step_inputs
 from .agreement import agree, gather, gather_values
 from .base import TrainerBase
 from .fingerprint import first_difference, ppo_settings
+from .ragged import filled_up, rows_of_step
 from .rollout import Rollout
+from .step_inputs import Batch
 
 Result = TypeVar("Result")
-Batch = tuple[
-    list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None
-]
 
 
 class ProcessesMixin(TrainerBase):
@@ -48,21 +47,32 @@ class ProcessesMixin(TrainerBase):
         return agree(self.accelerator, action)[0]
 
     def _check_together(self, check: Callable[[], Batch]) -> Batch:
-        """Runs the checks of a batch. One collective, by which what is wrong on one process is raised by all.
+        """Checks a batch and fills it up. One collective, by which what is wrong on one process is raised by all.
 
         A process may sit a step out, with exact_update: all its response_masks are 0. Its samples count nowhere.
 
         Raises: ValueError if the settings of the processes differ, or if all of them sit out.
         """
         if not self.is_distributed:
-            return check()
+            batch = check()
+            self._samples = [len(batch[0])]
+            return self._filled_up(batch)
         batch, facts = agree(self.accelerator, check, self._facts)
         if len({settings for settings, _ in facts}) > 1:
             self._raise_other_settings()
         self._samples = [samples for _, samples in facts]
         if not any(self._samples):
             step_inputs.fail("response_masks", "leave a token that counts on at least one process", "none")
-        return batch
+        return self._filled_up(batch)
+
+    def _filled_up(self, batch: Batch) -> Batch:
+        """The batch with as many rows as all processes have; with config.ragged_batches some of them are not of samples."""
+        accumulation = int(self.config.gradient_accumulation_steps)
+        return filled_up(batch, rows_of_step(max(self._samples), int(self.config.mini_batch_size), accumulation))
+
+    def _own_samples(self) -> int:
+        """How many samples of this process count in this step; they are the first rows."""
+        return self._samples[self.accelerator.process_index]
 
     def _facts(self, batch: Batch) -> tuple[int, int]:
         """A number that differs where settings do, and how many samples of this process count."""
@@ -84,10 +94,12 @@ class ProcessesMixin(TrainerBase):
     def _mean_score(self, scores: torch.Tensor) -> torch.Tensor:
         """The mean score, 0-d, over the samples of all processes that do not sit out."""
         if not self.is_distributed:
-            return scores.mean()
-        rows = gather(self.accelerator, scores)
-        active = [process for process, samples in enumerate(self._samples) if samples]
-        return rows[active].mean().to(scores.device)
+            return scores[: self._own_samples()].mean()
+        return self._of_samples(gather(self.accelerator, scores)).mean().to(scores.device)
+
+    def _of_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        """[processes, rows, ...] -> [samples, ...], those that count."""
+        return torch.cat([own[:samples] for own, samples in zip(rows, self._samples, strict=True)])
 
     def _raise_other_settings(self) -> NoReturn:
         first, *others = gather_values(self.accelerator, self._common_settings())
@@ -109,7 +121,7 @@ class ProcessesMixin(TrainerBase):
         columns = [x.reshape(len(rollout.mask), -1).float() for x in tensors.values()]
         columns += [torch.tensor([[len(ids)] for ids in rows], device=self.current_device) for rows in lengths.values()]
         rows = gather(self.accelerator, torch.cat(columns, dim=1))
-        active = rows[[process for process, samples in enumerate(self._samples) if samples]].flatten(0, 1)
+        active = self._of_samples(rows)
         parts = active.split([column.shape[1] for column in columns], dim=1)
         found: dict[str, Any] = {}
         for (name, x), part in zip(tensors.items(), parts, strict=False):

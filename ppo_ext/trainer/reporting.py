@@ -22,8 +22,9 @@ GUARD = (SKIPPED, RATIO_MEAN)
 def stack_train_stats(all_stats: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The statistics of all minibatches, [minibatches, 1] each; advantages and ratio as one row, [1, all tokens]."""
     stats = stack_dicts(all_stats)
-    stats["policy/advantages"] = torch.nan_to_num(stats["policy/advantages"].reshape(1, -1), WANDB_PADDING)
-    stats["policy/ratio"] = stats["policy/ratio"].reshape(1, -1)
+    for key in ("policy/advantages", "policy/ratio"):  # without what fills up the rows of a smaller minibatch
+        stats[key] = torch.cat([row[key].flatten() for row in all_stats])[None]
+    stats["policy/advantages"] = torch.nan_to_num(stats["policy/advantages"], WANDB_PADDING)
     return stats
 
 
@@ -104,7 +105,7 @@ class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
         data = {"scores": scores, "ref_logprobs": ref_logprobs, "non_score_reward": non_score_reward, "kls": kls}
         if rollout.rollout_logprobs is not None:
             data["rollout_logprobs"] = rollout.rollout_logprobs
-        of_batch = {
+        of_batch: dict[str, Any] = {
             "logprobs": rollout.logprobs,
             "masks": rollout.mask,
             "queries": rollout.queries,
@@ -113,6 +114,8 @@ class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
         }
         if self._shares_statistics():
             of_batch = self._all_samples(rollout, data)
+        elif not self.is_distributed:
+            of_batch = {name: x[: self._own_samples()] for name, x in of_batch.items()}
         stats = self.record_step_stats(kl_coef=self.kl_ctl.value, train_stats=train_stats, **of_batch)
         return self._to_host(stats)
 

@@ -22,8 +22,7 @@ class RewardsMixin(ProcessesMixin, TrainerBase):
     def _scale_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B] divided by their running standard deviation and clipped, as the config asks."""
         if self.config.use_score_scaling:
-            sits_out = self.is_distributed and not self._samples[self.accelerator.process_index]
-            self.running.update(scores[:0] if sits_out else scores)
+            self.running.update(scores[: self._own_samples()])
             scores = self.running.scale(scores, subtract_mean=self.config.use_score_norm)
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)

@@ -76,9 +76,10 @@ def _shift(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor, size: float) ->
 
 
 def _padding(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor, lengths: Sequence[Sequence[int]]) -> str:
-    rows = torch.tensor([difference(*row) for row in zip(a, b, mask, strict=True)], device="cpu")
+    counted = [i for i, row in enumerate((mask != 0).any(dim=1).tolist()) if row]
+    rows = torch.tensor([difference(a[i], b[i], mask[i]) for i in counted], device="cpu")
     for of_rows in lengths:
-        padded = torch.tensor([length < max(of_rows) for length in of_rows], device="cpu")
+        padded = torch.tensor([of_rows[i] < max(of_rows) for i in counted], device="cpu")
         if not padded.any():
             continue
         least, most = rows[padded].min(), rows[~padded].max()

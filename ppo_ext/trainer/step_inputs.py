@@ -13,6 +13,10 @@ from ..ops import check
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Scores: TypeAlias = Sequence[torch.Tensor | float]
+# queries, responses, scores, response_masks and rollout_logprobs, on the device
+Batch: TypeAlias = tuple[
+    list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None
+]
 
 _ROUNDED = 1e-3  # what a log-probability may be by rounding
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -35,6 +39,12 @@ def check_lengths(batch_size: int | None, **lists: Sequence[Any]) -> None:
             expected, of = len(items), f"len({name})"
         if len(items) != expected:
             fail(name, f"have {of} = {expected} entries", len(items))
+
+
+def check_ragged(batch_size: int, queries: Any) -> None:
+    """A batch may have fewer samples than config.batch_size, but at least one."""
+    if isinstance(queries, (list, tuple)) and not 1 <= len(queries) <= batch_size:
+        fail("queries", f"have from 1 to config.batch_size = {batch_size} entries", len(queries))
 
 
 def token_ids(

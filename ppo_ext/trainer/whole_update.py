@@ -19,14 +19,18 @@ _LOSSES = ("loss/policy", "loss/value", "loss/total", "loss/entropy")  # 0 where
 
 def tokens_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
     """How many tokens of this process count in each minibatch, float32 [minibatches]. mask: [B, T]."""
-    rows = torch.tensor(minibatches, device=mask.device)
-    return (mask != 0).sum(dim=1)[rows].sum(dim=1).to(torch.float32)
+    return _sums((mask != 0).sum(dim=1), minibatches)
 
 
 def rows_of_minibatches(mask: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
     """In how many rows of each minibatch a token counts, float32 [minibatches]. mask: [B, T]."""
-    rows = torch.tensor(minibatches, device=mask.device)
-    return (mask != 0).any(dim=1)[rows].sum(dim=1).to(torch.float32)
+    return _sums((mask != 0).any(dim=1), minibatches)
+
+
+def _sums(of_rows: torch.Tensor, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
+    order = torch.tensor([row for rows in minibatches for row in rows], device=of_rows.device)
+    parts = of_rows[order].split([len(rows) for rows in minibatches])
+    return torch.stack([part.sum() for part in parts]).to(torch.float32)
 
 
 def denominators_of_minibatches(
@@ -79,7 +83,7 @@ def stack_whole_updates(
     n, of_losses = (_by_update(x, count, accumulation) for x in (tokens, own))
     found = {key: column.reshape(len(parts), count, -1) for key, column in zip(stacked, columns, strict=True)}
     numbers = {key: _by_update(x, count, accumulation) for key, x in found.items() if x.shape[2] == 1}
-    result = {key: x.transpose(0, 1).reshape(1, -1) for key, x in found.items() if x.shape[2] != 1}
+    result = {key: _one_row(x, [row[key].numel() for row in all_stats]) for key, x in found.items() if x.shape[2] != 1}
     for key, x in numbers.items():
         if key in _EXTREMES:
             combined = _extreme(key, x, n)
@@ -96,6 +100,11 @@ def stack_whole_updates(
     if "policy/advantages" in result:
         result["policy/advantages"] = torch.nan_to_num(result["policy/advantages"], WANDB_PADDING)
     return {key: result[key] for key in stacked}
+
+
+def _one_row(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Arrays of each minibatch of each process [processes, minibatches, n], of which the first entries count -> [1, all]."""
+    return torch.cat([part[:, :size].flatten() for part, size in zip(x.unbind(dim=1), sizes, strict=True)])[None]
 
 
 def _by_update(x: torch.Tensor, count: int, accumulation: int) -> torch.Tensor:
