@@ -126,7 +126,7 @@ def test_a_policy_learns_with_all_options(with_critic):
         if with_critic and len(means) == 3:
             tiny_models.assert_unmoved(before, trainer)
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.2, means
-    assert sum(errors[-5:]) < 0.5 * sum(errors[:5]), errors
+    assert not with_critic or sum(errors[-5:]) < 0.5 * sum(errors[:5]), errors
     assert any(not torch.equal(now, before[name]) for name, now in tiny_models.weights(trainer).items())
     assert {"ppo/policy/clipfrac_dual", "ppo/policy/clipfrac_high", "ppo/loss/entropy"} <= stats.keys()
     assert stats["objective/kl"] >= 0  # k3 is never negative
