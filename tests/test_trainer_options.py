@@ -103,7 +103,9 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path):
 @pytest.mark.parametrize("with_critic", [False, True])
 def test_a_policy_learns_with_all_options(with_critic):
     torch.manual_seed(0)
-    own = {"critic_model": critic_model(), "critic_warmup_steps": 3} if with_critic else {}
+    own = (
+        {"critic_model": critic_model(), "critic_warmup_steps": 3, "critic_learning_rate": 1e-3} if with_critic else {}
+    )
     trainer = tiny_models.trainer(
         batch_size=16, mini_batch_size=16, ppo_epochs=4, learning_rate=5e-3, init_kl_coef=0.01, **OPTIONS, **own
     )
@@ -126,7 +128,7 @@ def test_a_policy_learns_with_all_options(with_critic):
         if with_critic and len(means) == 3:
             tiny_models.assert_unmoved(before, trainer)
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.2, means
-    assert not with_critic or sum(errors[-5:]) < 0.5 * sum(errors[:5]), errors
+    assert not with_critic or errors[2] < 0.5 * errors[0], errors  # of its warm-up
     assert any(not torch.equal(now, before[name]) for name, now in tiny_models.weights(trainer).items())
     assert {"ppo/policy/clipfrac_dual", "ppo/policy/clipfrac_high", "ppo/loss/entropy"} <= stats.keys()
     assert stats["objective/kl"] >= 0  # k3 is never negative
