@@ -18,6 +18,7 @@ from find_tools import run_text
 Version = tuple[int, ...]
 
 GLIBC = (2, 28)
+LIBSTDCXX = (3, 4, 25)
 TAG = "manylinux_2_28"
 MERGED = (2, 34)  # the release that moved these libraries' symbols into libc.so.6
 MOVED = {r"dl\w+": "libdl.so.2", r"shm_\w+": "librt.so.1", r"(pthread|sem)_\w+": "libpthread.so.0"}
@@ -39,8 +40,12 @@ def relink(library: Library, built: Path, cxx: list[str]) -> Path:
     output = built.with_suffix(f".{TAG}.so")
     run_step([*library.link, *objects, "-o", str(output), *between, *library.libraries], library.name)
     still = [f"{symbol}@{node(version)}" for symbol, version in taken(output) if version > GLIBC]
+    still += [f"{symbol}@GLIBCXX_{version}" for symbol, version in newer_than_libstdcxx(output)]
     if still:
-        raise BuildError(f"{library.name} must not need a glibc newer than 2.28, got {' '.join(still)}")
+        raise BuildError(
+            f"{library.name} must not need a glibc newer than 2.28 or a libstdc++ newer than GCC 8's, got "
+            f"{' '.join(still)}; define it in {SOURCE.name} or do without it"
+        )
     return output
 
 
@@ -59,6 +64,13 @@ def older(symbol: str, version: Version, cxx: tuple[str, ...]) -> tuple[str, Ver
 def taken(library: Path) -> list[tuple[str, Version]]:
     """The symbols that `library` takes from glibc, each with the version that it asks for."""
     return [(symbol, version) for section, symbol, version in glibc_symbols(library) if section == "UND"]
+
+
+def newer_than_libstdcxx(library: Path) -> list[tuple[str, str]]:
+    """The symbols that `library` takes from a libstdc++ that manylinux_2_28 does not have."""
+    table = run_text(["readelf", "--dyn-syms", "--wide", str(library)])
+    rows = re.findall(r"UND\s(\w+)@+GLIBCXX_([\d.]+)", table)
+    return [(symbol, version) for symbol, version in rows if tuple(map(int, version.split("."))) > LIBSTDCXX]
 
 
 @cache

@@ -19,3 +19,9 @@ void new_stringstream(std::stringstream* self) __asm__(
     "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
 void new_stringstream(std::stringstream* self) { new (self) std::stringstream(std::ios_base::in | std::ios_base::out); }
 }
+
+// Where an array would be too large for its size to be a number (libstdc++ 3.4.29); older ones throw it by other ways.
+extern "C" {
+[[noreturn]] void throw_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
+void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
+}

@@ -41,6 +41,8 @@ extern "C" __attribute__((visibility("default"))) double answer(double x) {
   sem_t semaphore;
   if (sem_init(&semaphore, 0, 1) != 0 || sem_wait(&semaphore) != 0) return -2;
   if (dlsym(RTLD_DEFAULT, "printf") == nullptr || shm_open("/no/such", 0, 0) != -1) return -3;
+  std::allocator<int*> allocator;
+  allocator.deallocate(allocator.allocate(again.str().size()), again.str().size());
   return std::stod(*copy);
 }
 """
@@ -65,7 +67,7 @@ def newest(library, name):
 def test_takes_the_old_versions_of_what_is_new_here(tmp_path):
     first, second = linked_twice(tmp_path, EVERYTHING_NEW)
     assert LIBC < (2, 34) or newest(first, "GLIBC") == (2, 34)
-    assert newest(second, "GLIBC") <= manylinux.GLIBC and newest(second, "GLIBCXX") <= (3, 4, 24)
+    assert newest(second, "GLIBC") <= manylinux.GLIBC and newest(second, "GLIBCXX") <= manylinux.LIBSTDCXX
     for library in (first, second):
         answer = ctypes.CDLL(str(library)).answer
         answer.argtypes, answer.restype = [ctypes.c_double], ctypes.c_double
@@ -82,4 +84,13 @@ def test_its_own_definitions_are_hidden(tmp_path):
 def test_names_what_glibc_2_28_does_not_have(tmp_path):
     text = '#include <stdlib.h>\nextern "C" __attribute__((visibility("default"))) int f() { return arc4random(); }\n'
     with pytest.raises(BuildError, match="glibc 2.28 has no arc4random; define it in newer_symbols.cpp or do without"):
+        linked_twice(tmp_path, text)
+
+
+def test_names_what_an_old_libstdcxx_does_not_have(tmp_path):
+    text = (
+        "#include <charconv>\n"
+        'extern "C" __attribute__((visibility("default"))) int f(char* s) { return std::to_chars(s, s + 9, 0.5).ptr - s; }\n'
+    )
+    with pytest.raises(BuildError, match="to_chars.*@GLIBCXX_.*define it in newer_symbols.cpp or do without"):
         linked_twice(tmp_path, text)

@@ -57,6 +57,8 @@ def _arguments(function: Callable, device: str) -> dict[str, Any]:
     }
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
         if name == "mask" or parameter.default is inspect.Parameter.empty:
             value = made[name] if name in made else -normal(B, T).abs()  # one number a token
             found[name] = value.to(device) if isinstance(value, torch.Tensor) else value

@@ -21,11 +21,16 @@ HEADERS = "macosx_14_0_arm64"
 def run(command, cwd="/", **variables):
     """Standard output of `command`; what it printed is in the exception if it fails."""
     result = subprocess.run(
-        [*map(str, command)], cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True
+        [*map(str, command)], cwd=cwd, env={**without_path(), **variables}, capture_output=True, text=True
     )
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
     return result.stdout
+
+
+def without_path():
+    """The environment of a process that is to find its own packages only."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def pip(python, *arguments):

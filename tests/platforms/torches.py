@@ -2,7 +2,6 @@
 sources are installed as well."""
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .packages import FOLDER, OLDEST, ROOT, make_environment, newest_version, pip, run
+from .packages import FOLDER, OLDEST, ROOT, make_environment, newest_version, pip, run, without_path
 
 TOLD = 500  # the last characters of an error that a row shows
 
@@ -82,7 +81,7 @@ def run_op_tests(interpreter, files, options=(), timeout=3600):
         report = Path(folder, "report.xml")
         quietly = ["-q", "-p", "no:cacheprovider", "--benchmark-skip", "--show-capture=no", "--tb=line"]
         command = [*map(str, interpreter), "-m", "pytest", *quietly, f"--junitxml={report}", *options, *files]
-        environment = {**os.environ, "PPO_EXT_REQUIRE_NATIVE": "1"}
+        environment = {**without_path(), "PPO_EXT_REQUIRE_NATIVE": "1"}
         try:
             result = subprocess.run(
                 command, cwd=folder, env=environment, timeout=timeout, capture_output=True, text=True
