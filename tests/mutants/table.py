@@ -644,8 +644,8 @@ MUTANTS = (
         "an update is a mean of the means of its minibatches",
         PYTHON,
         "ppo_ext/trainer/whole_update.py",
-        "return parts * tokens / totals.clamp(min=1.0).repeat_interleave(accumulation)",
-        "return torch.ones_like(tokens)",
+        "return parts * counts / totals.clamp(min=1.0).repeat_interleave(accumulation, dim=-1)",
+        "return torch.ones_like(counts)",
         "test_whole_updates.py",
     ),
     Mutant(
