@@ -218,7 +218,39 @@ def ppo_loss(
         and _is(entropy_coef, 0.0)
         and _is(huber_delta, 10.0)
     ):
-        return _ppo_options_run.run(locals())
+        return _ppo_options_run.run(
+            {
+                "logprobs": logprobs,
+                "old_logprobs": old_logprobs,
+                "advantages": advantages,
+                "vpreds": vpreds,
+                "values": values,
+                "returns": returns,
+                "mask": mask,
+                "cliprange": cliprange,
+                "cliprange_value": cliprange_value,
+                "vf_coef": vf_coef,
+                "ratio_threshold": ratio_threshold,
+                "dual_clip": dual_clip,
+                "log_ratio_clamp": log_ratio_clamp,
+                "ratio_level": ratio_level,
+                "policy_loss": policy_loss,
+                "weights": weights,
+                "ref_logprobs": ref_logprobs,
+                "kl_coef": kl_coef,
+                "kl_estimator": kl_estimator,
+                "kl_gradient": kl_gradient,
+                "entropy": entropy,
+                "entropy_coef": entropy_coef,
+                "value_loss": value_loss,
+                "huber_delta": huber_delta,
+                "aggregation": aggregation,
+                "norm_length": norm_length,
+                "denominator": denominator,
+                "scale": scale,
+                "row_counts": row_counts,
+            }
+        )
     cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
     cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
     vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)

@@ -231,7 +231,43 @@ def ppo_loss_from_hidden(
         The chunks follow from the number of the rows alone, so the bits are the same on every run with the same number
         of threads. If no token counts, loss, gradients and statistics are 0.
     """
-    given = locals()
+    given = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "vpreds": vpreds,
+        "values": values,
+        "returns": returns,
+        "mask": mask,
+        "bias": bias,
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "cliprange": cliprange,
+        "cliprange_value": cliprange_value,
+        "vf_coef": vf_coef,
+        "ratio_threshold": ratio_threshold,
+        "dual_clip": dual_clip,
+        "log_ratio_clamp": log_ratio_clamp,
+        "ratio_level": ratio_level,
+        "policy_loss": policy_loss,
+        "weights": weights,
+        "ref_logprobs": ref_logprobs,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "kl_gradient": kl_gradient,
+        "entropy_coef": entropy_coef,
+        "value_loss": value_loss,
+        "huber_delta": huber_delta,
+        "aggregation": aggregation,
+        "norm_length": norm_length,
+        "denominator": denominator,
+        "scale": scale,
+        "row_counts": row_counts,
+        "validate": validate,
+    }
     tensors, numbers = _prepare(hidden, weight, labels, bias, temperature, logit_scale, softcap)
     tokens, names = _ppo_tokens.prepare(_OP, given, tensors[2], arithmetic(hidden, weight))
     validate = check.flag(_OP, "validate", given.pop("validate"))

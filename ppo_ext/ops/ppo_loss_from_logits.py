@@ -197,7 +197,41 @@ def ppo_loss_from_logits(
         Masked rows, precision and determinism are those of `logprobs` and `ppo_loss`. If no token counts, loss, gradients
         and statistics are 0.
     """
-    given = locals()
+    given = {
+        "logits": logits,
+        "labels": labels,
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "vpreds": vpreds,
+        "values": values,
+        "returns": returns,
+        "mask": mask,
+        "temperature": temperature,
+        "cliprange": cliprange,
+        "cliprange_value": cliprange_value,
+        "vf_coef": vf_coef,
+        "ratio_threshold": ratio_threshold,
+        "dual_clip": dual_clip,
+        "log_ratio_clamp": log_ratio_clamp,
+        "ratio_level": ratio_level,
+        "policy_loss": policy_loss,
+        "weights": weights,
+        "ref_logprobs": ref_logprobs,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "kl_gradient": kl_gradient,
+        "entropy_coef": entropy_coef,
+        "value_loss": value_loss,
+        "huber_delta": huber_delta,
+        "aggregation": aggregation,
+        "norm_length": norm_length,
+        "denominator": denominator,
+        "scale": scale,
+        "row_counts": row_counts,
+        "inplace_forward": inplace_forward,
+        "inplace_backward": inplace_backward,
+        "validate": validate,
+    }
     labels, _, temperatures, temperature = _prepare_logits(_OP, logits, labels, temperature, None)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tokens, names = _ppo_tokens.prepare(_OP, given, labels, dtype)

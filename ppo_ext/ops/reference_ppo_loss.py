@@ -143,7 +143,37 @@ def ppo_loss(
     scale=1.0,
     row_counts=None,
 ):
-    given = locals()
+    given = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "vpreds": vpreds,
+        "values": values,
+        "returns": returns,
+        "mask": mask,
+        "cliprange": cliprange,
+        "cliprange_value": cliprange_value,
+        "vf_coef": vf_coef,
+        "ratio_threshold": ratio_threshold,
+        "dual_clip": dual_clip,
+        "log_ratio_clamp": log_ratio_clamp,
+        "ratio_level": ratio_level,
+        "policy_loss": policy_loss,
+        "weights": weights,
+        "ref_logprobs": ref_logprobs,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "kl_gradient": kl_gradient,
+        "entropy": entropy,
+        "entropy_coef": entropy_coef,
+        "value_loss": value_loss,
+        "huber_delta": huber_delta,
+        "aggregation": aggregation,
+        "norm_length": norm_length,
+        "denominator": denominator,
+        "scale": scale,
+        "row_counts": row_counts,
+    }
     plain = is_plain(vpreds, cliprange, cliprange_value, {name: given[name] for name in DEFAULTS})
     counts = mask != 0
     inputs = (logprobs, old_logprobs, advantages, vpreds, values, returns, weights, ref_logprobs, entropy)
