@@ -506,7 +506,7 @@ MUTANTS = (
         "rows that do not count are multiplied",
         PYTHON,
         "ppo_ext/ops/_linear_head.py",
-        "return torch.where(self.hidden_mask.view(-1, *[1] * (x.dim() - 1)), x, 0)",
+        "return torch.where(self.hidden_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))",
         "return x",
         "test_linear_logprobs_rows.py",
         "never_read",
