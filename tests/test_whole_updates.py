@@ -36,6 +36,7 @@ OPTIONS = {
     **{name: {"loss_aggregation": name, "entropy_coef": 0.1} for name in AGGREGATIONS[1:]},
     "rollout": {"rollout_kind": "tis"},
     "padding": {"whiten_rewards": True, "gae_through_padding": True},
+    "scheduled": {},
 }
 GRID = [*itertools.product(BATCHES, ACCUMULATION, OPTIMIZERS, [None])]
 SCENARIOS = [*GRID, *[("ragged", 2, "sgd", name) for name in OPTIONS], ("empty", 1, "sgd", "whitened")]
@@ -104,6 +105,9 @@ def train(kind, accumulation, optimizer_name, option, processes, rank=None):
         critic_model=critic,
         **config,
     )
+    if option == "scheduled":
+        schedule = torch.optim.lr_scheduler.StepLR(trainer.optimizer.optimizer, step_size=1)
+        trainer.lr_scheduler = trainer.accelerator.prepare(schedule)
     epochs = itertools.count()
 
     def minibatches():

@@ -58,7 +58,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
             data_collator: collates the dataset's samples. training_data_collator: collates token ids inside `step`.
             num_shared_layers: first layers that are frozen and shared with the reference made here. pattern: their name,
                 see `create_reference_model`.
-            lr_scheduler: stepped once per `step`.
+            lr_scheduler: stepped once per `step` (without config.exact_update by every process, as in TRL).
             critic_model: None, or a model of its own that gives the values: one with a value head, or one of
                 transformers for classification with num_labels=1, such as a reward model. It is trained in place, and
                 the policy's value head is not used. An optimizer that is passed has to hold its weights too.

@@ -98,6 +98,8 @@ class PPOTrainer(
             self.kl_ctl.update(kl, sum(self._samples))
         self.critic_steps += self.critic is not None
         if self.lr_scheduler is not None:
+            if hasattr(self.lr_scheduler, "split_batches"):  # accelerate's, which else steps once for every process
+                self.lr_scheduler.split_batches = self.config.exact_update or self.accelerator.split_batches
             self.lr_scheduler.step()
 
     # ---- before the first forward pass -----------------------------------------------------------------------------
