@@ -24,9 +24,10 @@ _COUNTED = ("all_gather_into_tensor", "all_reduce", "all_gather", "broadcast", "
 WHY = {
     "_check_together": "the checks of the batch: an error of one process is raised by all",
     "_pad_across_processes": "one padded length, so that the statistics of each sample can be gathered",
+    "_raised_by_all": "the forward passes and rewards: an error of one process is raised by all",
     "compute_advantages": "whitening: count, mean and squared deviations of all tokens",
     "weights_of_minibatches": "the tokens of each update, once an epoch",
-    "judge": "the mean ratio and finite losses, once an update, before its last backward pass",
+    "judge": "the mean ratio, finite losses and errors, once an update, before its last backward pass",
     "_check_weights": "finite weights, at the end",
     "stack_whole_updates": "the statistics of the minibatches",
     "_all_samples": "the statistics of the samples",

@@ -1,5 +1,7 @@
 """What is wrong on one process is raised by all, in the same words; then all go on. A process that dies is told of."""
 
+import functools
+import itertools
 import os
 import pathlib
 import random
@@ -66,6 +68,37 @@ def poison_reference(trainer, given):
 
 
 after = []  # what puts things right again
+
+
+def failing_at(call_number, *path):
+    """A step in which a method of the trainer, or of a module of its, runs out of memory on process 1."""
+    *path, name = path
+
+    def call(trainer, rank, folder):
+        owner = functools.reduce(getattr, path, trainer)
+        method, calls = getattr(owner, name), itertools.count(1)
+
+        def fails(*args, **kwargs):
+            if rank == 1 and next(calls) == call_number:
+                raise torch.OutOfMemoryError("out of memory")
+            return method(*args, **kwargs)
+
+        setattr(owner, name, fails)
+        trainer.config.mini_batch_size, trainer.config.gradient_accumulation_steps = 1, 2
+        try:
+            trainer.step(*batch(rank))
+        finally:
+            vars(owner).pop(name)
+            trainer.config.mini_batch_size, trainer.config.gradient_accumulation_steps = 4, 1
+
+    return call
+
+
+def save_while_the_others_step(trainer, rank, folder):
+    if rank == 1:
+        trainer.save_pretrained(folder / "alone")
+    else:
+        trainer.step(*batch(rank))
 
 
 def no_masks(trainer, rank, folder):
@@ -149,6 +182,15 @@ FAULTS = {
         "PPOConfig.lam must be the same .* got 0.95 on process 0 and 0.5 on process 1",
     ),
     "loss": (step_with(poison_reference), "the loss must be finite, got .* infinite returns: .*update was not made"),
+    "first part": (failing_at(1, "loss"), "out of memory"),
+    "last part": (failing_at(2, "loss"), "out of memory"),
+    "in the model": (failing_at(6, "model", "module", "pretrained_model", "transformer", "forward"), "out of memory"),
+    "reference": (failing_at(2, "ref_model", "pretrained_model", "transformer", "forward"), "out of memory"),
+    "rewards": (failing_at(1, "compute_rewards"), "out of memory"),
+    "another call": (
+        save_while_the_others_step,
+        "must call the same, got step on process 0 and save_pretrained on process 1",
+    ),
     "no token": (no_masks, "response_masks must leave a token that counts on at least one process, got none"),
     "generator": (save_with_another_generator, "save_run: numpy's global generator must be MT19937, got PCG64"),
     "damaged": (load_damaged, "own1/trainer_state.safetensors must be as it was written, got another SHA-256"),
@@ -166,7 +208,7 @@ SUPERVISED = {
     "reward size": (supervised("reward", lambda rows: rows.pop()), r"examples on all processes, got \[7, 6\]"),
 }
 ALL_FAULTS = FAULTS | SUPERVISED
-ALIKE = ("no token", "another config", "sft size", "reward size")  # the sentence is about all processes
+ALIKE = ("no token", "another call", "another config", "sft size", "reward size")  # the sentence is about all processes
 
 
 def error_of(call, trainer, rank, folder):
@@ -316,6 +358,35 @@ def test_the_best_model_is_that_of_all_scores_and_one_process_pushes(reports):
         {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files) for *_, files in pushed
     )
     assert (returned, other_returned) == ("url", None) and there == other_there and "model.safetensors" in there
+
+
+# ---- departures ------------------------------------------------------------------------------------------------------
+
+
+def interrupted(rank, folder):
+    """Ctrl-C in the loss of process 1, whose step the others are in; it ends some time later."""
+    warnings.simplefilter("ignore")
+    trainer, path = make(), pathlib.Path(folder) / f"left{rank}"
+    if rank == 1:
+        trainer.loss = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
+    found = []
+    for call in (lambda: trainer.step(*batch(rank)), lambda: trainer.save_pretrained(folder)):
+        try:
+            call()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    path.write_text("\n".join(found))
+    if rank == 1:
+        os._exit(1)
+
+
+def test_a_process_that_leaves_a_step_says_why_and_takes_part_in_nothing_more(folder):
+    process_group.run(__file__, {"interrupted": 2}, folder, may_die=["interrupted"])
+    first, second = ((folder / f"left{rank}").read_text().splitlines() for rank in (0, 1))
+    lost = "RuntimeError: ppo_ext: all processes must go on, got process 1, which has left by KeyboardInterrupt; "
+    assert len(first) == 2 and all(text.startswith(lost) for text in first)
+    assert second[0] == "KeyboardInterrupt: " and len(second) == 2
+    assert "this process must not go on, since it has left a step in which the others were, by Keyb" in second[1]
 
 
 # ---- deaths ----------------------------------------------------------------------------------------------------------

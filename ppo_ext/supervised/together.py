@@ -21,7 +21,7 @@ def raised_by_all(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def together(self: Any, *args: Any, **kwargs: Any) -> None:
-        agree(all_processes(), lambda: method(self, *args, **kwargs))
+        agree(all_processes(), type(self).__name__, lambda: method(self, *args, **kwargs))
 
     return together
 
@@ -29,7 +29,7 @@ def raised_by_all(method: Callable[..., None]) -> Callable[..., None]:
 def check_together(trainer: Any, checkpoint: Any) -> None:
     """All processes train on as many examples, with the same settings, from a folder that they see; ValueError else.
 
-    One collective of three numbers. checkpoint: the argument resume_from_checkpoint of `train`.
+    One collective of four numbers. checkpoint: the argument resume_from_checkpoint of `train`.
     """
     owner = type(trainer).__name__
 
@@ -41,7 +41,7 @@ def check_together(trainer: Any, checkpoint: Any) -> None:
         number = int.from_bytes(hashlib.blake2b(settings, digest_size=7).digest(), "big")
         return number, len(dataset) if hasattr(dataset, "__len__") else -1
 
-    _, facts = agree(all_processes(), check, lambda found: found)
+    _, facts = agree(all_processes(), f"{owner}.train", check, lambda found: found)
     settings, sizes = zip(*facts, strict=True)
     if len(set(sizes)) > 1:
         raise ValueError(f"{owner}: train_dataset must have as many examples on all processes, got {list(sizes)}")

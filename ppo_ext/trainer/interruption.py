@@ -7,8 +7,9 @@ import torch
 
 from ..models import value_head
 from ..ops.check_labels import check_labels
-from .agreement import is_loss_of_a_process, raise_lost
+from .agreement import is_agreed, is_loss_of_a_process, raise_lost
 from .base import TrainerBase
+from .departure import leave
 from .fingerprint import inner
 from .update_guard import UpdateGuard
 
@@ -27,9 +28,11 @@ class _Interruptible:
         if kind is not None:
             self.trainer._discard_unfinished_step()
         self.trainer._flags_before = None
-        if self.trainer.is_distributed and is_loss_of_a_process(error):
-            assert error is not None
+        if error is None or not self.trainer.is_distributed or is_agreed(error):
+            return
+        if is_loss_of_a_process(error):
             raise_lost(error)
+        leave(error)
 
 
 class InterruptionMixin(TrainerBase):
@@ -64,6 +67,8 @@ class InterruptionMixin(TrainerBase):
             if model is not None:
                 value_head.remove_hooks(model)
                 model.eval()
+                if hasattr(model, "require_forward_param_sync"):  # DDP: whether the next forward pass begins with a
+                    model.require_forward_param_sync = True  # collective, on all or on none
         self._turn_adapters_on()
         groups = self.optimizer.param_groups
         held = [parameter for group in groups for parameter in group["params"]]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import step_inputs
+from .agreement import agreed
 from .construction import ConstructionMixin
 from .critic import check_settings
 from .forward import ForwardMixin
@@ -75,12 +76,13 @@ class PPOTrainer(
         with self._interruptible():
             all_scores = self._scale_scores(torch.stack(checked_scores))
             self._push_if_best(all_scores)
-            with clock("forward_pass"):
-                model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
-                policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
-                compared = self._compare_rollout(policy, rollout_logprobs, queries, responses, model_inputs)
-            with clock("compute_rewards"):
-                rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
+            model_inputs = self._pad_across_processes(self.prepare_model_inputs(queries, responses))
+            with self._raised_by_all():
+                with clock("forward_pass"):
+                    policy, reference, kls = self._forward_both(queries, responses, model_inputs, response_masks)
+                    compared = self._compare_rollout(policy, rollout_logprobs, queries, responses, model_inputs)
+                with clock("compute_rewards"):
+                    rewards, non_score_reward, kls = self._call_compute_rewards(all_scores, policy, reference, kls)
             with clock("compute_advantages"):
                 values, advantages, returns = self._call_compute_advantages(policy, rewards, model_inputs)
             with clock("optimize_step"):
@@ -356,7 +358,7 @@ class PPOTrainer(
         """Drops the gradients and raises. Weights, optimizer and KL coefficient are those of before this update."""
         self._update_guard.clear()
         self._drop_gradients()
-        raise ValueError(f"PPOTrainer.step: {fault}. This update was not made") from cause
+        raise agreed(ValueError(f"PPOTrainer.step: {fault}. This update was not made")) from cause
 
     def _check_weights(self) -> None:
         """Ends the training of a step: raises ValueError if it made a weight NaN or infinite, before the KL coefficient
@@ -367,10 +369,13 @@ class PPOTrainer(
         if self.is_distributed:
             fault = self.accelerator.reduce(fault.to(self.accelerator.device), reduction="sum")
         if fault.item():
-            raise ValueError(
-                "PPOTrainer.step: the optimizer must keep the weights finite, got NaN or infinity after an update by a "
-                f"finite gradient, from {type(getattr(self.optimizer, 'optimizer', self.optimizer)).__name__}; go back "
-                "to weights that were saved, with a smaller learning rate, or with weights in float32"
+            kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+            raise agreed(
+                ValueError(
+                    "PPOTrainer.step: the optimizer must keep the weights finite, got NaN or infinity after an update by "
+                    f"a finite gradient, from {kind}; go back to weights that were saved, with a smaller learning rate, "
+                    "or with weights in float32"
+                )
             )
 
     def _early_stop(self, policykl: torch.Tensor) -> bool:

@@ -1,19 +1,21 @@
 """What the processes of a step have to agree on, and what they compute over the tokens of all of them."""
 
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from . import step_inputs
-from .agreement import agree, gather, gather_values
+from .agreement import agree, gather, gather_values, is_loss_of_a_process
 from .base import TrainerBase
 from .fingerprint import first_difference, ppo_settings
 from .ragged import filled_up, rows_of_step
 from .rollout import Rollout
+from .sharding import is_sharded
 from .step_inputs import Batch
 
 Result = TypeVar("Result")
@@ -42,9 +44,32 @@ class ProcessesMixin(TrainerBase):
             random.seed(seed)
             torch.manual_seed(seed)
 
-    def _alike(self, action: Callable[[], Result]) -> Result:
+    def _alike(self, name: str, action: Callable[[], Result]) -> Result:
         """Runs an action on every process; an error of one of them is raised by all, so that none waits for ever."""
-        return agree(self.accelerator, action)[0]
+        return agree(self.accelerator, name, action)[0]
+
+    @contextlib.contextmanager
+    def _raised_by_all(self) -> Iterator[None]:
+        """An error within the block on one process is raised by all at its end. One collective.
+
+        Where weights are sharded there is none: forward passes have collectives then, which a process that fails misses.
+        """
+        if not self.is_distributed or is_sharded(self.accelerator):
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            if is_loss_of_a_process(caught):
+                raise
+            error = caught
+
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        self._alike("step", outcome)
 
     def _check_together(self, check: Callable[[], Batch]) -> Batch:
         """Checks a batch and fills it up. One collective, by which what is wrong on one process is raised by all.
@@ -57,7 +82,7 @@ class ProcessesMixin(TrainerBase):
             batch = check()
             self._samples = [len(batch[0])]
             return self._filled_up(batch)
-        batch, facts = agree(self.accelerator, check, self._facts)
+        batch, facts = agree(self.accelerator, "step", check, self._facts)
         if len({settings for settings, _ in facts}) > 1:
             self._raise_other_settings()
         self._samples = [samples for _, samples in facts]

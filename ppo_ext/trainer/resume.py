@@ -18,6 +18,7 @@ from .interruption import InterruptionMixin
 from .plain_data import decode, difference, encode
 from .processes import ProcessesMixin
 from .random_state import check_random_state, random_state, set_random_state
+from .sharding import is_sharded
 
 STATE_FILE = "trainer_state.safetensors"
 _COUNTERS = ("current_step", "compare_step", "skipped_minibatches", "critic_steps")
@@ -59,7 +60,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
             self._discard_unfinished_step()
             return random_state()
 
-        states = self._alike(own_random_state)
+        states = self._alike("save_run", own_random_state)
         tensors = self._tensors()
         tensors.update({f"random.{name}": self._gather_rows(state) for name, state in states.items()})
 
@@ -74,7 +75,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
                 os.makedirs(directory, exist_ok=True)
                 checkpoint.write_tensors(os.path.join(directory, STATE_FILE), tensors, digest=True)
 
-        self._alike(write)
+        self._alike("save_run", write)
 
     def load_run(self, directory: str | os.PathLike[str]) -> None:
         """Continue from what `save_run` wrote, in a trainer that is constructed in the same way.
@@ -85,7 +86,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
         """
         self._refuse_sharding("load_run")
         path = os.path.join(directory, STATE_FILE)
-        run = self._alike(lambda: self._read(path))
+        run = self._alike("load_run", lambda: self._read(path))
         self._discard_unfinished_step(always=True)
         self._load_optimizer(run)
         with torch.no_grad():
@@ -148,7 +149,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
                     raise ValueError(f"load_run: {name} must take its state in {run.path}, got {error}") from error
 
         try:
-            self._alike(load)
+            self._alike("load_run", load)
         except ValueError:
             for name, state in old.items():
                 owners[name].load_state_dict(state)
@@ -159,7 +160,7 @@ class ResumeMixin(InterruptionMixin, ProcessesMixin, TrainerBase):
         return gather(self.accelerator, state) if self.is_distributed else state[None].cpu()
 
     def _refuse_sharding(self, method: str) -> None:
-        if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        if is_sharded(self.accelerator):
             raise ValueError(
                 f"{method}: every process must hold whole weights, got {self.accelerator.distributed_type.value}; "
                 "use trainer.accelerator.save_state and load_state"

@@ -106,8 +106,10 @@ class SavingMixin(ProcessesMixin, TrainerBase):
             with staged(save_directory) as folder:
                 self._save_pretrained(folder)
 
-        self._on_main_process(save)
-        return self._on_main_process(lambda: self._upload(save_directory, name, **kwargs)) if push_to_hub else None
+        self._on_main_process("save_pretrained", save)
+        if not push_to_hub:
+            return None
+        return self._on_main_process("push_to_hub", lambda: self._upload(save_directory, name, **kwargs))
 
     def _gather_weights(self) -> None:
         """Under FSDP, where no process has whole weights: those of all, for `_save_pretrained`. One collective a weight."""
@@ -115,9 +117,9 @@ class SavingMixin(ProcessesMixin, TrainerBase):
             weights = whole_state_dict(self.accelerator.unwrap_model(self.model))
             self._whole_weights = weights if self.accelerator.is_main_process else None
 
-    def _on_main_process(self, action: Callable[[], Any]) -> Any:
+    def _on_main_process(self, name: str, action: Callable[[], Any]) -> Any:
         """The action's result on the main process, None on the others, which wait; its error on all."""
-        return self._alike(action if self.accelerator.is_main_process else lambda: None)
+        return self._alike(name, action if self.accelerator.is_main_process else lambda: None)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes everything into a folder; called on the main process."""
@@ -148,7 +150,7 @@ class SavingMixin(ProcessesMixin, TrainerBase):
                 self._save_pretrained(folder)
                 return self._upload(folder, repo_id, **kwargs)
 
-        return self._on_main_process(push)
+        return self._on_main_process("push_to_hub", push)
 
     def _upload(
         self,

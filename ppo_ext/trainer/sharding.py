@@ -10,6 +10,11 @@ import torch
 from .callers import warn
 
 
+def is_sharded(accelerator: Any) -> bool:
+    """Whether no process holds whole weights, or whole gradients."""
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+
+
 def check_accelerator(accelerator: Any, settings: dict[str, Any]) -> None:
     """ValueError for FSDP of version 1 and for weights that one process alone has loaded.
 
@@ -45,7 +50,7 @@ def check_model(model: Any) -> None:
 
 def check_critic(accelerator: Any, critic_model: Any) -> None:
     """ValueError for a critic where weights are spread over processes, and for one that is split already."""
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+    if is_sharded(accelerator):
         raise ValueError(
             "PPOTrainer: critic_model must be None where weights are spread over the processes, which accelerate does for "
             f"one model only, got {type(critic_model).__name__} with {accelerator.distributed_type.value}"

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from .agreement import raise_first
+from .sharding import is_sharded
+
 # statistics of the loss for the guard, which `PPOTrainer.train_minibatch` takes out
 SKIPPED, RATIO_MEAN = "policy/skipped", "policy/ratio_mean"
 
@@ -46,16 +49,24 @@ class UpdateGuard:
         """Forgets the minibatches of an update that will not be made."""
         self._rows, self._inputs, self._ratios = [], [], []
 
-    def judge(self, accelerator: Accelerator, accumulation: int) -> tuple[float, bool]:
+    def judge(self, accelerator: Accelerator, accumulation: int, error: Exception | None = None) -> tuple[float, bool]:
         """Before the last backward pass of an update: (mean ratio over all its tokens, whether all its losses are finite).
 
         The same on all processes. One host/device sync, and with several processes one collective.
+
+        error: that of a minibatch of this process; then it is raised, by all.
         """
-        finite = torch.stack([row[0] for row in self._rows]).min()
-        votes = torch.stack([torch.stack(self._ratios).sum(), 1 - finite])
+        votes = torch.zeros(3, device=accelerator.device)
+        if error is None:
+            finite = torch.stack([row[0] for row in self._rows]).min()
+            votes = torch.stack([torch.stack(self._ratios).sum(), 1 - finite, torch.zeros_like(finite)])
+        else:
+            votes[2] = 1
         if accelerator.num_processes > 1:
             votes = accelerator.reduce(votes, reduction="sum")
-        ratio, faults = votes.tolist()
+        ratio, faults, errors = votes.tolist()
+        if errors:
+            raise_first(accelerator, error)
         return ratio / (accumulation * accelerator.num_processes), faults == 0
 
     def add(
@@ -97,8 +108,7 @@ class UpdateGuard:
             gradients = all_finite(p.grad for p in parameters if p.grad is not None)
             finite = finite * gradients.to(finite.device)
         votes = torch.stack([(1 - table[:, 1]).sum(), 1 - finite])
-        sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-        if accelerator.num_processes > 1 and (sharded or not judged):
+        if accelerator.num_processes > 1 and (is_sharded(accelerator) or not judged):
             votes = accelerator.reduce(votes, reduction="sum")
         kept, faults, *flat = torch.cat([votes, table[:, 1:].flatten()]).tolist()
         ratios = [ratio for skipped, ratio in zip(flat[::2], flat[1::2], strict=True) if skipped]

@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from .agreement import first_sentence, gather
+from .agreement import first_sentence, gather, is_agreed, is_loss_of_a_process
 from .callers import warn
+from .overrides import is_overridden
 from .processes import ProcessesMixin
 from .rollout import Rollout
 from .whole_update import (
@@ -27,13 +29,15 @@ class UpdatesMixin(ProcessesMixin):
     _train_on: Callable[[Rollout], dict[str, torch.Tensor]]
     _early_stop: Callable[[torch.Tensor], bool]
     _check_weights: Callable[[], None]
+    _policy_stands_still: Callable[[], bool]
     _give_up_update: Callable[[str], NoReturn]
 
     def _train_whole_updates(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """`_train`, in which every minibatch counts by its tokens among those of its update, and so do its statistics."""
         accumulation = int(self.config.gradient_accumulation_steps)
         aggregation = self.config.loss_aggregation
-        all_stats, tokens, denominators = [], [], []
+        all_stats: list[dict[str, torch.Tensor]] = []
+        tokens, denominators = [], []
         self._left_out = []
         for _ in range(self.config.ppo_epochs):
             minibatches = self._minibatches()
@@ -44,7 +48,7 @@ class UpdatesMixin(ProcessesMixin):
             for rows, self._token_weight, self._minibatch_weight in zip(
                 minibatches, weights.unbind(), of_losses.unbind(), strict=True
             ):
-                all_stats.append(self._train_on(rollout[rows]))
+                all_stats.append(self._train_together(rollout[rows], update=len(all_stats) // accumulation))
             if self._early_stop(self._policykl(all_stats[-accumulation:], weights[-accumulation:])):
                 break
         self._minibatch_weight = self._token_weight = None
@@ -63,6 +67,30 @@ class UpdatesMixin(ProcessesMixin):
         counts = torch.stack([tokens, denominators])
         weights, of_losses = weights_of_minibatches(counts, accumulation, self.accelerator)
         return weights, of_losses
+
+    def _train_together(self, batch: Rollout, update: int) -> dict[str, torch.Tensor]:
+        """`_train_on`, whose error on one process is raised by all when they judge the update; no further collective."""
+        try:
+            return self._train_on(batch)
+        except Exception as error:
+            if self._can_judge(error, update):
+                for model in self._trained_models()[self._policy_stands_still() :]:
+                    model.reducer.prepare_for_backward([])  # as the others have in the update's last forward pass
+                self._update_guard.judge(self.accelerator, int(self.config.gradient_accumulation_steps), error)
+            raise
+
+    def _can_judge(self, error: Exception, update: int) -> bool:
+        """Whether this process, which an error has stopped, can still take part in the judgement of the update.
+
+        Not if that is over: the backward pass behind it has collectives, which the process has missed. Not either where
+        a forward pass has some, or where DDP has to see the graph of each.
+        """
+        if not self.is_distributed or len(self._left_out) > update or is_agreed(error) or is_loss_of_a_process(error):
+            return False
+        plain = [
+            isinstance(m, DDP) and not m.find_unused_parameters and not m.static_graph for m in self._trained_models()
+        ]
+        return all(plain) and not is_overridden(self, "train_minibatch")
 
     def _policykl(self, stats: list[dict[str, torch.Tensor]], weights: torch.Tensor) -> torch.Tensor:
         """policy/policykl over all tokens of one update, of whose minibatches these are the statistics and weights."""
