@@ -155,6 +155,10 @@ class Op:
     modes: dict = dataclasses.field(default_factory=dict)
     coarse: tuple = ()
 
+    def __str__(self):
+        """For the name of a test: the same in every process."""
+        return self.name
+
     @property
     def tensors(self):
         """The names of the arguments that are tensors."""

@@ -402,7 +402,9 @@ SAME_SCALARS[ops.THRESHOLD] = SAME_SCALARS[ops.TEMPERATURE] + ((-1, -1.0), (INF,
 
 
 def short(value):
-    return f"{type(value).__name__}-{value!r:.20}"
+    """For the name of a test: the same in every process."""
+    shown = sorted(value) if isinstance(value, set | frozenset) else value
+    return f"{type(value).__name__}-{shown!r:.20}"
 
 
 def scalar_cases(table):

@@ -188,7 +188,7 @@ def test_response_masks_with_holes_skip_the_hole_where_trl_decays():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"whiten_rewards": True}, {"gamma": 0.9, "lam": 0.7, "optimizer": sgd}], ids=str
+    "options", [{}, {"whiten_rewards": True}, {"gamma": 0.9, "lam": 0.7, "optimizer": sgd}], ids=" ".join
 )
 def test_response_masks_with_holes_that_decay(options):
     assert_parity("gpt2", response_masks=with_holes, ours=THROUGH_PADDING, **options)
