@@ -12,7 +12,7 @@ from tiny_models import weights
 import ppo_ext
 from ppo_ext.ops import reference
 from ppo_ext.ops.rollout_weights import STAT_NAMES
-from ppo_ext.trainer import ppo
+from ppo_ext.trainer import training
 
 VOCAB = tiny_models.VOCAB
 
@@ -226,9 +226,9 @@ def test_the_loss_is_weighted(kind, level, side, monkeypatch):
         mask[1] = 0
     given = engine(ours, queries, responses, hot(0.8))
     own = engine(ours, queries, responses)
-    seen, op = [], ppo.policy_and_value_loss
+    seen, op = [], training.policy_and_value_loss
     monkeypatch.setattr(
-        ppo, "policy_and_value_loss", lambda *args, **kw: seen.append((args[6], kw["weights"])) or op(*args, **kw)
+        training, "policy_and_value_loss", lambda *args, **kw: seen.append((args[6], kw["weights"])) or op(*args, **kw)
     )
     hidden = [row.masked_fill(mask == 0, math.nan) for row, mask in zip(given, masks)]
     stats = ours.step(queries, responses, scores, masks, hidden)

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 import ppo_ext
-from ppo_ext.trainer import ppo
+from ppo_ext.trainer import training
 from ppo_ext.trainer.config import AGGREGATIONS
 
 OPTIONS = {
@@ -38,9 +38,9 @@ def test_an_aggregation_is_refused_where_loss_is_replaced():
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_the_loss_is_aggregated_as_the_op_does(name, monkeypatch):
     trainer = tiny_models.trainer(loss_aggregation=name, mini_batch_size=4, ppo_epochs=2, learning_rate=1e-4)
-    seen, op = [], ppo.policy_and_value_loss
+    seen, op = [], training.policy_and_value_loss
     monkeypatch.setattr(
-        ppo, "policy_and_value_loss", lambda *args, **kw: seen.append((args, op(*args, **kw))) or seen[-1][1]
+        training, "policy_and_value_loss", lambda *args, **kw: seen.append((args, op(*args, **kw))) or seen[-1][1]
     )
     tiny_models.steps(trainer)
     ((logprobs, old, advantages, vpreds, values, returns, mask), (pg_loss, vf_loss, stats)) = seen[1]

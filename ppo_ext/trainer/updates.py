@@ -24,7 +24,7 @@ class UpdatesMixin(ProcessesMixin):
     """What `PPOTrainer._train` and `train_minibatch` do for config.exact_update, and around every update."""
 
     _left_out: list[bool]  # of each update of this step, whether the ratio guard has left it out
-    # of PPOTrainer
+    # of TrainingMixin and ForwardMixin
     _minibatches: Callable[[], list[list[int]]]
     _train_on: Callable[[Rollout], dict[str, torch.Tensor]]
     _early_stop: Callable[[torch.Tensor], bool]
