@@ -111,7 +111,8 @@ def test_no_gap_overflows_that_the_temperature_makes_finite(device, dtype, V):
     assert kl.isfinite().all() and grad.isfinite().all()
     scaled = dict(smaller, logits=smaller["logits"] * part)
     truth = run(scaled, op=reference.full_kl, temperature=1e3 * part)
-    precision = torch.finfo(kl.dtype).eps * 20
+    # in fp64 the oracle is no better: ten times as much between two of its own exps (of x86-64 and aarch64)
+    precision = torch.finfo(kl.dtype).eps * (200 if dtype == torch.float64 else 20)
     torch.testing.assert_close(kl.double(), truth[0], rtol=precision, atol=0)
     largest = truth[1].abs().max() * part
     assert ((grad.double() - truth[1] * part).abs() <= max(precision, torch.finfo(dtype).eps) * largest).all()
