@@ -82,9 +82,8 @@ def main(argv=None):
         rows.append(run(name, kind))
         print(json.dumps(rows[-1]), flush=True)
     if options.save:
-        pages.save(
-            {"stamp": machine.stamp(torch.device("cpu")), "transformers": transformers.__version__, "rows": rows}
-        )
+        stamp = machine.stamp(torch.device("cpu"))
+        pages.save(pages.merged({"stamp": stamp, "transformers": transformers.__version__, "rows": rows}))
 
 
 def warm_up():
