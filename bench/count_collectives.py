@@ -85,7 +85,8 @@ def render(row):
         "Written by `python -m bench.count_collectives --save`. One `PPOTrainer.step` of "
         f"{row['epochs']} epochs with {row['updates']} updates in all, GPT-2 with 2 layers, DDP over gloo, one thread each: "
         f"{row['seconds']:.2f} s; the peak of a process is {row['peak_mib']:.0f} MiB resident, with all that it has "
-        "imported. DDP's reduction of the gradients, in every update, is not counted: it does not go through Python.",
+        "imported. What DDP does by itself is not counted, as it does not go through Python: the reduction of the "
+        "gradients in every update, and the broadcast of the model's buffers before the forward pass behind it.",
         "",
         "| where | collective | in one step | why |",
         "| --- | --- | --- | --- |",

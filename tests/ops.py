@@ -398,7 +398,7 @@ _LIST = (
     Op(
         "linear_statistics",
         "linear_logprobs",
-        _on_hidden(outputs=OUTPUTS),
+        _on_hidden(outputs=OUTPUTS) | _SHARD,
         {
             "logprobs": PER_TOKEN,
             "entropy": PER_TOKEN,

@@ -86,12 +86,14 @@ MOMENT_CASES = [(*case, dtype, kind) for case in MOMENTS for dtype in DTYPES for
 
 SIZES = {2: (5, 12), 3: (3, 10, 4)}  # columns of each rank, for a vocabulary of 17
 V, HIDDEN, TOKENS = 17, 6, (3, 4)
-KINDS = ("plain", "padded", "extreme", "temperatures", "mask", "bars", "empty")
+KINDS = ("plain", "padded", "extreme", "temperatures", "mask", "bars", "empty", "ties")
 SHARDED = [
     *((name, dtype, kind) for name in ("logprobs", "logprobs_and_entropy") for dtype in DTYPES for kind in KINDS),
     *(("full_kl", dtype, kind) for dtype in DTYPES for kind in KINDS),
     *((name, torch.float32, kind) for name in ("linear_logprobs", "linear_logprobs_and_entropy") for kind in KINDS),
     ("linear_logprobs", torch.float64, "plain"),
+    # padding counts in a mean over the vocabulary
+    *(("linear_statistics", torch.float32, kind) for kind in KINDS if kind != "padded"),
     ("logprobs, in place", torch.float32, "plain"),
     ("full_kl, in place", torch.float32, "plain"),
 ]
@@ -111,6 +113,8 @@ def whole_inputs(name, dtype, kind):
     if kind == "bars":  # a whole shard without probability in some rows, and ids without any
         logits[0, :, 3:] = ref_logits[0, :, 3:] = -torch.inf
         logits[1, :, 2], bias[4] = -torch.inf, -torch.inf
+    if kind == "ties":
+        logits, bias = logits * 0, bias * 0
     given = {"labels": torch.randint(0, 3 if kind == "bars" else V, tokens, generator=generator)}
     if kind == "temperatures":
         given["temperature"] = torch.rand(tokens, generator=generator) + 0.5
@@ -119,7 +123,7 @@ def whole_inputs(name, dtype, kind):
         given["labels"] = given["labels"].masked_fill(~given["mask"], -100)
         logits = logits.masked_fill(~given["mask"][..., None], torch.nan)
     if name.startswith("linear"):
-        factor = 20 if kind == "extreme" else 1
+        factor = {"extreme": 20, "ties": 0}.get(kind, 1)
         given |= {"hidden": factor * randn(*tokens, HIDDEN), "weight": randn(V, HIDDEN), "bias": bias, "softcap": 30.0}
     else:
         given["logits"] = logits
@@ -218,6 +222,31 @@ def bad_shards(rank, group):
     return found
 
 
+def compiled_case(rank, name, group):
+    """Whether torch.compile makes one graph of an op, which gives the same bits as without it."""
+    if name.startswith("masked"):
+        values, mask = numbers(rank, torch.float32)[0], mask_of("some", rank, SHAPES[rank])
+        given, key = {"values": values, "mask": mask, "group": group}, "values"
+    else:
+        given, start = shard_of(whole_inputs(name, torch.float32, "mask"), rank, 2, False)
+        given |= {"group": group} if name == "full_kl" else {"group": group, "vocab_start": start}
+        key = "hidden" if "hidden" in given else "logits"
+    given[key].requires_grad_()
+
+    def call():
+        result = getattr(ppo_ext, name)(**given)
+        return result if isinstance(result, torch.Tensor) else torch.stack(tuple(result))
+
+    pairs = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        result = function()
+        pairs.append((result, *torch.autograd.grad(result.sum(), given[key])))
+    return all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+COMPILED = ("masked_mean", "masked_whiten", "logprobs_and_entropy", "full_kl", "linear_statistics")
+
+
 def work(rank, folder):
     group = torch.distributed.group.WORLD
     return {
@@ -227,14 +256,19 @@ def work(rank, folder):
     }
 
 
+def compiled(rank, folder):
+    return {name: compiled_case(rank, name, torch.distributed.group.WORLD) for name in COMPILED}
+
+
 def work_of_three(rank, folder):
     return work(rank, folder)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    found = process_group.run(__file__, {"work": 2, "work_of_three": 3}, tmp_path_factory.mktemp("groups"))
-    return {2: found["work"], 3: found["work_of_three"]}
+    functions = {"work": 2, "work_of_three": 3, "compiled": 2}
+    found = process_group.run(__file__, functions, tmp_path_factory.mktemp("groups"))
+    return {2: found["work"], 3: found["work_of_three"], "compiled": found["compiled"]}
 
 
 def assert_close(got, expected, dtype):
@@ -283,6 +317,11 @@ def test_a_vocabulary_in_shards_is_the_whole(results, processes, case):
             assert_near(grad, cut[key], dtype, kind)
             if key == "hidden":
                 assert_same_bits(str(case), grad, first[1]["hidden"])
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_makes_one_graph_of_the_same_bits(results, name):
+    assert [report[name] for report in results["compiled"]] == [True, True]
 
 
 def assert_near(got, expected, dtype, kind):

@@ -143,7 +143,10 @@ NO_FAULTS = {
     ("_full_kl_backward_", "ref_logits"): STRIDES,
     **{
         (name, argument): STRIDES | {"float16", *(("float64",) if argument == "bias" else ())}
-        for name in ("_linear_logprobs", "_linear_logprobs_backward", "_ppo_loss_from_hidden")
+        for name in (
+            *("_linear_logprobs", "_linear_logprobs_backward", "_linear_logprobs_shard_backward"),
+            "_ppo_loss_from_hidden",
+        )
         for argument in ("hidden", "weight", "bias")
     },
     ("_linear_logprobs", "label_note"): {"one more dimension"},
@@ -223,6 +226,7 @@ def test_number(name, argument, condition, value):
         name
         for name, operator in OPERATORS.items()
         if any(parameter.name == "labels" for parameter in parameters(operator))
+        and name != "_linear_logprobs_shard_backward"  # there they are ids of other shards
     ],
 )
 @pytest.mark.parametrize("label", (-100, 7, 2**40, -(2**63)))
@@ -233,6 +237,16 @@ def test_ids_outside_the_vocabulary(name, label):
         (ValueError, RuntimeError), match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}(; .*mask)?$"
     ):
         call(name, arguments)
+
+
+@pytest.mark.parametrize("label", (-100, 7, 2**40, -(2**63)))
+def test_ids_of_other_shards_are_no_column_of_this_one(label):
+    arguments = valid_arguments("_linear_logprobs_shard_backward")
+    arguments["labels"][1, 2], arguments["mask"][1, 2] = -1, True
+    expected = call("_linear_logprobs_shard_backward", arguments)
+    arguments["labels"][1, 2] = label
+    for got, one in zip(call("_linear_logprobs_shard_backward", arguments), expected, strict=True):
+        assert torch.equal(got, one)
 
 
 @pytest.mark.parametrize(

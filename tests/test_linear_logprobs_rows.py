@@ -157,7 +157,8 @@ def test_opcheck(device):
         torch.library.opcheck(ops._linear_logprobs.default, (*arguments, True, True, note))
         _, entropy, row_max, log_sum, *_ = ops._linear_logprobs(*arguments, True, False, None)
         saved = (inputs["grad_logprobs"], inputs["grad_entropy"], entropy, row_max, log_sum)
-        torch.library.opcheck(ops._linear_logprobs_backward.default, (*arguments, *saved, True, True, True))
+        for operator in (ops._linear_logprobs_backward, ops._linear_logprobs_shard_backward):
+            torch.library.opcheck(operator.default, (*arguments, *saved, True, True, True))
     tile, targets, numbers = torch.randn(6, 8, device=device), torch.arange(6, device=device), (1.0, 1.0, 0.0, 0, 8)
     memory = (torch.zeros(6, 8, dtype=torch.float64, device=device), torch.zeros(6, 7, device=device))
     torch.library.opcheck(ops._linear_logprobs_fold.default, (tile, targets, None, *memory, *numbers, True, True))

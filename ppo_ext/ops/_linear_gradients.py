@@ -81,11 +81,12 @@ class Gradients:
             multiply(grad.t(), self.head.hidden[block], grad_part, add=later)
 
     def results(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rounded: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In the dtypes and shapes of hidden, weight and bias; empty where none is needed."""
-        none = hidden.new_empty(0)
-        grad_hidden = none if self.hidden is None else self.head.rows.back(self.hidden).to(hidden.dtype)
+        """In the dtypes (that of hidden if rounded) and shapes of hidden, weight and bias; empty where none is needed."""
+        dtype = hidden.dtype if rounded else self.head.dtype
+        none = hidden.new_empty(0, dtype=dtype)
+        grad_hidden = none if self.hidden is None else self.head.rows.back(self.hidden).to(dtype)
         return (
             none if self.hidden is None else grad_hidden.reshape(hidden.shape),
             weight.new_empty(0) if self.weight is None else self.weight,

@@ -66,24 +66,37 @@ def rows_of_head(tensors: tuple, numbers: tuple, with_entropy: bool) -> tuple[to
     return _folded(tensors, numbers, with_entropy, False)[:, :4].unbind(1)
 
 
-def backward(
-    hidden, weight, labels, bias, mask, temperatures, temperature, logit_scale, softcap, grad_logprobs, grad_entropy,
-    entropy, row_max, log_sum, needs_hidden, needs_weight, needs_bias,
-):  # fmt: skip
-    tensors, numbers = (hidden, weight, labels, bias, mask, temperatures), (temperature, logit_scale, softcap)
-    saved = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy, "row_max": row_max, "log_sum": log_sum}
-    checked = saved if grad_entropy is None else saved | {"entropy": entropy}
-    dtype = arithmetic(hidden, weight)
-    check_operator(_OP, tensors, {name: (x, dtype) for name, x in checked.items()})
-    check_numbers(_OP, *numbers)
+def backward(*arguments):
+    tensors, numbers, saved, entropy, needs = _checked(*arguments)
+    hidden, weight, labels, bias, mask, temperatures = tensors
     if hidden.device.type == "cpu":
         check_values(_OP, weight.shape[0], labels, mask, temperatures)
     if hidden.is_cuda:
         inside = (labels >= 0) & (labels < weight.shape[0])
         for name in ("grad_logprobs", "grad_entropy"):
             saved[name] = None if saved[name] is None else torch.where(inside, saved[name], 0)
-    grads = gradients_of_head(tensors, numbers, saved, entropy, (needs_hidden, needs_weight, needs_bias))
-    return grads.results(hidden, weight, bias)
+    return gradients_of_head(tensors, numbers, saved, entropy, needs).results(hidden, weight, bias)
+
+
+def shard_backward(*arguments):
+    """`backward` of some rows of a head. A label outside has no share; the gradient of hidden, a summand, is not rounded."""
+    tensors, numbers, saved, entropy, needs = _checked(*arguments)
+    hidden, weight, _, bias, *_ = tensors
+    return gradients_of_head(tensors, numbers, saved, entropy, needs).results(hidden, weight, bias, rounded=False)
+
+
+def _checked(
+    hidden, weight, labels, bias, mask, temperatures, temperature, logit_scale, softcap, grad_logprobs, grad_entropy,
+    entropy, row_max, log_sum, *needs,
+):  # fmt: skip
+    """The arguments of a backward operator: (tensors, numbers, rows by name, entropy, needs)."""
+    tensors, numbers = (hidden, weight, labels, bias, mask, temperatures), (temperature, logit_scale, softcap)
+    saved = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy, "row_max": row_max, "log_sum": log_sum}
+    checked = saved if grad_entropy is None else saved | {"entropy": entropy}
+    dtype = arithmetic(hidden, weight)
+    check_operator(_OP, tensors, {name: (x, dtype) for name, x in checked.items()})
+    check_numbers(_OP, *numbers)
+    return tensors, numbers, saved, entropy, needs
 
 
 def gradients_of_head(

@@ -6,6 +6,7 @@ these; one all_gather brings the numbers of all shards to all processes, which m
     log mass[r] = (m_r - m) / T + log s_r - log s,   m = max_r m_r,   s = sum_r exp((m_r - m) / T) s_r
     logprob     = log mass[r] + logprob within shard r,   of the shard r that has the label
     entropy     = sum_r mass[r] (entropy of shard r - log mass[r])
+    log sum p^2 = log sum_r mass[r]^2 (sum p^2 within shard r)
     KL          = sum_r mass[r] (KL of shard r + log mass[r] - log reference mass[r])
 
 so all have the same bits. The backward pass for logits is that of one process, given m and s of all columns: it needs no
@@ -64,6 +65,7 @@ class Rows(NamedTuple):
     entropy: torch.Tensor
     row_max: torch.Tensor
     log_sum: torch.Tensor
+    others: tuple[torch.Tensor, ...] = ()  # log sum p^2, mean logit and top-1 hit of `linear_statistics`
 
 
 def merge(
@@ -77,14 +79,14 @@ def merge(
     validate: bool,
 ) -> Rows:
     """The rows over all shards, from those of this one, by one collective. labels: ids of the whole vocabulary."""
-    numbers = torch.stack([x.flatten() for x in own], dim=-1)
-    place = numbers.new_tensor([[shard.start, shard.start + columns, 0, 0]])
+    numbers = torch.stack([x.flatten() for x in (*own[:4], *own.others)], dim=-1)
+    place = numbers.new_tensor([[shard.start, shard.start + columns, *[0] * (numbers.shape[1] - 2)]])
     parts = gather(torch.cat([numbers, place]), shard.group).double()
     first, end = parts[:, -1, :2].unbind(-1)
-    logprobs, entropy, row_max, log_sum = parts[:, :-1].unbind(-1)
+    logprobs, entropy, row_max, log_sum, *others = parts[:, :-1].unbind(-1)
     flat = labels.flatten()
     owned = (flat >= first[:, None]) & (flat < end[:, None])
-    if validate or labels.device.type == "cpu":
+    if validate or (labels.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_ids(op, labels, owned, mask, first, end)
     flat_temperature = temperature.flatten() if isinstance(temperature, torch.Tensor) else temperature
     log_mass, whole_max, whole_sum = masses(row_max, log_sum, flat_temperature)
@@ -93,13 +95,40 @@ def merge(
     found = torch.where(owned.sum(0) == 1, found, torch.nan)
     mass = log_mass.exp()
     whole_entropy = torch.where(mass == 0, 0.0, mass * (entropy - log_mass)).sum(0)
-    counted = (
-        (found, whole_entropy)
-        if mask is None
-        else (torch.where(mask.flatten(), x, 0.0) for x in (found, whole_entropy))
+    statistics = _statistics(others, log_mass, row_max, owned, (first, end), found) if others else ()
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        return x if mask is None else torch.where(mask.flatten(), x, 0.0)
+
+    def shaped(x: torch.Tensor) -> torch.Tensor:
+        return x.to(own.logprobs.dtype).reshape(labels.shape)
+
+    return Rows(
+        shaped(counted(found)),
+        shaped(counted(whole_entropy)),
+        shaped(whole_max),
+        shaped(whole_sum),
+        tuple(shaped(counted(x)) for x in statistics),
     )
-    rows = (*counted, whole_max, whole_sum)
-    return Rows(*(x.to(own.logprobs.dtype).reshape(labels.shape) for x in rows))
+
+
+def _statistics(
+    others: list[torch.Tensor],
+    log_mass: torch.Tensor,
+    row_max: torch.Tensor,
+    owned: torch.Tensor,
+    place: tuple[torch.Tensor, torch.Tensor],
+    logprobs: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """log sum p^2, mean logit and top-1 hit of each row of all columns, from those of the shards, [shards, N]."""
+    log_squares, means, hits = others
+    first, end = (x[:, None] for x in place)
+    squares = torch.where(log_mass == -torch.inf, -torch.inf, 2 * log_mass + log_squares).logsumexp(0)
+    mean = (means * (end - first)).sum(0) / (end - first).sum()
+    of_label = torch.where(owned, first, 0.0).sum(0)  # where the shard of the label begins
+    smaller = torch.where(first < of_label, row_max < row_max.max(dim=0).values, True).all(0)
+    hit = (owned & (hits > 0) & (row_max == row_max.max(dim=0).values)).any(0) & smaller & ~logprobs.isnan()
+    return squares, mean, hit
 
 
 def masses(
@@ -156,7 +185,7 @@ class ShardedLogprobs(torch.autograd.Function):
         own = Rows(logprobs, entropy if with_entropy else torch.zeros_like(logprobs), row_max, log_sum)
         divisor = temperature if temperatures is None else temperatures.double()
         rows = merge(op, own, labels, mask, divisor, shard, columns, validate)
-        ctx.save_for_backward(logits, local, owned, mask, temperatures, *rows[1:])
+        ctx.save_for_backward(logits, local, owned, mask, temperatures, *rows[1:4])
         ctx.temperature, ctx.inplace_backward, ctx.ops = temperature, inplace_backward, ops
         ctx.set_materialize_grads(False)
         return (rows.logprobs, rows.entropy) if with_entropy else rows.logprobs

@@ -24,13 +24,18 @@ _forward, _forward_name = _native.define(
     " -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor log_sum_sq_probs,"
     " Tensor mean_logits, Tensor is_top1)"
 )
-_backward, _backward_name = _native.define(
-    f"_linear_logprobs_backward({_INPUTS}, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy,"
-    " Tensor row_max, Tensor log_sum, bool needs_hidden, bool needs_weight, bool needs_bias)"
-    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+_SAVED = (
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor entropy, Tensor row_max, Tensor log_sum,"
+    " bool needs_hidden, bool needs_weight, bool needs_bias"
+)
+_GRADS = "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+_backward, _backward_name = _native.define(f"_linear_logprobs_backward({_INPUTS}, {_SAVED}) -> {_GRADS}")
+_shard_backward, _shard_backward_name = _native.define(
+    f"_linear_logprobs_shard_backward({_INPUTS}, {_SAVED}) -> {_GRADS}"
 )
 _native.implement(_forward_name, _linear_tiles.forward)
 _native.implement(_backward_name, _linear_tiles.backward)
+_native.implement(_shard_backward_name, _linear_tiles.shard_backward)
 
 
 @_native.register_fake(_forward_name)
@@ -43,6 +48,12 @@ def _(hidden, weight, labels, bias, mask, temperatures, temperature, scale, soft
 @_native.register_fake(_backward_name)
 def _(hidden, weight, labels, bias, *rest):
     wanted = zip((hidden, weight, weight if bias is None else bias), rest[-3:])
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in wanted)
+
+
+@_native.register_fake(_shard_backward_name)
+def _(hidden, weight, labels, bias, *rest):
+    wanted = zip((hidden.to(arithmetic(hidden, weight)), weight, weight if bias is None else bias), rest[-3:])
     return tuple(x.new_empty(x.shape if need else 0) for x, need in wanted)
 
 
@@ -119,7 +130,8 @@ def _run(
     if shard is not None:
         hidden, weight, labels, bias, *rest = tensors
         tensors = (hidden, weight, bias, labels, *rest)
-        return ShardedLinearLogprobs.apply(*tensors, numbers, with_entropy, op, shard, validate)
+        ops = (_forward, _shard_backward)
+        return ShardedLinearLogprobs.apply(*tensors, numbers, with_entropy, with_statistics, op, ops, shard, validate)
     native = _native.available(hidden.device.type)
     if validate or not native:
         check_values(op, weight.shape[0], *tensors[2:3], *tensors[4:])
@@ -299,6 +311,8 @@ def linear_statistics(
     mask: torch.Tensor | None = None,
     outputs: tuple[str, ...] = LinearStatistics._fields,
     validate: bool = False,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> LinearStatistics:
     """Log-probability, entropy and, without gradient, log sum of squared probabilities, mean logit and top-1 hit.
 
@@ -309,6 +323,8 @@ def linear_statistics(
 
     Args:
         outputs: the names of what is wanted; by default everything. The rest is None and costs nothing.
+        group, vocab_start: as in `linear_logprobs`; the same outputs on all processes. Rows of padding, whose bias is -inf,
+            count in mean_logits.
 
     Returns:
         LinearStatistics(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [...] float32 (float64 if
@@ -329,6 +345,8 @@ def linear_statistics(
         softcap,
         mask,
         validate,
+        group,
+        vocab_start,
     )
     names = ("logprobs", *(("entropy",) * with_entropy), *(_DETACHED if with_statistics else ()))
     results = dict(zip(names, found, strict=True))

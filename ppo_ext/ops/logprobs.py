@@ -157,7 +157,7 @@ def logprobs(
             torch.distributed.ProcessGroup, of which each process has all rows, the same labels, and the columns of the
             ids from its vocab_start on; as many as it likes, and -inf in columns that pad. One all_gather of four
             numbers a row gives all processes the same bits; the backward pass has no collective, and its gradient is
-            that of the shard. On CUDA an id that is in no shard gives NaN; `validate` refuses it.
+            that of the shard. On CUDA and under torch.compile an id that is in no shard gives NaN; `validate` refuses it.
 
     Returns:
         [...] float32 (float64 for float64 logits), differentiable once with respect to `logits`.
