@@ -101,6 +101,17 @@ def save_while_the_others_step(trainer, rank, folder):
         trainer.step(*batch(rank))
 
 
+def log_on_the_main_process(trainer, rank, folder):
+    if rank == 0:
+        trainer.log_stats({}, {}, [1.0] * 4)
+    else:
+        trainer.step(*batch(rank))
+
+
+def log(trainer, rank, folder):
+    trainer.log_stats({}, {}, ["none" if rank == 1 else 1.0])
+
+
 def no_masks(trainer, rank, folder):
     queries, responses, scores = batch(rank)
     trainer.step(queries, responses, scores, [torch.zeros_like(ids) for ids in responses])
@@ -191,6 +202,11 @@ FAULTS = {
         save_while_the_others_step,
         "must call the same, got step on process 0 and save_pretrained on process 1",
     ),
+    "logs alone": (
+        log_on_the_main_process,
+        "must call the same, got log_stats on process 0 and step on process 1",
+    ),
+    "logs": (log, "could not convert string to float: 'none'"),
     "no token": (no_masks, "response_masks must leave a token that counts on at least one process, got none"),
     "generator": (save_with_another_generator, "save_run: numpy's global generator must be MT19937, got PCG64"),
     "damaged": (load_damaged, "own1/trainer_state.safetensors must be as it was written, got another SHA-256"),
@@ -208,7 +224,14 @@ SUPERVISED = {
     "reward size": (supervised("reward", lambda rows: rows.pop()), r"examples on all processes, got \[7, 6\]"),
 }
 ALL_FAULTS = FAULTS | SUPERVISED
-ALIKE = ("no token", "another call", "another config", "sft size", "reward size")  # the sentence is about all processes
+ALIKE = (
+    "no token",
+    "another call",
+    "logs alone",
+    "another config",
+    "sft size",
+    "reward size",
+)  # the sentence is about all processes
 
 
 def error_of(call, trainer, rank, folder):
@@ -380,6 +403,22 @@ def interrupted(rank, folder):
         os._exit(1)
 
 
+def collator_fails(rank, folder):
+    """An error in the supervised training of process 1, which ends some time later."""
+    warnings.simplefilter("ignore")
+    path = pathlib.Path(folder) / f"supervised{rank}"
+    config = SFTConfig(output_dir=str(folder), max_steps=1, **test_supervised.QUIET)
+    trainer = SFTTrainer(test_supervised.model("sft"), config, train_dataset=test_supervised.rows("sft"))
+    if rank == 1:
+        trainer.data_collator = lambda rows: rows[99]
+    try:
+        trainer.train()
+    except Exception as error:
+        path.write_text(f"{type(error).__name__}: {error}")
+    if rank == 1:
+        os._exit(1)
+
+
 def test_a_process_that_leaves_a_step_says_why_and_takes_part_in_nothing_more(folder):
     process_group.run(__file__, {"interrupted": 2}, folder, may_die=["interrupted"])
     first, second = ((folder / f"left{rank}").read_text().splitlines() for rank in (0, 1))
@@ -387,6 +426,13 @@ def test_a_process_that_leaves_a_step_says_why_and_takes_part_in_nothing_more(fo
     assert len(first) == 2 and all(text.startswith(lost) for text in first)
     assert second[0] == "KeyboardInterrupt: " and len(second) == 2
     assert "this process must not go on, since it has left a step in which the others were, by Keyb" in second[1]
+
+
+def test_a_process_that_leaves_supervised_training_says_why(folder):
+    process_group.run(__file__, {"collator_fails": 2}, folder, may_die=["collator_fails"])
+    first, second = ((folder / f"supervised{rank}").read_text() for rank in (0, 1))
+    assert second == "IndexError: list index out of range"
+    assert "all processes must go on, got process 1, which has left by IndexError: list index out of range; " in first
 
 
 # ---- deaths ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 from ..models import lora
 from ..models.limits import limits_of
-from .together import check_together
+from ..trainer.agreement import agreed
+from .together import check_together, parting
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -47,7 +48,8 @@ class SupervisedTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' training. What would let one of several processes stop alone at its start is raised by all."""
         check_together(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with parting():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def count_items(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The number of items in a batch, a 0-d tensor."""
@@ -83,9 +85,11 @@ class SupervisedTrainer(Trainer):
         losses = self.accelerator.gather(loss).reshape(-1)
         finite = torch.isfinite(losses)
         if not finite.all():
-            raise FloatingPointError(
-                f"{type(self).__name__}: loss must be finite, got {losses[~finite][0].item()} at step "
-                f"{self.state.global_step + 1}; lower learning_rate"
+            raise agreed(
+                FloatingPointError(
+                    f"{type(self).__name__}: loss must be finite, got {losses[~finite][0].item()} at step "
+                    f"{self.state.global_step + 1}; lower learning_rate"
+                )
             )
         return loss
 

@@ -1,12 +1,13 @@
 """Several processes in supervised training: errors of one that all raise, before the first batch."""
 
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..trainer.agreement import agree, all_processes
+from ..trainer.agreement import agree, all_processes, part
 
 # what decides how many batches a process gets, and how many of them make an update
 _COMMON = (
@@ -24,6 +25,17 @@ def raised_by_all(method: Callable[..., None]) -> Callable[..., None]:
         agree(all_processes(), type(self).__name__, lambda: method(self, *args, **kwargs))
 
     return together
+
+
+@contextlib.contextmanager
+def parting() -> Iterator[None]:
+    """What ends the block on one process is told to the others, which see that it is missing."""
+    try:
+        yield
+    except BaseException as error:
+        if all_processes().num_processes > 1:
+            part(error)
+        raise
 
 
 def check_together(trainer: Any, checkpoint: Any) -> None:

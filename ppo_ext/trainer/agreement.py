@@ -126,7 +126,7 @@ def _raise_other_names(accelerator: Any, name: str) -> NoReturn:
     raise agreed(
         RuntimeError(
             f"ppo_ext: all processes must call the same, got {first} on process 0 and {other} on process {process}; "
-            "give all of them as many batches"
+            "let each make all calls, for as many batches"
         )
     )
 
@@ -152,6 +152,15 @@ def raise_lost(error: BaseException) -> NoReturn:
     lost = first_departure() or f"one that has ended or no longer answers ({words})"
     text = f"ppo_ext: all processes must go on, got {lost}; start all of them again from what was saved last"
     raise agreed(RuntimeError(text)) from error
+
+
+def part(error: BaseException) -> None:
+    """Of an error between two collectives: raises that of a lost process in words, and tells the others of its own."""
+    if is_agreed(error):
+        return
+    if is_loss_of_a_process(error):
+        raise_lost(error)
+    leave(error)
 
 
 @contextlib.contextmanager

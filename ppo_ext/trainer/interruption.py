@@ -7,9 +7,8 @@ import torch
 
 from ..models import value_head
 from ..ops.check_labels import check_labels
-from .agreement import is_agreed, is_loss_of_a_process, raise_lost
+from .agreement import part
 from .base import TrainerBase
-from .departure import leave
 from .fingerprint import inner
 from .update_guard import UpdateGuard
 
@@ -28,11 +27,8 @@ class _Interruptible:
         if kind is not None:
             self.trainer._discard_unfinished_step()
         self.trainer._flags_before = None
-        if error is None or not self.trainer.is_distributed or is_agreed(error):
-            return
-        if is_loss_of_a_process(error):
-            raise_lost(error)
-        leave(error)
+        if error is not None and self.trainer.is_distributed:
+            part(error)
 
 
 class InterruptionMixin(TrainerBase):

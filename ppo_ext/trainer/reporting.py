@@ -7,6 +7,7 @@ import torch
 
 from ..ops.check_labels import check_labels
 from ..ops.masked import masked_mean
+from .agreement import agree, gather
 from .base import TrainerBase
 from .callers import warn
 from .processes import ProcessesMixin
@@ -142,7 +143,7 @@ class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
         rewards: torch.Tensor | Sequence[torch.Tensor | float],
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Send a step's statistics to the tracker.
+        """Send a step's statistics to the tracker. All processes must call it; the main one sends.
 
         Args:
             stats: what `step` returned.
@@ -151,13 +152,9 @@ class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
 
         Source: TRL 0.11.4, `PPOTrainer.log_stats`.
         """
-        own = (
-            rewards
-            if isinstance(rewards, torch.Tensor)
-            else torch.tensor([float(reward) for reward in rewards], dtype=torch.float32, device="cpu")
-        )
-        all_rewards = self.accelerator.gather(own.float().to(self.current_device)).flatten()
-        columns = self._columns_of_all_processes(batch, columns_to_log) if self.config.log_with == "wandb" else None
+        wanted = columns_to_log if self.config.log_with == "wandb" else ()
+        all_rewards = self._rewards_of_all_processes(rewards, batch, wanted)
+        columns = self._columns_of_all_processes(batch, columns_to_log) if wanted else None
         if not self.accelerator.is_main_process:
             return
         logs = dict(stats)
@@ -187,15 +184,34 @@ class ReportingMixin(RolloutCheckMixin, ProcessesMixin, TrainerBase):
             text.append(self.tokenizer.decode(token.item()), style=f"black on {colour}").append(" ")
         print_coloured(text)
 
+    def _rewards_of_all_processes(
+        self,
+        rewards: torch.Tensor | Sequence[torch.Tensor | float],
+        batch: Mapping[str, Sequence[Any]],
+        columns: Sequence[str],
+    ) -> torch.Tensor:
+        """[samples], of as many on each process as it has. An error on one of them is raised by all."""
+
+        def check() -> torch.Tensor:
+            if any(column not in batch for column in columns):
+                raise ValueError(
+                    f"PPOTrainer.log_stats: batch must have the columns {list(columns)}, got {list(batch)}"
+                )
+            if isinstance(rewards, torch.Tensor):
+                return rewards.float().flatten()
+            return torch.tensor([float(reward) for reward in rewards], dtype=torch.float32, device="cpu")
+
+        own, facts = agree(self.accelerator, "log_stats", check, lambda found: (len(found), 0))
+        if not self.is_distributed:
+            return own
+        sizes = [size for size, _ in facts]
+        rows = gather(self.accelerator, torch.nn.functional.pad(own, (0, max(sizes) - len(own))))
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
     def _columns_of_all_processes(
         self, batch: Mapping[str, Sequence[Any]], columns_to_log: Sequence[str]
     ) -> list[Sequence[Any]]:
         from accelerate.utils import gather_object
 
-        missing = [column for column in columns_to_log if column not in batch]
-        if missing:
-            raise ValueError(
-                f"PPOTrainer.log_stats: batch must have the columns {list(columns_to_log)}, got {list(batch)}"
-            )
         columns = [batch[column] for column in columns_to_log]
         return [gather_object(column) for column in columns] if self.is_distributed else columns
