@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 3)
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kBlock) few_columns_kernel(const KLInputs<T, A> in, A* kl, const KLRowStats<A> out) {
+__global__ void __launch_bounds__(kBlock, 1)
+    few_columns_kernel(const KLInputs<T, A> in, A* kl, const KLRowStats<A> out) {
   for (int64_t n = int64_t(blockIdx.x) * kBlock + threadIdx.x; n < in.rows.rows; n += int64_t(gridDim.x) * kBlock) {
     KLState<double> state{};
     KLRow<double> result{};
