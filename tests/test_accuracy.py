@@ -39,7 +39,8 @@ def test_no_error_has_grown(measured, kept):
 @pytest.mark.parametrize("which", [0, 1], ids=["largest", "mean"])
 def test_an_error_that_grows_is_seen(measured, kept, which):
     level, grown = report.cpu_level(), copy.deepcopy(measured)
-    row = max(grown, key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0))
+    rows = [row for row in grown if not accuracy_pages.has_product(row["op"])]
+    row = max(rows, key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0))
     row["errors"][level][which] *= 1.2
     [sentence] = accuracy_pages.growth(grown, kept, level)
     assert sentence.startswith(f"{row['op']}, {row['result']}") and ("largest", "mean")[which] in sentence
