@@ -46,17 +46,11 @@ def grouped(rows, *fields):
     return groups
 
 
-def has_product(op):
-    """Whether an op multiplies hidden states by the weight of a head."""
-    return op.startswith("linear") or op.endswith("from_hidden")
-
-
 def growth(measured, kept, level):
     """Yields a sentence for each of our errors at this level that has grown by more than 10 % since it was kept.
 
     On another machine another entry may have the largest error, so half a unit in the last place of the largest value
-    is added to the limit for the largest error, and a hundredth of a unit to that for the mean. Products of matrices are
-    torch's, whose library adds their terms in another order on another processor: that is up to eight times the error.
+    is added to the limit for the largest error, and a hundredth of a unit to that for the mean.
     """
     fields = ("result", *_INPUT)
     before = {tuple(row[field] for field in fields): row for row in kept}
@@ -64,9 +58,8 @@ def growth(measured, kept, level):
         old = before[tuple(row[field] for field in fields)]
         if level not in old["errors"]:
             continue
-        factor, *units_of = (8.0, 2.0, 0.2) if has_product(row["op"]) else (GROWTH, 0.5, 0.01)
-        for name, i, units in zip(("largest", "mean"), (_LARGEST, _MEAN), units_of):
-            limit = factor * old["errors"][level][i] + units * old["unit"]
+        for name, i, units in (("largest", _LARGEST, 0.5), ("mean", _MEAN, 0.01)):
+            limit = GROWTH * old["errors"][level][i] + units * old["unit"]
             if not row["errors"][level][i] <= limit:
                 where = ", ".join(str(row[field]) for field in ("op", *(name for name in fields if name != "op")))
                 yield f"{where}: {name} error {row['errors'][level][i]:.3g}, kept {old['errors'][level][i]:.3g}"

@@ -141,7 +141,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     parts = [part for part in parts if part.numel()]
     if not parts:
         return torch.ones((), dtype=torch.float32, device="cpu")
-    if all(part.device.type == "cpu" for part in parts):  # where norms take six times as long
+    if all(part.device.type == "cpu" for part in parts):  # where norms are slow
         extremes = torch.stack([extreme.to(torch.float64) for part in parts for extreme in part.aminmax()])
         return extremes.isfinite().all().to(torch.float32)
     largest = torch.nn.utils.get_total_norm(parts, norm_type=float("inf"))
