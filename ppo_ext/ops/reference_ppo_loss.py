@@ -143,18 +143,7 @@ def ppo_loss(
     scale=1.0,
     row_counts=None,
 ):
-    given = {
-        "logprobs": logprobs,
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "vpreds": vpreds,
-        "values": values,
-        "returns": returns,
-        "mask": mask,
-        "cliprange": cliprange,
-        "cliprange_value": cliprange_value,
-        "vf_coef": vf_coef,
-        "ratio_threshold": ratio_threshold,
+    options = {
         "dual_clip": dual_clip,
         "log_ratio_clamp": log_ratio_clamp,
         "ratio_level": ratio_level,
@@ -174,7 +163,7 @@ def ppo_loss(
         "scale": scale,
         "row_counts": row_counts,
     }
-    plain = is_plain(vpreds, cliprange, cliprange_value, {name: given[name] for name in DEFAULTS})
+    plain = is_plain(vpreds, cliprange, cliprange_value, options)
     counts = mask != 0
     inputs = (logprobs, old_logprobs, advantages, vpreds, values, returns, weights, ref_logprobs, entropy)
     inputs = [None if x is None else torch.where(counts, _accumulate(x), 0.0) for x in inputs]

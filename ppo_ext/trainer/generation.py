@@ -132,9 +132,8 @@ class GenerationMixin(TrainerBase):
         return list(groups.values())
 
     def _generation_hides_padding(self, model: Any) -> bool:
-        if (
-            self._hidden_in_generation is None
-        ):  # by all processes alike, whatever their queries, as weights may be gathered
+        # by all processes alike, whatever their queries, as weights may be gathered
+        if self._hidden_in_generation is None:
             with self._unwrapped_for_generation(model) as unwrapped:
                 self._hidden_in_generation = hidden_in_generation(
                     unwrapped.pretrained_model, self.tokenizer.pad_token_id

@@ -13,6 +13,7 @@ from .chunks import ForwardPass
 from .overrides import is_overridden
 from .rollout import next_tokens, of_tokens
 from .rollout_mismatch import Distributions
+from .sharding import is_sharded
 
 
 class RolloutCheckMixin(TrainerBase):
@@ -103,7 +104,7 @@ class RolloutCheckMixin(TrainerBase):
         mask: torch.Tensor,
     ) -> Distributions | None:
         """The logits of some tokens, by a pass of one minibatch more; None where that would need other processes."""
-        if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        if is_sharded(self.accelerator):
             return None
         rows = slice(0, self.config.mini_batch_size)
         inputs = {name: x[rows] for name, x in model_inputs.items()}
