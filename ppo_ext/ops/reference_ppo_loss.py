@@ -3,7 +3,7 @@ too."""
 
 import torch
 
-from ._ppo_options import DEFAULTS, STAT_NAMES, is_plain, option_names
+from ._ppo_options import STAT_NAMES, is_plain, option_names
 
 
 def _accumulate(x):
