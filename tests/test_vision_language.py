@@ -4,6 +4,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as tf
+from architectures import tiny
 
 import ppo_ext
 
@@ -48,26 +49,58 @@ def qwen2_vl():
     return tf.Qwen2VLForConditionalGeneration(config)
 
 
-def paligemma():
+def paligemma(attention="eager"):
     config = tf.PaliGemmaConfig(
         text_config=tf.GemmaConfig(**SIZES, head_dim=12),
         vision_config=tf.SiglipVisionConfig(**VISION, projection_dim=24),
         projection_dim=24,
         image_token_index=5,
     )
+    config._attn_implementation = attention  # without token_type_ids its sdpa attends to later tokens
     return tf.PaliGemmaForConditionalGeneration(config)
 
 
-def xlm():
+def xlm(causal=True):
     sizes = {"emb_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64, "n_langs": 1}
-    return tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=tiny_models.VOCAB, causal=True, pad_index=0, **sizes))
+    return tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=tiny_models.VOCAB, causal=causal, pad_index=0, **sizes))
 
 
-def bert():
+def bert(is_decoder=True):
     sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     return tf.BertLMHeadModel(
-        tf.BertConfig(**sizes, num_attention_heads=2, is_decoder=True, max_position_embeddings=64)
+        tf.BertConfig(**sizes, num_attention_heads=2, is_decoder=is_decoder, max_position_embeddings=64)
     )
+
+
+def gemma():
+    return tf.GemmaForCausalLM(tf.GemmaConfig(**SIZES, head_dim=12, use_bidirectional_attention=True))
+
+
+def xlnet():
+    sizes = {"d_model": 24, "n_layer": 2, "n_head": 2, "d_inner": 48}
+    return tf.XLNetLMHeadModel(tf.XLNetConfig(vocab_size=tiny_models.VOCAB, **sizes))
+
+
+READ_AHEAD = {
+    "paligemma": lambda: paligemma("sdpa"),
+    "xlm": lambda: xlm(causal=False),
+    "bert": lambda: bert(is_decoder=False),
+    "gemma": gemma,
+    "xlnet": xlnet,
+    "cpmant": lambda: tiny.build("cpmant", tiny.CAUSAL),
+    "prophetnet": lambda: tiny.build("prophetnet", tiny.CAUSAL),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("build", READ_AHEAD.values(), ids=READ_AHEAD)
+def test_policy_whose_tokens_see_later_ones_is_refused(build, batch_size, dtype):
+    config = ppo_ext.PPOConfig(batch_size=batch_size, mini_batch_size=1)
+    model = ppo_ext.AutoModelForCausalLMWithValueHead.from_pretrained(build().to(dtype))
+    name = type(model.pretrained_model).__name__
+    with pytest.raises(ValueError, match=f"^PPOTrainer: model must give a token the same logits .* got a {name} whose"):
+        ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer())
 
 
 @pytest.mark.parametrize("build", [llava, smolvlm, qwen2_vl, paligemma, xlm, bert])
@@ -84,7 +117,8 @@ def test_policy_begins_at_its_reference_trains_and_comes_back(build, tmp_path):
     )
     assert not torch.equal(tiny_models.weights(trainer)[head], before[head])
     trainer.save_pretrained(tmp_path)
-    again = ppo_ext.PPOTrainer.from_pretrained(tmp_path, config=config).model
+    attention = {"attn_implementation": "eager"} if build is paligemma else {}
+    again = ppo_ext.PPOTrainer.from_pretrained(tmp_path, config=config, model_kwargs=attention).model
     assert type(again.pretrained_model) is type(model.pretrained_model)
     ids = torch.tensor([[3, 8, 9, 10]])
     for ours, theirs in zip(model.eval()(ids), again.eval()(ids), strict=True):

@@ -57,6 +57,26 @@ def _is_whole(model: Any) -> bool:
     return not any(parameter.device.type == "meta" or parameter.numel() == 0 for parameter in model.parameters())
 
 
+def reads_ahead(model: Any) -> bool:
+    """Whether the logits of seven tokens depend on the eighth; False where it cannot be measured.
+
+    What they depend on has a gradient, which for the embedding of a later token is exactly 0 in a causal model.
+    """
+    embedded = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()
+
+    model = getattr(model, "_orig_mod", model)
+    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(keep):
+        found = logits(model)
+        if found is None or not embedded:
+            return False
+        (grad,) = torch.autograd.grad(found[:, :-1].sum(), embedded[-1])
+    return bool(grad.flatten(end_dim=-2)[-1].abs().max() > 0)
+
+
 def token_inputs(model: Any, left: int = 0, right: int = 0, pad_id: int = 0) -> dict[str, torch.Tensor]:
     """What a transformers or peft model is given to read: eight fixed ids between columns of padding."""
     embedding = model.get_input_embeddings()

@@ -81,6 +81,7 @@ class ConstructionMixin(ProcessesMixin, TrainerBase):
         assert model is not None
         self._init_models(model, ref_model, num_shared_layers, pattern, critic_model)
         self.tokenizer = tokenizer
+        policy_checks.check_causal(model.pretrained_model)
         self._left_padding_is_harmless = measure_padding(
             model.pretrained_model,
             self._left_padding_is_harmless,

@@ -1,4 +1,5 @@
-"""Checks of a policy when the trainer is made: something is trained, and the reference is and stays the loaded model."""
+"""Checks of a policy when the trainer is made: it is causal, something is trained, and the reference is and stays the
+loaded model."""
 
 from typing import Any
 
@@ -6,6 +7,16 @@ import torch
 
 from ..models import lora, probe
 from .callers import warn
+
+
+def check_causal(backbone: torch.nn.Module) -> None:
+    """Raises ValueError for a model whose log-probability of a token knows that token."""
+    if probe.reads_ahead(backbone):
+        _fail(
+            "model must give a token the same logits whatever follows it",
+            f"a {type(backbone).__name__} whose tokens see later ones; load it with is_decoder=True or "
+            'attn_implementation="eager" if one of them makes it causal, or choose another model',
+        )
 
 
 def check(model: Any, ref_model: Any, optimizer: Any) -> None:
