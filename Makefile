@@ -39,7 +39,7 @@ demo-rlhf: build
 ## the whole test suite (ARGS=tests/test_gae.py for a part)
 test: build $(TRLS)
 	OMP_NUM_THREADS=1 PPO_EXT_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile \
-	    $(ARGS)
+	    --no-loadscope-reorder $(ARGS)
 
 ## LLaMA-Factory's PPO and reward stages on TRL and on ppo_ext, compared; installs them into .third_party (ARGS=NAME for some)
 third-party: build

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import zlib
 
 import pytest
 import torch
@@ -11,6 +12,23 @@ def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         chosen = os.environ.get("PPO_EXT_TEST_DEVICE")
         metafunc.parametrize("device", [chosen] if chosen else ["cpu"] + ["cuda"] * torch.cuda.is_available())
+
+
+# What takes minutes begins first, so that no process is left with it at the end.
+LONGEST = ("test_cuda_on_host.py", "test_sanitizers.py", "test_patch_trl.py", "test_agreement.py", "test_planted_faults.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The order of the files; and with PPO_EXT_TEST_HALF=0 or 1, for where tests run slowly, one half of the cases, drawn
+    by their names."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    half = os.environ.get("PPO_EXT_TEST_HALF")
+    if half is not None:
+        halves = ([], [])
+        for item in items:
+            halves[zlib.crc32(item.nodeid.encode()) % 2].append(item)
+        config.hook.pytest_deselected(items=halves[1 - int(half)])
+        items[:] = halves[int(half)]
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,29 @@ def _cell(text):
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
 
 
+REFUSED = "ValueError: PPOTrainer: model must"
+
+
 def passed(row):
     return bool(row["checks"]) and all(found == "ok" for found in row["checks"].values())
+
+
+def refused(row):
+    """Whether the trainer takes no such model, and says why."""
+    return any(found.startswith(REFUSED) for found in row["checks"].values())
+
+
+def _outcome(found):
+    return "ok" if found == "ok" else "refused" if found.startswith(REFUSED) else "**no**"
+
+
+def _failures(row):
+    """The checks of each thing that happened."""
+    checks = {}
+    for name, found in row["checks"].items():
+        if found != "ok":
+            checks.setdefault(found, []).append(name)
+    return [(row["model_type"], row["kind"], ", ".join(names), _cell(found)) for found, names in checks.items()]
 
 
 def markdown(report):
@@ -30,7 +51,7 @@ def markdown(report):
         "",
         f"Every model type of transformers {report['transformers']} with a language model head, causal or seq2seq, in tiny "
         f"and random: {len(rows)} of them. {len(built)} could be built; {sum(map(passed, built))} of these pass every "
-        f"check. Written by `make architectures`, {stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
+        f"check, and {sum(map(refused, built))} are refused with the reason. Written by `make architectures`, {stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
         "",
         "| check | what must hold |",
         "| --- | --- |",
@@ -51,22 +72,17 @@ def markdown(report):
                 (
                     row["model_type"],
                     row["kind"],
-                    *("ok" if row["checks"][name] == "ok" else "**no**" for name in CHECKS),
+                    *(_outcome(row["checks"][name]) for name in CHECKS),
                 )
                 for row in built
             ],
         ),
         "",
-        "## What fails, and why",
+        "## What fails or is refused, and why",
         "",
         *_table(
-            ("model type", "check", "what happened"),
-            [
-                (row["model_type"], name, _cell(found))
-                for row in built
-                for name, found in row["checks"].items()
-                if found != "ok"
-            ],
+            ("model type", "kind", "checks", "what happened"),
+            [failure for row in built for failure in _failures(row)],
         ),
         "",
         "## What could not be built",
