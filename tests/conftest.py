@@ -16,12 +16,6 @@ def pytest_generate_tests(metafunc):
 
 # What takes minutes begins first, so that no process is left with it at the end.
 LONGEST = ("test_cuda_on_host.py", "test_sanitizers.py", "test_patch_trl.py", "test_agreement.py")
-    "test_cuda_on_host.py",
-    "test_sanitizers.py",
-    "test_patch_trl.py",
-    "test_agreement.py",
-    "test_planted_faults.py",
-)
 
 
 def pytest_collection_modifyitems(config, items):

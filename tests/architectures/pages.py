@@ -51,7 +51,8 @@ def markdown(report):
         "",
         f"Every model type of transformers {report['transformers']} with a language model head, causal or seq2seq, in tiny "
         f"and random: {len(rows)} of them. {len(built)} could be built; {sum(map(passed, built))} of these pass every "
-        f"check, and {sum(map(refused, built))} are refused with the reason. Written by `make architectures`, {stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
+        f"check, and {sum(map(refused, built))} are refused with the reason. Written by `make architectures`, "
+        f"{stamp['date'][:10]}, commit {stamp['commit']}, torch {stamp['torch']}.",
         "",
         "| check | what must hold |",
         "| --- | --- |",
