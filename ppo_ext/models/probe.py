@@ -69,11 +69,15 @@ def reads_ahead(model: Any) -> bool:
         return embedded[-1].clone()
 
     model = getattr(model, "_orig_mod", model)
-    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(keep):
-        found = logits(model)
-        if found is None or not embedded:
-            return False
-        (grad,) = torch.autograd.grad(found[:, :-1].sum(), embedded[-1])
+    try:
+        reader = model.get_decoder() if model.config.is_encoder_decoder else model
+        with torch.enable_grad(), reader.get_input_embeddings().register_forward_hook(keep):
+            found = logits(model)
+            if found is None or not embedded:
+                return False
+            (grad,) = torch.autograd.grad(found[:, :-1].sum(), embedded[-1])
+    except Exception:  # a model that names no embedding, or has no gradients in eval mode
+        return False
     return bool(grad.flatten(end_dim=-2)[-1].abs().max() > 0)
 
 
