@@ -41,9 +41,8 @@ def _commit():
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "-uno", "--", ".", ":!bench/results"
-        )  # saved rows are no change of the code
+        # what is saved while it is measured is no change of the code
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!bench/evidence")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PPO_EXT_COMMIT", "unknown")  # set where the checkout was copied without its history

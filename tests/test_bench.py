@@ -334,14 +334,16 @@ def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
 
 def test_changes_are_told_but_for_saved_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
-    for path in (tmp_path / "bench/results/rows.jsonl", tmp_path / "code.py"):
+    saved = [tmp_path / "bench/results/rows.jsonl", tmp_path / "bench/evidence/mutants.json"]
+    for path in (*saved, tmp_path / "code.py"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     clean = machine.stamp(CPU)["commit"]
-    (tmp_path / "bench/results/rows.jsonl").write_text("new")
+    for path in saved:
+        path.write_text("new")
     assert machine.stamp(CPU)["commit"] == clean and re.fullmatch("[0-9a-f]{12}", clean)
     (tmp_path / "code.py").write_text("new")
     assert machine.stamp(CPU)["commit"] == clean + "+changes"

@@ -108,7 +108,7 @@ def test_a_cache_that_forgets_what_is_padding_is_measured():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_that_reads_its_padding_is_refused(dtype):
     def trainer(batch_size):
-        backbone = tiny.build("prophetnet", tiny.SEQ2SEQ).to(dtype)
+        backbone = tiny.build("fsmt", tiny.SEQ2SEQ).to(dtype)
         model = ppo_ext.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(backbone)
         config = ppo_ext.PPOConfig(batch_size=batch_size, mini_batch_size=batch_size)
         return ppo_ext.PPOTrainer(config, model, None, tiny_models.tokenizer())

@@ -9,12 +9,13 @@ from ..models import lora, probe
 from .callers import warn
 
 
-def check_causal(backbone: torch.nn.Module) -> None:
+def check_causal(backbone: Any) -> None:
     """Raises ValueError for a model whose log-probability of a token knows that token."""
     if probe.reads_ahead(backbone):
+        base = backbone.get_base_model() if lora.is_peft_model(backbone) else backbone
         _fail(
             "model must give a token the same logits whatever follows it",
-            f"a {type(backbone).__name__} whose tokens see later ones; load it with is_decoder=True or "
+            f"a {type(base).__name__} whose tokens see later ones; load it with is_decoder=True or "
             'attn_implementation="eager" if one of them makes it causal, or choose another model',
         )
 

@@ -21,7 +21,7 @@ from bench import machine  # noqa: E402
 
 from . import checks, pages, tiny  # noqa: E402
 
-CPU_SECONDS, SECONDS, BYTES = 60, 300, 8 << 30  # of one architecture; SECONDS without a sign of life
+CPU_SECONDS, SECONDS, BYTES = 180, 300, 8 << 30  # of one architecture; SECONDS without a sign of life
 
 
 def _run(name, kind, chosen, connection):
