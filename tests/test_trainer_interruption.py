@@ -132,6 +132,26 @@ def test_hooks_that_were_set_and_not_noted_are_removed():
     )
 
 
+def test_the_minibatches_of_an_interrupted_update_have_no_vote_in_the_next():
+    trainer = tiny_models.trainer(
+        gradient_accumulation_steps=2, mini_batch_size=1, ppo_epochs=1, learning_rate=1e-6, ratio_threshold=1.2
+    )
+    loss, calls = trainer.loss, []
+
+    def fail_at_the_second(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return loss(*args, **kwargs)
+
+    trainer.loss = fail_at_the_second
+    with pytest.raises(ZeroDivisionError):
+        step(trainer, 5)
+    trainer.loss = loss
+    step(trainer, 5)  # all ratios are about 1; a third one would make their mean 1.5
+    assert trainer.skipped_minibatches == 0
+
+
 def test_an_accumulation_begins_with_the_step_after_the_config_has_changed():
     trainer = tiny_models.trainer(mini_batch_size=1, ppo_epochs=1)
     trainer.accelerator.step = 3  # as after three minibatches of a step of one's own

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed has the same bits as one that was not stopped."""
 
+import copy
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from torch.optim import lr_scheduler
 from ppo_ext.models import checkpoint
 from ppo_ext.trainer.fingerprint import fingerprint
 from ppo_ext.trainer.kl_controller import FixedKLController
+from ppo_ext.trainer.plain_data import difference
 from ppo_ext.trainer.resume import STATE_FILE
 
 
@@ -371,6 +373,37 @@ def test_gradients_that_the_optimizer_does_not_hold_do_not_reach_the_next_step(t
     resumed.load_run(tmp_path)
     steps(resumed)
     assert got == expected
+
+
+def test_an_update_that_was_begun_ends_with_load_run(tmp_path):
+    """Such as one of a loop of one's own, of which `step` knows nothing."""
+    trainer = make()
+    steps(trainer)
+    trainer.save_run(tmp_path)
+    trainer.model.v_head.summary.weight.sum().backward()
+    trainer.load_run(tmp_path)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_schedule_that_refuses_its_state_leaves_the_optimizer_as_it_was(tmp_path, monkeypatch):
+    saved, trainer = make(), make()
+    steps(saved, 2)
+    saved.save_run(tmp_path)
+    steps(trainer)
+    before, weights = copy.deepcopy(trainer.optimizer.state_dict()), tiny_models.weights(trainer)
+    calls, load = [], lr_scheduler.ExponentialLR.load_state_dict
+
+    def refuse_first(schedule, state):
+        calls.append(state)
+        if len(calls) == 1:
+            raise KeyError("gamma")
+        return load(schedule, state)
+
+    monkeypatch.setattr(lr_scheduler.ExponentialLR, "load_state_dict", refuse_first)
+    with pytest.raises(ValueError, match="^load_run: lr_scheduler must take its state in .*, got 'gamma'"):
+        trainer.load_run(tmp_path)
+    assert difference(trainer.optimizer.state_dict(), before, "optimizer") is None
+    assert_unmoved(weights, trainer)
 
 
 def test_a_controller_of_ones_own_goes_on(tmp_path):

@@ -36,7 +36,7 @@ class InterruptionMixin(TrainerBase):
 
     An interrupted step may have changed weights, optimizer, moments and random states; these stay as they are. What only
     the rest of that step would have used is discarded, so the next step is that of a new trainer in the same state, bit
-    for bit: gradients, the count of accumulated minibatches, the update guard's list, hooks, adapters that are off.
+    for bit: gradients, the update guard's list, hooks, adapters that are off.
 
     That happens at once and, should Ctrl-C come a second time meanwhile, at the start of the next step.
     """
@@ -72,7 +72,6 @@ class InterruptionMixin(TrainerBase):
             parameter.grad = None
         self._discard_half_created_state()
         self._update_guard, self._minibatch_weight, self._token_weight = UpdateGuard(), None, None
-        self.accelerator.step = 0
         self.accelerator.gradient_state._set_sync_gradients(True)
         self._reset_scaler()
         torch.clear_autocast_cache()
