@@ -103,8 +103,11 @@ def markdown(report):
         "LLaMA-Factory runs PPO under autocast, on a CPU in bfloat16. It is on in `ppo_bf16` only, where the value head of",
         "TRL is kept in float32, as ppo_ext's is under autocast; its own would be in bfloat16.",
     ]
+    of_fields: dict[str, list[str]] = {}
     for row in report["runs"]:
-        if row["fields_of_ppo_ext"]:
-            fields = ", ".join(f"{name}={value}" for name, value in row["fields_of_ppo_ext"].items())
-            lines.append(f"`{row['name']}` sets `{fields}` on ppo_ext's side, which gives TRL's numbers.")
+        fields = ", ".join(f"{name}={value}" for name, value in row["fields_of_ppo_ext"].items())
+        of_fields.setdefault(fields, []).append(f"`{row['name']}`")
+    for fields, names in of_fields.items():
+        if fields:
+            lines.append(f"On ppo_ext's side `{fields}`, which gives TRL's numbers: {', '.join(names)}.")
     return "\n".join(lines) + "\n"

@@ -62,22 +62,31 @@ _STATE = ("trainer_state.json", "trainer_log.jsonl", "training_loss.png")
 _FULL = (*_STATE, "model.safetensors", "value_head.safetensors", "checkpoint-2/value_head.safetensors")
 _ADAPTER = (*_STATE, "adapter_model.safetensors", "value_head.safetensors", "checkpoint-2/value_head.safetensors")
 
+_MEANS_OF_MEANS = {"exact_update": False}  # as TRL over the minibatches of an accumulation
+
 RUNS = (
     Run("reward_full", {**_REWARD, "finetuning_type": "full"}, _FULL),
     Run("reward_lora", {**_REWARD, **_LORA, "model_name_or_path": "{inputs}/policy"}, _ADAPTER),
-    Run("ppo_full", _PPO, (*_FULL, "training_reward.png")),
+    Run("ppo_full", _PPO, (*_FULL, "training_reward.png"), _MEANS_OF_MEANS),
     Run(
         "ppo_lora",
         {**_PPO, **_LORA, "reward_model_type": "lora", "reward_model": "{rewards}/reward_lora"},
         (*_ADAPTER, "training_reward.png"),
+        _MEANS_OF_MEANS,
     ),
     Run(
         "ppo_score_norm_tensorboard",
         {**_PPO, "ppo_score_norm": True, "report_to": "tensorboard"},
         (*_FULL, "runs/**/events.out.tfevents.*"),
+        _MEANS_OF_MEANS,
     ),
-    Run("ppo_whitened_rewards", {**_PPO, "ppo_whiten_rewards": True}, _FULL, {"gae_through_padding": True}),
-    Run("ppo_bf16", {**_PPO, "bf16": True}, _FULL, autocast=True),
+    Run(
+        "ppo_whitened_rewards",
+        {**_PPO, "ppo_whiten_rewards": True},
+        _FULL,
+        {**_MEANS_OF_MEANS, "gae_through_padding": True},
+    ),
+    Run("ppo_bf16", {**_PPO, "bf16": True}, _FULL, _MEANS_OF_MEANS, autocast=True),
 )
 
 
