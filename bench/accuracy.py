@@ -236,11 +236,16 @@ def measure_all(names=tuple(OPS)):
     return rows
 
 
-def with_kept(rows, names):
-    """These rows and the kept rows of all other ops, in the order of the table."""
+def with_kept(figures):
+    """These figures and those that are kept of all other ops, in the order of the table."""
     order = list(dict.fromkeys(input.op for input in all_inputs()))
-    kept = [row for row in accuracy_pages.load()["rows"] if row["op"] in order and row["op"] not in names]
-    return sorted(rows + kept, key=lambda row: order.index(row["op"]))
+    kept, names = accuracy_pages.load(), figures["stamps"]
+    rows = figures["rows"] + [row for row in kept["rows"] if row["op"] in order and row["op"] not in names]
+    stamps = kept["stamps"] | names
+    return {
+        "stamps": {name: stamps[name] for name in order},
+        "rows": sorted(rows, key=lambda row: order.index(row["op"])),
+    }
 
 
 def main(argv=None):
@@ -259,11 +264,11 @@ def main(argv=None):
     if options.ours:
         print(json.dumps(measure(all_inputs(names=names))))
         return
-    rows = measure_all(names)
-    figures = {"stamp": machine.stamp(torch.device("cpu")), "rows": with_kept(rows, names) if options.save else rows}
-    print(accuracy_pages.markdown(figures))
+    figures = {"stamps": dict.fromkeys(names, machine.stamp(torch.device("cpu"))), "rows": measure_all(names)}
     if options.save:
+        figures = with_kept(figures)
         accuracy_pages.save(figures)
+    print(accuracy_pages.markdown(figures))
 
 
 if __name__ == "__main__":

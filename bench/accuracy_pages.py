@@ -106,16 +106,26 @@ def _by_difference(rows):
     return _table(header, lines)
 
 
+def _runs(figures):
+    """A line for the ops that were measured together: when and where, and at which levels of ours."""
+    levels = {row["op"]: [who for who in row["errors"] if is_ours(who)] for row in figures["rows"]}
+    runs = {}
+    for name, stamp in figures["stamps"].items():
+        when = (stamp["date"], stamp["commit"], f"torch {stamp['torch']}", stamp["device"], ", ".join(levels[name]))
+        runs.setdefault(when, []).append(name)
+    return "\n".join(f"- {', '.join(names)}: {', '.join(when)}" for when, names in runs.items())
+
+
 def markdown(figures):
     """The page of these figures."""
-    stamp, rows = figures["stamp"], figures["rows"]
-    levels = [who for who in rows[0]["errors"] if is_ours(who)]
+    rows = figures["rows"]
     on_logits = [row for row in rows if row["V"] is not None and not differs(row)]
     parts = [
         "# How far each op is from float64",
-        f"{len(rows)} results of ops on inputs of every dtype, each at {', '.join(levels)}; {stamp['date']}, commit "
-        f"{stamp['commit']}, torch {stamp['torch']}, {stamp['device']}. Written by `python -m bench.accuracy --save`; all "
-        "figures are in accuracy.json, and a test fails when one of ours grows by more than 10 %.",
+        f"{len(rows)} results of ops on inputs of every dtype, at each level of instructions that the processor had. "
+        "Written by `python -m bench.accuracy --save`; all figures are in accuracy.json, and a test fails when one of ours "
+        "grows by more than 10 %.",
+        _runs(figures),
         'Errors are absolute, against float64 on the same rounded inputs; ours is that of the worst level. "torch" is '
         'plain torch in float32, "TRL" TRL 0.11.4\'s own functions on float32 copies. A gradient has the dtype of its '
         "input, and its error is mostly that rounding.",
@@ -171,7 +181,7 @@ def plot(figures, path):
 def save(figures, folder=EVIDENCE):
     """Writes accuracy.json, one row a line, accuracy.md and accuracy.png."""
     lines = ",\n".join(json.dumps(row) for row in figures["rows"])
-    (folder / "accuracy.json").write_text(f'{{"stamp": {json.dumps(figures["stamp"])},\n"rows": [\n{lines}\n]}}\n')
+    (folder / "accuracy.json").write_text(f'{{"stamps": {json.dumps(figures["stamps"])},\n"rows": [\n{lines}\n]}}\n')
     (folder / "accuracy.md").write_text(markdown(figures))
     plot(figures, folder / "accuracy.png")
 

@@ -2,7 +2,7 @@
 // Computes  see full_kl.h
 // Bytes     forward 2*N*V*s + 20N, backward 3*N*V*s + 20N   (s = size of a logit; from memory each logit once per pass)
 // Launch    threads over rows, each row in blocks that stay in the first-level cache; strided rows through a buffer
-// Sums      some vectors in fp32, the rest in fp64, in an order that depends on V only: same bits for any threads;
+// Sums      some vectors in fp32, the rest in fp64, in an order that depends on the row only: same bits for any threads;
 //           rows of at most 8 columns in fp64
 // Limits    masked rows are not read
 

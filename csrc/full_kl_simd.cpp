@@ -1,5 +1,5 @@
 // full_kl_simd.cpp: the rows of full_kl_cpu.cpp, a vector of logits at a time, in blocks that stay in the L1 cache
-// Sums      groups of 8 vectors in fp32, the groups in fp64, in an order that depends on V only
+// Sums      groups of 8 vectors in fp32; the groups, and columns with a large share of the row, in fp64
 
 #include "full_kl_simd.h"
 #include "common/simd.h"
@@ -8,9 +8,12 @@ namespace ppo_ext {
 namespace {
 
 constexpr int kBlock = 2048;
-constexpr int kGroup = 8;  // vectors whose terms are added in fp32
+constexpr int kGroup = 8 * kLanes;  // columns whose terms are added in fp32, in vectors
 // If a block's sum is at most 2^12, so is each of its terms: fp32 holds them well, and the origin need not move.
 constexpr double kLargestSum = 4096;
+// A column with more than this share of the policy's or the reference's sum so far is large. A block has few of them, and
+// most of a divergence's rounding error would be theirs, as no others average it out.
+constexpr double kLargeShare = 1.0 / 16;
 
 // ---- forward ----
 
@@ -19,6 +22,7 @@ constexpr double kLargestSum = 4096;
 struct Origins {
   float policy, shrunk_pivot, ref, shrink;
   Powers powers;
+  GapScale<double> wide_scale;
 };
 
 // Sums over some vectors in fp32: of e, e' and e gap.
@@ -41,6 +45,22 @@ PPO_INLINE void add_terms(f32v x, f32v ref_x, const Origins& origin, VectorSums&
   sums.weighted += kInfinityIsPossible && e.value() == splat(0.0f) ? splat(0.0f) : e.value() * gap;
 }
 
+template <bool kBounds, class T>
+PPO_INLINE VectorSums group_sums(const T* x, const T* ref_x, int n, const Origins& origin) {
+  VectorSums sums{};
+  int i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair pair = load_pair(x + i), ref_pair = load_pair(ref_x + i);
+    for (int half = 0; half < 2; ++half) add_terms<kBounds>(pair.x[half], ref_pair.x[half], origin, sums);
+  }
+  if (i + kLanes <= n) {
+    add_terms<true>(load(x + i), load(ref_x + i), origin, sums);
+    i += kLanes;
+  }
+  if (i < n) add_terms<true>(load_logits_tail(x + i, n - i), load_logits_tail(ref_x + i, n - i), origin, sums);
+  return sums;
+}
+
 struct Sums {
   LaneSum power, ref_power, weighted;
 
@@ -49,27 +69,79 @@ struct Sums {
     ref_power.add(sums.ref_power);
     weighted.add(sums.weighted);
   }
+
+  PPO_INLINE void add_to(KLState<double>& state) const {
+    state.sum += power.total();
+    state.ref_sum += ref_power.total();
+    state.weighted += weighted.total();
+  }
 };
 
-template <bool kBounds, class T>
-PPO_INLINE Sums block_sums(const T* x, const T* ref_x, int n, const Origins& origin) {
-  Sums sums;
-  int i = 0;
-  for (const int pairs_end = n - n % (2 * kLanes); i < pairs_end;) {
-    VectorSums group{};
-    for (const int end = i + kGroup * kLanes < pairs_end ? i + kGroup * kLanes : pairs_end; i < end; i += 2 * kLanes) {
-      const Pair pair = load_pair(x + i), ref_pair = load_pair(ref_x + i);
-      for (int half = 0; half < 2; ++half) add_terms<kBounds>(pair.x[half], ref_pair.x[half], origin, group);
-    }
-    sums.add(group);
+// The powers above which a column is large.
+struct Limits {
+  f32v power, ref_power;
+
+  static PPO_INLINE Limits of(const KLState<double>& state) {
+    return {splat(float(kLargeShare * state.sum)), splat(float(kLargeShare * state.ref_sum))};
   }
-  for (; i < n; i += kLanes) {
+
+  PPO_INLINE i32v above(f32v e, f32v ref_e) const { return (e > power) | (ref_e > ref_power); }
+};
+
+PPO_INLINE void add_column(double x, double ref_x, const Origins& origin, KLState<double>& state) {
+  const double d = x - origin.policy, e = std::exp(d * origin.wide_scale.inverse);
+  state.sum += e;
+  state.ref_sum += std::exp((ref_x - origin.ref) * origin.wide_scale.inverse);
+  state.weighted += e == 0.0 ? 0.0 : e * kl_gap(d, ref_x, double(origin.shrunk_pivot), origin.wide_scale.shrink);
+}
+
+// Adds a group to the state: its large columns one by one, the others as a sum.
+template <class T>
+PPO_INLINE void add_group(const T* x, const T* ref_x, int n, const Origins& origin, const Limits& limits,
+                          KLState<double>& state, Sums& sums) {
+  for (int i = 0; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? n - i : kLanes;
     VectorSums one{};
-    i + kLanes <= n ? add_terms<true>(load(x + i), load(ref_x + i), origin, one)
-                    : add_terms<true>(load_logits_tail(x + i, n - i), load_logits_tail(ref_x + i, n - i), origin, one);
+    count == kLanes ? add_terms<true>(load(x + i), load(ref_x + i), origin, one)
+                    : add_terms<true>(load_logits_tail(x + i, count), load_logits_tail(ref_x + i, count), origin, one);
+    const i32v large = limits.above(one.power, one.ref_power);
+    if (any_lane(large)) {
+      const f32v zero = splat(0.0f);
+      one = {large ? zero : one.power, large ? zero : one.ref_power, large ? zero : one.weighted};
+      for (int l = 0; l < count; ++l)
+        if (large[l]) add_column(float(x[i + l]), float(ref_x[i + l]), origin, state);
+    }
     sums.add(one);
   }
-  return sums;
+}
+
+// The state with a block, whose origins are the state's.
+template <bool kBounds, class T>
+PPO_INLINE KLState<double> with_block(KLState<double> state, const T* x, const T* ref_x, int n, const Origins& origin) {
+  VectorSums groups[kBlock / kGroup];
+  f32v power = splat(0.0f), ref_power = power;  // the largest
+  Sums all;
+  for (int i = 0; i < n; i += kGroup) {
+    VectorSums& group = groups[i / kGroup];
+    group = group_sums<kBounds>(x + i, ref_x + i, n - i < kGroup ? n - i : kGroup, origin);
+    power = max_or_second(group.power, power);
+    ref_power = max_or_second(group.ref_power, ref_power);
+    all.add(group);
+  }
+  KLState<double> result = state;
+  all.add_to(result);
+  const Limits limits = Limits::of(result);
+  if (!any_lane(limits.above(power, ref_power))) return result;
+  Sums others;
+  for (int i = 0; i < n; i += kGroup) {
+    const VectorSums& group = groups[i / kGroup];
+    if (any_lane(limits.above(group.power, group.ref_power)))
+      add_group(x + i, ref_x + i, n - i < kGroup ? n - i : kGroup, origin, limits, state, others);
+    else
+      others.add(group);
+  }
+  others.add_to(state);
+  return state;
 }
 
 // Moves the pivot to the largest of n logits if that is larger, and the reference's maximum likewise.
@@ -99,31 +171,29 @@ PPO_INLINE KLState<double> row_state_of(const LogitRowPair<T>& row, const GapSca
     if (state.max == -INFINITY || state.ref_max == -INFINITY)
       state = with_larger_origins(state, x, ref_x, n, wide_scale);
     const auto read_block = [&]() PPO_INLINE_LAMBDA {
-      const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max), float(state.ref_at_max) * scale.shrink,
-                           state.ref_max == -INFINITY ? 0.0f : float(state.ref_max), scale.shrink, powers};
-      const auto totals = [&](const Sums& sums) PPO_INLINE_LAMBDA {
-        return KLState<double>{state.max,     state.ref_at_max,      sums.power.total(), sums.weighted.total(),
-                               state.ref_max, sums.ref_power.total()};
-      };
+      const Origins origin{state.max == -INFINITY ? 0.0f : float(state.max),
+                           float(state.ref_at_max) * scale.shrink,
+                           state.ref_max == -INFINITY ? 0.0f : float(state.ref_max),
+                           scale.shrink,
+                           powers,
+                           wide_scale};
       if (!bounds) {
-        const KLState<double> block = totals(block_sums<false>(x, ref_x, n, origin));
-        const double all = block.sum + block.ref_sum + block.weighted;
-        if (all == all) return block;
+        const KLState<double> with = with_block<false>(state, x, ref_x, n, origin);
+        const double all = with.sum + with.ref_sum + with.weighted;
+        if (all == all) return with;
         bounds = true;
       }
-      return totals(block_sums<true>(x, ref_x, n, origin));
+      return with_block<true>(state, x, ref_x, n, origin);
     };
-    KLState<double> block = read_block();
-    if (!(block.sum <= kLargestSum && block.ref_sum <= kLargestSum)) {
+    KLState<double> with = read_block();
+    if (!(with.sum - state.sum <= kLargestSum && with.ref_sum - state.ref_sum <= kLargestSum)) {
       const KLState<double> moved = with_larger_origins(state, x, ref_x, n, wide_scale);
       if (moved.max > state.max || moved.ref_max > state.ref_max) {
         state = moved;
-        block = read_block();
+        with = read_block();
       }
     }
-    state.sum += block.sum;
-    state.ref_sum += block.ref_sum;
-    state.weighted += block.weighted;
+    state = with;
   }
   return state;
 }

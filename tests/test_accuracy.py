@@ -7,9 +7,10 @@ import pytest
 import torch
 from ops import OPS
 
+import ppo_ext
 from bench import accuracy, accuracy_pages, machine
 from ppo_ext.info import report
-from ppo_ext.ops import _native
+from ppo_ext.ops import _native, reference
 
 VOCABULARIES = (7, 1000, 50257)  # some of those in the table
 ON_HIDDEN = tuple(name for name, op in OPS.items() if op.on_hidden)
@@ -35,8 +36,8 @@ def rows_of(names, **options):
 def measured():
     """Products of matrices are torch's, which adds their terms in another order on another processor; there the ops on
     hidden states are compared with torch's own error alone."""
-    here = machine.stamp(torch.device("cpu"))["device"] == accuracy_pages.load()["stamp"]["device"]
-    return rows_of([name for name in OPS if here or name not in ON_HIDDEN])
+    here, stamps = machine.stamp(torch.device("cpu"))["device"], accuracy_pages.load()["stamps"]
+    return rows_of([name for name in OPS if name not in ON_HIDDEN or stamps[name]["device"] == here])
 
 
 def test_no_error_has_grown(measured, kept):
@@ -50,7 +51,11 @@ def test_no_error_has_grown(measured, kept):
 @pytest.mark.parametrize("which", [0, 1], ids=["largest", "mean"])
 def test_an_error_that_grows_is_seen(measured, kept, which):
     level, grown = report.cpu_level(), copy.deepcopy(measured)
-    row = max(grown, key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0))
+    kept_here = {row["op"] for row in kept if level in row["errors"]}
+    row = max(
+        (row for row in grown if row["op"] in kept_here),
+        key=lambda row: row["errors"][level][which] / (row["unit"] or 1.0),
+    )
     row["errors"][level][which] *= 1.2
     [sentence] = accuracy_pages.growth(grown, kept, level)
     assert sentence.startswith(f"{row['op']}, {row['result']}") and ("largest", "mean")[which] in sentence
@@ -95,14 +100,30 @@ def test_no_error_on_hidden_states_is_beyond_torchs_on_this_processor():
 
 
 def test_a_divergence_is_within_torchs_error_at_every_scale(kept):
-    """Of policy and reference, for rows of a few columns and for others: a tenth of a unit is what chance leaves among
-    the few rows of the table."""
+    """Of policy and reference, for rows of a few columns and for others."""
     rows = [row | {"few": row["V"] <= 8} for row in kept if row["op"] == "full_kl"]
     fields = ("result", "dtype", "scale", "ref_scale", "offset", "ref_offset", "few")
     for key, group in accuracy_pages.grouped(rows, *fields).items():
-        everyone, unit = accuracy_pages.aggregate(group), max(row["unit"] for row in group)
+        everyone = accuracy_pages.aggregate(group)
         for ours, torchs in zip(everyone["ours"], everyone[accuracy_pages.TORCH], strict=True):
-            assert ours <= torchs + 0.1 * unit, key
+            assert ours <= torchs, key
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("V", (257, 5000))
+@pytest.mark.parametrize("where", ("first", "anywhere", "last"))
+def test_columns_that_hold_a_row_leave_no_error_but_the_last_rounding(V, dtype, where):
+    """A column with a large share of the policy or the reference is added in float64; in float32 the error is two or
+    three times this bound."""
+    torch.manual_seed(0)
+    noise = torch.randn(100, V)
+    if where != "anywhere":
+        noise = noise.sort(descending=where == "first")[0]
+    logits, ref_logits = ((30.0 * x).to(dtype) for x in (noise, noise + 0.1 * torch.randn_like(noise)))
+    right = reference.full_kl(logits.double(), ref_logits.double())
+    error = (ppo_ext.full_kl(logits, ref_logits).double() - right).abs()
+    last_rounding = 0.5 * torch.finfo(torch.float32).eps * right.abs()
+    assert (error - last_rounding).max() <= 6e-8
 
 
 def test_the_page_is_of_the_figures():

@@ -286,6 +286,22 @@ MUTANTS = (
         "test_full_kl.py",
     ),
     Mutant(
+        "no column is added in fp64",
+        CPU,
+        "csrc/full_kl_simd.cpp",
+        "kLargeShare = 1.0 / 16;",
+        "kLargeShare = 2.0;",
+        "test_accuracy.py",
+    ),
+    Mutant(
+        "a large column is added twice",
+        CPU,
+        "csrc/full_kl_simd.cpp",
+        "large ? zero : one.weighted};",
+        "one.weighted};",
+        "test_full_kl.py",
+    ),
+    Mutant(
         "masked values are multiplied instead of selected",
         CPU,
         "csrc/masked_simd.cpp",
