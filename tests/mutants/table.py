@@ -291,7 +291,7 @@ MUTANTS = (
         "csrc/full_kl_simd.cpp",
         "kLargeShare = 1.0 / 16;",
         "kLargeShare = 2.0;",
-        "test_accuracy.py",
+        "test_full_kl.py",
     ),
     Mutant(
         "a large column is added twice",
