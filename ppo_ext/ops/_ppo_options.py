@@ -103,7 +103,10 @@ NUMBERS = (
 def is_plain(vpreds: Any, cliprange: Any, cliprange_value: Any, options: dict[str, Any]) -> bool:
     """Whether no option is on: the loss is TRL's, with TRL's statistics."""
     pair = isinstance(cliprange, (tuple, list))
-    off = (x is None or isinstance(x, (str, int, float)) and x == DEFAULTS[name] for name, x in options.items())
+    off = (
+        x is default if x is None or default is None else isinstance(x, (str, int, float)) and x == default
+        for x, default in ((x, DEFAULTS[name]) for name, x in options.items())
+    )
     return not pair and vpreds is not None and cliprange_value is not None and all(off)
 
 
@@ -148,6 +151,16 @@ def numbers(op: str, given: dict[str, Any]) -> list[float]:
         0.0 if length is None else _positive_or_none(op, "norm_length", length),
         0.0,
         check.finite(op, "scale", given["scale"]),
+    ]
+
+
+def coefficients(op: str, given: dict[str, Any]) -> list[float]:
+    """Those of a loss without options, checked."""
+    return [
+        check.not_negative(op, "cliprange", given["cliprange"]),
+        check.not_negative(op, "cliprange_value", given["cliprange_value"]),
+        check.finite(op, "vf_coef", given["vf_coef"]),
+        threshold(op, given["ratio_threshold"]),
     ]
 
 

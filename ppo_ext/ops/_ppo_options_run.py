@@ -1,13 +1,12 @@
 """`ppo_loss` with options: checks what is given and runs the operator."""
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import _native, _ppo_options, check, reference
+from . import _native, _ppo_options, check
 
-_FLOATS = (
+FLOATS = (
     "logprobs",
     "old_logprobs",
     "advantages",
@@ -20,7 +19,6 @@ _FLOATS = (
 )
 _CRITIC = ("vpreds", "values", "returns")
 _OPTIONAL = ("weights", "ref_logprobs", "entropy")
-_DIFFERENTIABLE = ("logprobs", "vpreds", "entropy")
 _DENOMINATOR, _DUAL_CLIP = (_ppo_options.NUMBERS.index(name) for name in ("denominator", "dual_clip"))
 
 _forward, _forward_name = _native.define(
@@ -88,35 +86,68 @@ def prepare(
 # ---- the options ----------------------------------------------------------------------------------------------------
 
 _TENSORS = ("weights", "ref_logprobs", "entropy", "denominator", "row_counts")
-_REST = (
+_SCALARS = (
+    "cliprange",
     "cliprange_value",
     "vf_coef",
     "ratio_threshold",
     *(name for name in _ppo_options.DEFAULTS if name not in _TENSORS),
 )
 _SIMPLE = {float, int, bool, str, type(None)}
+_MOST_PLANS = 64
 
 
-def _parsed(op: str, low: Any, high: Any, *rest: Any) -> tuple[list[float], list[int], tuple]:
-    """The numbers and names of the operator, and the names of the statistics in its order (with None for the factor of
-    the saved gradients). `rest` is of _REST, then for each of _TENSORS a flag that tells whether it is given."""
-    given = dict(zip((*_REST, *_TENSORS), rest)) | {"cliprange": low if high is None else (low, high)}
+class Plan(NamedTuple):
+    """What the options ask for. plain: whether none is on. numbers, choices: those of the operator; a plain loss has its
+    four coefficients alone. names: the statistics in the operator's order, None for the factor of the saved gradients."""
+
+    plain: bool
+    numbers: list[float]
+    choices: list[int]
+    names: tuple[str | None, ...]
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def plan(op: str, *key: Any) -> Plan:
+    """The plan of a call, checked: of the values of _SCALARS, whether there is a critic, and for each of _TENSORS whether
+    it is given. Plain numbers and names that came before are not checked again."""
+    if torch.compiler.is_compiling():
+        return _new_plan(op, key)
+    try:
+        found = _plans.get(key)
+    except TypeError:  # a list has no hash
+        found = None
+    return _remembered(op, key) if found is None else found
+
+
+def _remembered(op: str, key: tuple) -> Plan:
+    found = _new_plan(op, key)
+    bounds = key[0] if type(key[0]) is tuple else key[:1]
+    if _SIMPLE.issuperset(map(type, (*bounds, *key[1:]))):
+        if len(_plans) == _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+def _new_plan(op: str, key: tuple) -> Plan:
+    critic, *tensors = key[len(_SCALARS) :]
+    given = dict(zip((*_SCALARS, *_TENSORS), (*key[: len(_SCALARS)], *tensors)))
+    options = {name: given[name] if name in _SCALARS else given[name] or None for name in _ppo_options.DEFAULTS}
+    if _ppo_options.is_plain(critic or None, given["cliprange"], given["cliprange_value"], options):
+        return Plan(True, _ppo_options.coefficients(op, given), [], _ppo_options.STAT_NAMES)
     found, values = _ppo_options.choices(op, given), _ppo_options.numbers(op, given)
     _ppo_options.combination(op, found, given, values)
-    on = (given["dual_clip"] is not None, *(given[name] for name in _TENSORS[:3]))
-    return values, found, (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on))
+    on = (given["dual_clip"] is not None, *tensors[:3])
+    return Plan(False, values, found, (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on)))
 
 
-_parsed_once = functools.lru_cache(maxsize=64)(_parsed)
-
-
-def options(op: str, given: dict[str, Any]) -> tuple[list[float], list[int], tuple]:
-    """`_parsed`, from memory if the options are the same numbers and names as before."""
-    pair = given["cliprange"]
-    low, high = pair if type(pair) is tuple and len(pair) == 2 else (pair, None)
-    key = (op, low, high, *[given[name] for name in _REST], *[given[name] is not None for name in _TENSORS])
-    simple = _SIMPLE.issuperset(map(type, key)) and not torch.compiler.is_compiling()
-    return _parsed_once(*key) if simple else _parsed(*key)
+def plan_of(op: str, given: dict[str, Any]) -> Plan:
+    """The plan of a call whose arguments these are, by name."""
+    scalars = (given[name] for name in _SCALARS)
+    return plan(op, *scalars, given["vpreds"] is not None, *(given[name] is not None for name in _TENSORS))
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
@@ -131,65 +162,32 @@ def denominators(op, given, of, first, mask, numbers):
     return numbers, tensor, _ppo_options.row_counts(op, given["row_counts"], of, first)
 
 
-def _run_operator(tensors, mask, first, given, numbers, found):
-    """The operator's outputs; `tensors` and `mask` in the forms that it takes."""
-    total = counts = None
-    if given["denominator"] is not None or given["row_counts"] is not None:
-        numbers, total, counts = denominators("ppo_loss", given, "logprobs", first, mask, numbers)
-    tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
-    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers, found)
+def run_operator(tensors, mask, denominator, row_counts, plan):
+    """The operator's outputs. `tensors`: of FLOATS, detached, in the forms that it takes, like the mask."""
+    numbers, total, counts = plan.numbers, None, None
+    if denominator is not None or row_counts is not None:
+        given = {"denominator": denominator, "row_counts": row_counts}
+        numbers, total, counts = denominators("ppo_loss", given, "logprobs", tensors[0], mask, numbers)
+    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers, plan.choices)
 
 
-def _run_unprepared(given, numbers, found):
-    """The same for inputs that need no conversion, as in ppo_loss.py; None for others."""
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        tensors = [given[name] for name in _FLOATS]
-        first = tensors[0]
-        dtype = first.dtype
-        if dtype not in (torch.float32, torch.float64) or not _native.available(first.device.type):
-            return None
-        for x in tensors:
-            if x is not None and not (x.dtype == dtype and x.is_contiguous()):
-                return None
-        check.weights("ppo_loss", given["mask"])
-        return _run_operator(tensors, given["mask"].bool().contiguous(), first, given, numbers, found)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-def run(given: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`ppo_loss`, whose arguments these are, by name."""
-    numbers, found, names = options("ppo_loss", given)
-    outputs = _run_unprepared(given, numbers, found)
-    if outputs is None:
-        check.floating("ppo_loss", "logprobs", given["logprobs"])
-        given = given | prepare("ppo_loss", given, _FLOATS, "logprobs")
-        first, mask = given["logprobs"], given["mask"]
-        if not _native.available(first.device.type):
-            denominators("ppo_loss", given, "logprobs", first, mask, numbers)
-            return reference.ppo_loss(**given)
-        outputs = _run_operator([given[name] for name in _FLOATS], mask, first, given, numbers, found)
-    return _results(outputs, given, names)
-
-
-def _results(outputs, given, names):
+def results(outputs, logprobs, vpreds, entropy, plan):
     """The loss, connected to what it depends on, and the dict of statistics."""
     loss, vector, ratio, advantages, *grads = outputs
-    leaves = given["logprobs"], given["vpreds"], given["entropy"]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
-        loss = _PPOLossOptions.apply(*leaves, (loss, vector, *grads))
+    leaves = {"logprobs": logprobs, "vpreds": vpreds, "entropy": entropy}
+    given = [x for x in leaves.values() if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        loss = _PPOLossOptions.apply(*leaves.values(), (loss, vector, *grads))
     else:
-        for name, x in zip(_DIFFERENTIABLE, leaves):
+        for name, x in leaves.items():
             if x is not None:
                 check.no_tangent("ppo_loss", name, x)
-    return loss, named_stats(names, vector, leaves[1] is not None, advantages, ratio)
+    return loss, named_stats(plan.names, vector, vpreds is not None, advantages, ratio)
 
 
 def named_stats(names, vector, critic, advantages, ratio):
     stats = dict(zip(names, vector.unbind()))
-    del stats[None]
+    stats.pop(None, None)
     if not critic:
         stats = {name: x for name, x in stats.items() if name not in _ppo_options.OF_CRITIC}
     stats["policy/advantages"] = advantages

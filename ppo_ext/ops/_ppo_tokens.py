@@ -81,11 +81,11 @@ def prepare(op: str, given: dict[str, Any], labels: torch.Tensor, dtype: torch.d
     found: dict[str, Any] = _ppo_options_run.prepare(op, given, _TENSORS, "labels", dtype)
     for name, x in found.items():
         check.no_tangent(op, name, x)
-    numbers, choices, names = _ppo_options_run.options(op, given | {"entropy": labels})
+    plan = _ppo_options_run.plan_of(op, given | {"entropy": labels})
     first, mask = found["old_logprobs"], found["mask"]
-    numbers, total, counts = _ppo_options_run.denominators(op, given, "labels", first, mask, numbers)
+    numbers, total, counts = _ppo_options_run.denominators(op, given, "labels", first, mask, plan.numbers)
     tensors: list[Any] = [found.get(name) for name in Tokens._fields[:_OF_TOKENS]]
-    return Tokens(*[*tensors, total, counts, numbers, choices]), names
+    return Tokens(*[*tensors, total, counts, numbers, plan.choices]), plan.names
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

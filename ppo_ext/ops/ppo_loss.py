@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 
-from . import _native, _ppo_options, _ppo_options_run, check, reference
+from . import _native, _ppo_options_run, check, reference
 from ._ppo_options import STAT_NAMES, Aggregation, KLEstimator, KLGradient, PolicyLoss, RatioLevel, ValueLoss
 
-_INPUTS = ("logprobs", "old_logprobs", "advantages", "vpreds", "values", "returns")
-_ARGUMENTS = (*_INPUTS, "mask", "cliprange", "cliprange_value", "vf_coef", "ratio_threshold")
 # One more than the names. The forward pass computes the gradients without the division by the number of tokens, which
 # it knows only at the end. That factor is the last entry, or 0 if the update is skipped; the backward pass applies it.
 _STATS = len(STAT_NAMES) + 1
@@ -51,23 +49,13 @@ class _PPOLoss(torch.autograd.Function):
         return *_backward(grad_loss, *ctx.saved), None
 
 
-def _prepare(tensors, mask):
-    """The six inputs and the mask, checked, contiguous, and the inputs of one dtype."""
-    first = tensors[0]
-    check.floating("ppo_loss", "logprobs", first)
-    for name, x in zip(_INPUTS[1:], tensors[1:]):
-        check.floating("ppo_loss", name, x)
-        check.shape("ppo_loss", name, x, first.shape, "logprobs")
-        check.device("ppo_loss", name, x, first.device, "logprobs")
-    mask = check.mask("ppo_loss", mask, first.shape, first.device, "logprobs")
-    return [x.contiguous() for x in check.same_dtype(*tensors)], mask.contiguous()
+def _run(tensors, mask, denominator, row_counts, plan):
+    if plan.plain:
+        return _forward(*tensors, mask, *plan.numbers)
+    return _ppo_options_run.run_operator(tensors, mask, denominator, row_counts, plan)
 
 
-def _run(tensors, mask, coefficients):
-    return _forward(*(x.detach() if x.requires_grad else x for x in tensors), mask, *coefficients)
-
-
-def _run_unprepared(tensors, mask, coefficients):
+def _run_unprepared(tensors, mask, denominator, row_counts, plan):
     """The operator's outputs for inputs that need no conversion; None for others, which `_prepare` converts or refuses.
 
     The operator checks shapes and devices itself. Doing so here too takes a tenth of the time of a small minibatch.
@@ -75,18 +63,35 @@ def _run_unprepared(tensors, mask, coefficients):
     if torch.compiler.is_compiling():
         return None
     try:
-        dtype = tensors[0].dtype
-        usual = dtype in (torch.float32, torch.float64) and all(x.dtype == dtype and x.is_contiguous() for x in tensors)
-        if not usual or not _native.available(tensors[0].device.type):
+        first = tensors[0]
+        dtype = first.dtype
+        if not (dtype is torch.float32 or dtype is torch.float64) or not _native.available(first.device.type):
             return None
-        check.weights("ppo_loss", mask)
-        return _run(tensors, mask.bool().contiguous(), coefficients)
+        found = []
+        for x in tensors:
+            if x is not None:
+                if x.dtype is not dtype or not x.is_contiguous():
+                    return None
+                if x.requires_grad:
+                    x = x.detach()
+            found.append(x)
+        if mask.dtype is not torch.bool or not mask.is_contiguous():
+            check.weights("ppo_loss", mask)
+            mask = mask.bool().contiguous()
+        return _run(found, mask, denominator, row_counts, plan)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
 
-def _is(x: Any, default: float) -> bool:
-    return isinstance(x, (int, float)) and x == default
+def _results(outputs, logprobs, vpreds, _, plan):
+    """The loss, connected to what it depends on, and the dict of statistics."""
+    loss, vector, ratio, counted_advantages, *grads = outputs
+    if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
+        loss = _PPOLoss.apply(logprobs, vpreds, (loss, vector, *grads))
+    else:
+        check.no_tangent("ppo_loss", "logprobs", logprobs)
+        check.no_tangent("ppo_loss", "vpreds", vpreds)
+    return loss, _ppo_options_run.named_stats(plan.names, vector, True, counted_advantages, ratio)
 
 
 def ppo_loss(
@@ -195,82 +200,76 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv:1707.06347), equation 9; TRL 0.11.4, `PPOTrainer.loss`. The sign of the value
     term is TRL's (a loss to minimise), where the paper's objective subtracts it.
     """
-    if not (
-        dual_clip is None
-        and weights is None
-        and ref_logprobs is None
-        and entropy is None
-        and denominator is None
-        and log_ratio_clamp is None
-        and norm_length is None
-        and row_counts is None
-        and vpreds is not None
-        and cliprange_value is not None
-        and not isinstance(cliprange, (tuple, list))
-        and ratio_level == "token"
-        and policy_loss == "clip"
-        and aggregation == "token_mean"
-        and value_loss == "mse"
-        and kl_estimator == "k1"
-        and kl_gradient == "exact"
-        and _is(scale, 1.0)
-        and _is(kl_coef, 0.0)
-        and _is(entropy_coef, 0.0)
-        and _is(huber_delta, 10.0)
-    ):
-        return _ppo_options_run.run(
-            {
-                "logprobs": logprobs,
-                "old_logprobs": old_logprobs,
-                "advantages": advantages,
-                "vpreds": vpreds,
-                "values": values,
-                "returns": returns,
-                "mask": mask,
-                "cliprange": cliprange,
-                "cliprange_value": cliprange_value,
-                "vf_coef": vf_coef,
-                "ratio_threshold": ratio_threshold,
-                "dual_clip": dual_clip,
-                "log_ratio_clamp": log_ratio_clamp,
-                "ratio_level": ratio_level,
-                "policy_loss": policy_loss,
-                "weights": weights,
-                "ref_logprobs": ref_logprobs,
-                "kl_coef": kl_coef,
-                "kl_estimator": kl_estimator,
-                "kl_gradient": kl_gradient,
-                "entropy": entropy,
-                "entropy_coef": entropy_coef,
-                "value_loss": value_loss,
-                "huber_delta": huber_delta,
-                "aggregation": aggregation,
-                "norm_length": norm_length,
-                "denominator": denominator,
-                "scale": scale,
-                "row_counts": row_counts,
-            }
-        )
-    cliprange = check.not_negative("ppo_loss", "cliprange", cliprange)
-    cliprange_value = check.not_negative("ppo_loss", "cliprange_value", cliprange_value)
-    vf_coef = check.finite("ppo_loss", "vf_coef", vf_coef)
-    ratio_threshold = _ppo_options.threshold("ppo_loss", ratio_threshold)
-    tensors = logprobs, old_logprobs, advantages, vpreds, values, returns
-    coefficients = cliprange, cliprange_value, vf_coef, ratio_threshold
-    outputs = _run_unprepared(tensors, mask, coefficients)
+    plan = _ppo_options_run.plan(
+        "ppo_loss",
+        cliprange,
+        cliprange_value,
+        vf_coef,
+        ratio_threshold,
+        dual_clip,
+        log_ratio_clamp,
+        ratio_level,
+        policy_loss,
+        kl_coef,
+        kl_estimator,
+        kl_gradient,
+        entropy_coef,
+        value_loss,
+        huber_delta,
+        aggregation,
+        norm_length,
+        scale,
+        vpreds is not None,
+        weights is not None,
+        ref_logprobs is not None,
+        entropy is not None,
+        denominator is not None,
+        row_counts is not None,
+    )
+    tensors: list[Any] = [logprobs, old_logprobs, advantages, vpreds, values, returns]
+    if not plan.plain:
+        tensors += weights, ref_logprobs, entropy
+    outputs = _run_unprepared(tensors, mask, denominator, row_counts, plan)
     if outputs is None:
-        tensors, mask = _prepare(tensors, mask)
-        logprobs, _, _, vpreds, _, _ = tensors
-        if not _native.available(logprobs.device.type):
-            return reference.ppo_loss(**dict(zip(_ARGUMENTS, (*tensors, mask, *coefficients))))
-        outputs = _run(tensors, mask, coefficients)
-    loss, vector, ratio, counted_advantages, grad_logprobs, grad_vpreds = outputs
-    if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
-        loss = _PPOLoss.apply(logprobs, vpreds, (loss, vector, grad_logprobs, grad_vpreds))
-    else:
-        check.no_tangent("ppo_loss", "logprobs", logprobs)
-        check.no_tangent("ppo_loss", "vpreds", vpreds)
-    stats = dict(zip(STAT_NAMES, vector.unbind()))
-    stats["policy/advantages"] = counted_advantages
-    stats["policy/ratio"] = ratio
-    return loss, stats
+        given: dict[str, Any] = {
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "vpreds": vpreds,
+            "values": values,
+            "returns": returns,
+            "mask": mask,
+            "cliprange_value": cliprange_value,
+            "vf_coef": vf_coef,
+            "ratio_threshold": ratio_threshold,
+            "dual_clip": dual_clip,
+            "log_ratio_clamp": log_ratio_clamp,
+            "ratio_level": ratio_level,
+            "policy_loss": policy_loss,
+            "weights": weights,
+            "ref_logprobs": ref_logprobs,
+            "kl_coef": kl_coef,
+            "kl_estimator": kl_estimator,
+            "kl_gradient": kl_gradient,
+            "entropy": entropy,
+            "entropy_coef": entropy_coef,
+            "value_loss": value_loss,
+            "huber_delta": huber_delta,
+            "aggregation": aggregation,
+            "norm_length": norm_length,
+            "denominator": denominator,
+            "scale": scale,
+            "row_counts": row_counts,
+            "cliprange": plan.numbers[0] if plan.plain else tuple(plan.numbers[:2]),
+        }
+        given |= _ppo_options_run.prepare("ppo_loss", given, _ppo_options_run.FLOATS, "logprobs")
+        if not _native.available(given["logprobs"].device.type):
+            of_tokens = given["logprobs"], given["mask"]
+            _ppo_options_run.denominators("ppo_loss", given, "logprobs", *of_tokens, plan.numbers)
+            return reference.ppo_loss(**given)
+        logprobs, vpreds, entropy = (given[name] for name in ("logprobs", "vpreds", "entropy"))
+        tensors = [given[name] for name in _ppo_options_run.FLOATS[: len(tensors)]]
+        tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
+        outputs = _run(tensors, given["mask"], denominator, row_counts, plan)
+    results = _results if plan.plain else _ppo_options_run.results
+    return results(outputs, logprobs, vpreds, entropy, plan)
