@@ -41,8 +41,9 @@ def _commit():
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # what is saved while it is measured is no change of the code
-        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!bench/evidence")
+        # what is saved while it is measured is no change of the code, nor are the pages that show it
+        saved = (":!bench/results", ":!bench/evidence", ":!docs", ":!README.md")
+        changed = git("status", "--porcelain", "-uno", "--", ".", *saved)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PPO_EXT_COMMIT", "unknown")  # set where the checkout was copied without its history
