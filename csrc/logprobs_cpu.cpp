@@ -67,9 +67,11 @@ void backward_rows(const LogprobsBackwardJob<T, A>& job, int64_t begin, int64_t 
 void check_labels(const Tensor& labels, const bool* mask, int64_t V) {
   const int64_t* ids = pointer<int64_t>(labels);
   for (int64_t n = 0; n < labels.numel(); ++n)
-    if ((!mask || mask[n]) && (ids[n] < 0 || ids[n] >= V))
+    if ((!mask || mask[n]) && (ids[n] < 0 || ids[n] >= V)) {
+      const char* const hint = ids[n] == -100 ? "; leave rows without a label out by the mask" : "";
       reject("logprobs", "labels" + position_text(labels, labels.dim(), n),
-             "be an id in [0, " + std::to_string(V) + ")", ids[n]);
+             "be an id in [0, " + std::to_string(V) + ")", std::to_string(ids[n]) + hint);
+    }
 }
 
 struct OnCPU {

@@ -520,7 +520,7 @@ def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
     arguments["labels"][1, 2] = label
     with pytest.raises(ValueError) as error:
         op.run(arguments)
-    hint = "; leave rows without a label out by the mask" if op.on_hidden and label == -100 else ""
+    hint = "; leave rows without a label out by the mask" if label == -100 else ""
     assert str(error.value) == f"{op.name}: labels[1, 2] must be an id in [0, 7), got {label}{hint}"
     arguments["mask"][1, 2] = 0
     masked = op.run(arguments)
@@ -534,7 +534,8 @@ def test_ids_outside_the_vocabulary_are_never_read(op, dtype, label):
 def test_ids_outside_the_vocabulary_of_one_row():
     with pytest.raises(ValueError) as error:
         ppo_ext.logprobs(torch.zeros(7), torch.tensor(-100, dtype=torch.int32))
-    assert str(error.value) == "logprobs: labels[] must be an id in [0, 7), got -100"
+    sentence = "logprobs: labels[] must be an id in [0, 7), got -100; leave rows without a label out by the mask"
+    assert str(error.value) == sentence
 
 
 @each_op

@@ -345,7 +345,8 @@ def test_check_labels_raises_once(device, monkeypatch):
 def test_rejects_ids_outside_the_vocabulary(label):
     inputs = logits_inputs((2, 3, 7), torch.float32)
     inputs["labels"][1, 2] = label
-    with pytest.raises(ValueError, match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}$"):
+    hint = "; leave rows without a label out by the mask" if label == -100 else ""
+    with pytest.raises(ValueError, match=rf"labels\[1, 2\] must be an id in \[0, 7\), got {label}{hint}$"):
         ppo_ext.logprobs(inputs["logits"], inputs["labels"])
 
 

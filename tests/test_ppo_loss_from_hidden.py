@@ -173,7 +173,7 @@ def test_no_other_memory_of_the_size_of_the_logits(device, monkeypatch):
     assert sorted(made) == [(15, 300), (300, 4)]
 
 
-def test_a_large_tensor_may_be_of_large_pages(monkeypatch):
+def test_the_memory_of_a_large_tensor_is_made_present(monkeypatch):
     advised = []
     monkeypatch.setattr(_pages, "_advise", lambda: lambda *arguments: advised.append(arguments))
     x = _pages.new_empty(torch.empty(0), 3 << 20, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Large new tensors on a CPU, in large pages of memory.
+"""Large new tensors on a CPU, whose memory is made present in one call, as in csrc/common/pages.h.
 
 The system gives a new tensor pages of 4 KB, each of which costs a fault when it is first written: for the gradient of a
-head as long as a third of the matrix product that fills it. Where the system has pages of 2 MB and leaves the choice to
-the program, it is asked for these.
+head as long as a third of the matrix product that fills it. Pages of 2 MB would take fewer faults, but in a virtual
+machine whose host takes free memory back such a fault may last milliseconds.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 
 _LEAST = 4 << 20  # bytes; smaller blocks come from memory that is there already
 _PAGE = 4096
-_HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux
 
 
 @functools.cache
@@ -31,10 +31,10 @@ def _advise() -> Callable[..., int] | None:
 
 
 def new_empty(like: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """`like.new_empty`. That the system may refuse large pages is no error: then it gives small ones."""
+    """`like.new_empty`. That the system may refuse the call is no error: then the pages fault one by one."""
     x = like.new_empty(shape, dtype=dtype)
     size = x.numel() * x.element_size()
     if x.device.type == "cpu" and size >= _LEAST and (advise := _advise()):
         start = -(-x.data_ptr() // _PAGE) * _PAGE
-        advise(start, (x.data_ptr() + size - start) // _PAGE * _PAGE, _HUGE_PAGES)
+        advise(start, (x.data_ptr() + size - start) // _PAGE * _PAGE, _POPULATE_WRITE)
     return x
