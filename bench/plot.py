@@ -154,7 +154,14 @@ def floor_shares(rows, styles):
 def memory(rows, styles):
     """Peak memory beyond the inputs, in buffers of the logits' size; a gradient of its own is one."""
     cases = [
-        (title, {row["implementation"]: row["peak_buffers"] for row in group if "peak_buffers" in row})
+        (
+            title,
+            {
+                row["implementation"]: row["peak_buffers"]
+                for row in group
+                if "peak_buffers" in row and not is_floor(row)
+            },
+        )
         for title, group in _selected(rows)
     ]
     return _dots(cases, styles, "peak memory beyond the inputs, in buffers of the logits' size", mark=1.0)

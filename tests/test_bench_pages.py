@@ -183,6 +183,7 @@ def test_rendering_is_deterministic_and_shows_losses(tmp_path):
     pytest.importorskip("matplotlib")
     everything = _some_rows() + _sweep("T", suite.OURS, [(8, 1.0), (80, 10.0), (800, 100.0)])
     everything[0]["peak_buffers"] = 1.0
+    everything.append(_row(suite.PRODUCTS, 1.0, peak_buffers=0.0))  # a floor, as the memory floor is: in no plot
     pages = []
     for folder in ("first", "second"):
         results = tmp_path / folder / "results"
