@@ -594,8 +594,8 @@ MUTANTS = (
         "the advantages stand in for the mask",
         PYTHON,
         "ppo_ext/ops/ppo_loss.py",
-        "for x in tensors), mask, *coefficients)",
-        "for x in tensors), tensors[2] != 0, *coefficients)",
+        "return _forward(*tensors, mask, *plan.numbers)",
+        "return _forward(*tensors, tensors[2] != 0, *plan.numbers)",
         "test_ppo_loss.py",
     ),
     Mutant(
