@@ -64,7 +64,7 @@ OPERATORS = {
     )
 }
 # Of the operator with options, where all are off: NUMBERS and CHOICES of ppo_ext/ops/_ppo_options.py.
-NO_OPTIONS = ([0.2, 0.2, 0.2, 0.1, float("inf"), 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0], [0] * 6)
+NO_OPTIONS = [0.2, 0.2, 0.2, 0.1, float("inf"), 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0, *[0.0] * 6]
 SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T] of the selection and of the full list
 
 

@@ -27,7 +27,7 @@ def _loss(inputs, op):
 
 def _operator(inputs):
     head = (inputs["hidden"], inputs["weight"], inputs["labels"], None, None)
-    tokens = (*(inputs[name] for name in _PER_TOKEN), None, None, None, None, *bench_ppo_loss.NO_OPTIONS)
+    tokens = (*(inputs[name] for name in _PER_TOKEN), None, None, None, None, bench_ppo_loss.NO_OPTIONS)
     return torch.ops.ppo_ext._ppo_loss_from_hidden.default(*head, *tokens, *_NUMBERS, True, True, False, None)
 
 

@@ -29,7 +29,7 @@ def _operators(x):
         x["logits"], x["labels"], x["mask"], None, 1.0, True, None
     )
     tokens = (logprobs, *(x[name] for name in _PER_TOKEN), None, None, entropy, None, None)
-    return torch.ops.ppo_ext._ppo_loss_options.default(*tokens, *bench_ppo_loss.NO_OPTIONS)
+    return torch.ops.ppo_ext._ppo_loss_options.default(*tokens, bench_ppo_loss.NO_OPTIONS)
 
 
 OPS = {"ppo_loss_from_logits": Op(_loss, ("logits",))}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
@@ -23,8 +24,9 @@ struct PPOOptionsBackwardJob {
 
 // ---- checks ----
 
-// The order of `numbers` and CHOICES in ppo_ext/ops/_ppo_options.py, which checks their ranges and combinations.
-inline PPOOptions ppo_options_of(const std::vector<double>& numbers, const std::vector<int64_t>& choices) {
+// `numbers`: NUMBERS and then CHOICES of ppo_ext/ops/_ppo_options.py, which checks their ranges and combinations. They are
+// one list because torch takes as long to convert one number that is an argument of its own as ten entries of a list.
+inline PPOOptions ppo_options_of(const std::vector<double>& numbers) {
   PPOOptions options{};
   double* const fields[] = {&options.clip_low,
                             &options.clip_high,
@@ -39,19 +41,21 @@ inline PPOOptions ppo_options_of(const std::vector<double>& numbers, const std::
                             &options.norm_length,
                             &options.denominator,
                             &options.scale};
-  int* const names[] = {&options.ratio_level, &options.policy_loss, &options.kl_estimator,
-                        &options.kl_gradient, &options.value_loss,  &options.aggregation};
-  const int limits[] = {kPPORatioLevels, kPPOPolicyLosses, kPPOKLEstimators,
-                        kPPOKLGradients, kPPOValueLosses,  kPPOAggregations};
-  if (numbers.size() != std::size(fields)) reject("ppo_loss", "numbers", "have 13 entries", numbers.size());
-  if (choices.size() != std::size(names)) reject("ppo_loss", "choices", "have 6 entries", choices.size());
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    if (numbers[i] != numbers[i]) reject("ppo_loss", "numbers", "be numbers", numbers[i]);
-    *fields[i] = numbers[i];
+  const std::pair<int*, int> choices[] = {
+      {&options.ratio_level, kPPORatioLevels},   {&options.policy_loss, kPPOPolicyLosses},
+      {&options.kl_estimator, kPPOKLEstimators}, {&options.kl_gradient, kPPOKLGradients},
+      {&options.value_loss, kPPOValueLosses},    {&options.aggregation, kPPOAggregations}};
+  if (numbers.size() != std::size(fields) + std::size(choices))
+    reject("ppo_loss", "numbers", "have 19 entries", numbers.size());
+  const double* next = numbers.data();
+  for (double* field : fields) {
+    if (*next != *next) reject("ppo_loss", "numbers", "be numbers", *next);
+    *field = *next++;
   }
-  for (size_t i = 0; i < choices.size(); ++i) {
-    if (choices[i] < 0 || choices[i] >= limits[i]) reject("ppo_loss", "choices", "be the numbers of names", choices[i]);
-    *names[i] = int(choices[i]);
+  for (const auto& [field, limit] : choices) {
+    if (!(*next >= 0 && *next < limit && *next == int(*next)))
+      reject("ppo_loss", "numbers", "end with the numbers of names", *next);
+    *field = int(*next++);
   }
   return options;
 }
@@ -73,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
     Tensor logprobs, Tensor old_logprobs, Tensor advantages, std::optional<Tensor> vpreds, std::optional<Tensor> values,
     std::optional<Tensor> returns, Tensor mask, std::optional<Tensor> weights, std::optional<Tensor> ref_logprobs,
     std::optional<Tensor> entropy, std::optional<Tensor> denominator, std::optional<Tensor> row_counts,
-    std::vector<double> numbers, std::vector<int64_t> choices) {
-  const PPOOptions options = ppo_options_of(numbers, choices);
+    std::vector<double> numbers) {
+  const PPOOptions options = ppo_options_of(numbers);
   require_float_or_double("ppo_loss", "logprobs", logprobs);
   require_token_tensors_like("ppo_loss", logprobs,
                              {{"logprobs", logprobs}, {"old_logprobs", old_logprobs}, {"advantages", advantages}});

@@ -73,9 +73,12 @@ INTERNAL_NUMBERS = {
     "level": (1, r"be in \[0, 3\)", (-1, 3, 2**62, -(2**62))),
     "low": (0.5, r"lie in \[0, high\]", (-1.0, 1e30, math.nan, math.inf)),
     "high": (2.0, "be a finite number", (math.nan, math.inf)),
-    # the options of ppo_loss, in lists
-    "numbers": ([0.2] * 13, "(have 13 entries|be numbers)", ([], [0.2] * 12, [0.2] * 14, [math.nan] * 13)),
-    "choices": ([0, 0, 0, 0, 0, 1], "(have 6 entries|be the numbers of names)", ([], [0] * 7, [-1] * 6, [9] * 6)),
+    # the options of ppo_loss: 13 numbers, and the places of 6 names
+    "numbers": (
+        [*[0.2] * 13, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+        "(have 19 entries|be numbers|end with the numbers of names)",
+        ([], [0.2] * 13, [0.0] * 20, [math.nan] * 19, *([*[0.2] * 13, *[x] * 6] for x in (-1.0, 9.0, 0.5, math.nan))),
+    ),
 }
 
 

@@ -82,7 +82,7 @@ DEFAULTS = {
     "scale": 1.0,
     "row_counts": None,
 }
-# The order of ppo_options_of in csrc/ppo_loss_options_entry.h.
+# The order of ppo_options_of in csrc/ppo_loss_options_entry.h, where CHOICES come after them.
 NUMBERS = (
     "clip_low",
     "clip_high",

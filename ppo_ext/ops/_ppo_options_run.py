@@ -24,7 +24,7 @@ _DENOMINATOR, _DUAL_CLIP = (_ppo_options.NUMBERS.index(name) for name in ("denom
 _forward, _forward_name = _native.define(
     "_ppo_loss_options(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values,"
     " Tensor? returns, Tensor mask, Tensor? weights, Tensor? ref_logprobs, Tensor? entropy, Tensor? denominator,"
-    " Tensor? row_counts, float[] numbers, int[] choices)"
+    " Tensor? row_counts, float[] numbers)"
     " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs,"
     " Tensor grad_vpreds, Tensor grad_entropy)"
 )
@@ -98,12 +98,14 @@ _MOST_PLANS = 64
 
 
 class Plan(NamedTuple):
-    """What the options ask for. plain: whether none is on. numbers, choices: those of the operator; a plain loss has its
-    four coefficients alone. names: the statistics in the operator's order, None for the factor of the saved gradients."""
+    """What the options ask for.
+
+    plain: whether none is on. numbers: those of the operator, of NUMBERS and then of CHOICES; a plain loss has its four
+    coefficients alone. names: the statistics in the operator's order, None for the factor of the saved gradients.
+    """
 
     plain: bool
     numbers: list[float]
-    choices: list[int]
     names: tuple[str | None, ...]
 
 
@@ -137,11 +139,12 @@ def _new_plan(op: str, key: tuple) -> Plan:
     given = dict(zip((*_SCALARS, *_TENSORS), (*key[: len(_SCALARS)], *tensors)))
     options = {name: given[name] if name in _SCALARS else given[name] or None for name in _ppo_options.DEFAULTS}
     if _ppo_options.is_plain(critic or None, given["cliprange"], given["cliprange_value"], options):
-        return Plan(True, _ppo_options.coefficients(op, given), [], _ppo_options.STAT_NAMES)
+        return Plan(True, _ppo_options.coefficients(op, given), _ppo_options.STAT_NAMES)
     found, values = _ppo_options.choices(op, given), _ppo_options.numbers(op, given)
     _ppo_options.combination(op, found, given, values)
     on = (given["dual_clip"] is not None, *tensors[:3])
-    return Plan(False, values, found, (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on)))
+    names = (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on))
+    return Plan(False, [*values, *map(float, found)], names)
 
 
 def plan_of(op: str, given: dict[str, Any]) -> Plan:
@@ -168,7 +171,7 @@ def run_operator(tensors, mask, denominator, row_counts, plan):
     if denominator is not None or row_counts is not None:
         given = {"denominator": denominator, "row_counts": row_counts}
         numbers, total, counts = denominators("ppo_loss", given, "logprobs", tensors[0], mask, numbers)
-    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers, plan.choices)
+    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers)
 
 
 def results(outputs, logprobs, vpreds, entropy, plan):

@@ -15,10 +15,11 @@ _TENSORS = ("old_logprobs", "advantages", "vpreds", "values", "returns", "weight
 # The arguments of an operator that come after those of the log-probabilities, and what it returns first.
 ARGUMENTS = (
     "Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values, Tensor? returns, Tensor mask,"
-    " Tensor? weights, Tensor? ref_logprobs, Tensor? denominator, Tensor? row_counts, float[] numbers, int[] choices"
+    " Tensor? weights, Tensor? ref_logprobs, Tensor? denominator, Tensor? row_counts, float[] numbers"
 )
 RESULTS = "Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_vpreds"
 _OF_TOKENS = 8  # so many of them have the shape of the tokens
+_NUMBERS = (*NUMBERS, *CHOICES)
 
 
 class Tokens(NamedTuple):
@@ -35,17 +36,16 @@ class Tokens(NamedTuple):
     denominator: torch.Tensor | None
     row_counts: torch.Tensor | None
     numbers: list[float]
-    choices: list[int]
 
     def number(self, name: str) -> float:
-        return self.numbers[NUMBERS.index(name)]
+        return self.numbers[_NUMBERS.index(name)]
 
     def with_number(self, name: str, x: float) -> "Tokens":
-        place = NUMBERS.index(name)
+        place = _NUMBERS.index(name)
         return self._replace(numbers=[*self.numbers[:place], x, *self.numbers[place + 1 :]])
 
     def choice(self, name: str) -> str:
-        return CHOICES[name][self.choices[list(CHOICES).index(name)]]
+        return CHOICES[name][int(self.number(name))]
 
     def of_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
         """The tokens that `rows` selects of each tensor, for `row_gradients`."""
@@ -85,7 +85,7 @@ def prepare(op: str, given: dict[str, Any], labels: torch.Tensor, dtype: torch.d
     first, mask = found["old_logprobs"], found["mask"]
     numbers, total, counts = _ppo_options_run.denominators(op, given, "labels", first, mask, plan.numbers)
     tensors: list[Any] = [found.get(name) for name in Tokens._fields[:_OF_TOKENS]]
-    return Tokens(*[*tensors, total, counts, numbers, plan.choices]), plan.names
+    return Tokens(*[*tensors, total, counts, numbers]), plan.names
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -106,8 +106,8 @@ def by_sequence(tokens: Tokens) -> bool:
 def shares(tokens: Tokens) -> torch.Tensor:
     """What the terms of each token are multiplied by in the loss, which is known before the first log-probability: the
     gradient of an entropy that is added. Refuses what the operator of ppo_loss does."""
-    if len(tokens.numbers) != len(NUMBERS):
-        check.fail("ppo_loss", "numbers", f"have {len(NUMBERS)} entries", len(tokens.numbers))
+    if len(tokens.numbers) != len(_NUMBERS):
+        check.fail("ppo_loss", "numbers", f"have {len(_NUMBERS)} entries", len(tokens.numbers))
     plain = tokens.with_number("entropy_coef", -1.0).with_number("ratio_threshold", math.inf)
     logprobs = tokens.old_logprobs
     loss, stats, _, _, grad_logprobs, _, grad_entropy = _outputs(logprobs, torch.zeros_like(logprobs), plain)
@@ -119,8 +119,7 @@ def row_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of the loss with respect to some rows' log-probabilities and entropies (None if it has none), before
     it is known whether the ratio guard skips the minibatch. tokens: of `of_rows`; share: these rows of `shares`."""
-    choices = [0 if name == "aggregation" else x for name, x in zip(CHOICES, tokens.choices)]
-    alone = tokens._replace(choices=choices, denominator=None, row_counts=None)
+    alone = tokens._replace(denominator=None, row_counts=None).with_number("aggregation", 0.0)
     grad = _outputs(logprobs, None, alone.with_number("entropy_coef", 0.0))[4]
     coefficient = tokens.number("entropy_coef")
     of_entropy = None if coefficient == 0 else (-coefficient * share).to(logprobs.dtype)
