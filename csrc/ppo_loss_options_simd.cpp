@@ -33,11 +33,27 @@ struct RowSums : PPOSummed<LaneSum>, PPOOptionSummed<LaneSum> {
   V ratio_max, ratio_min;
   double rows;
 
-  PPO_INLINE void add(const PPOOptionToken<V>& x, const PPOOptionTerms<V>& terms, condition_of<A> counts) {
+  PPO_INLINE void add(const PPOOptionToken<V>& x, const PPOOptionTerms<V>& terms, condition_of<A> counts,
+                      const PPOOptionsJob<A>& job, const PPOOptions& options) {
     const V zero = Number<V>::of(0), weights = counts ? Number<V>::of(1) : zero;
     const auto add = [&](LaneSum& sum, V term) PPO_INLINE_LAMBDA { sum.add(counts ? term : zero); };
     this->for_each(terms, add);
-    this->for_each_option(terms, add);
+    add(this->k3, terms.k3);
+    add(this->low, terms.low);
+    add(this->high, terms.high);
+    if (options.dual_clip > 0) add(this->dual, terms.dual);
+    if (job.weights) {
+      add(this->weight, terms.weight);
+      add(this->weight_zero, terms.weight_zero);
+    }
+    if (job.ref_logprobs) {
+      add(this->loss_kl, terms.loss_kl);
+      add(this->ref_kl, terms.ref_kl);
+    }
+    if (job.entropy) {
+      add(this->loss_entropy, terms.loss_entropy);
+      add(this->entropy, terms.entropy);
+    }
     returns.add(x.ret, weights);
     values.add(x.value, weights);
     ratio_max = counts ? max_or_nan(ratio_max, terms.ratio) : ratio_max;
@@ -108,7 +124,7 @@ PPO_INLINE void fill_row(const PPOOptionsJob<A>& job, const PPORow<A>& row, int6
     const PPOOptionToken<V> x =
         ppo_read_options<V>(job, [&](const A* from) PPO_INLINE_LAMBDA { return load_counted(from, i, n, counts); });
     const PPOOptionTerms<V> terms = ppo_option_terms(x, wide, job, options);
-    sums.add(x, terms, counts);
+    sums.add(x, terms, counts, job, options);
     slopes.add(counts ? terms.grad_row : zero);
     ppo_write_options(terms, job, [&](V y, A* to) PPO_INLINE_LAMBDA { store_some(to, i, n, counts ? y : zero); });
   });
