@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, _ppo_options, check
+from ._statistics import read, unread
 
 FLOATS = (
     "logprobs",
@@ -49,20 +50,22 @@ def _(grad_loss, stats, grad_logprobs, *others):
     return tuple(grad_logprobs.new_empty(0) if x is None else torch.empty_like(x) for x in (grad_logprobs, *others))
 
 
-class _PPOLossOptions(torch.autograd.Function):
+class PPOLossOptions(torch.autograd.Function):
     """The loss, as `_PPOLoss` in ppo_loss.py; vpreds and entropy may be None."""
 
     @staticmethod
     def forward(ctx, logprobs, vpreds, entropy, outputs):
-        loss, ctx.stats, *grads = outputs
-        ctx.grads = [None if x is None else grad for x, grad in zip((logprobs, vpreds, entropy), grads)]
+        loss, ctx.stats, *ctx.grads = outputs
         return loss.view_as(loss) if torch.compiler.is_compiling() else loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         check.no_gradient_of_gradient("ppo_loss", grad_loss)
-        found = _backward(grad_loss, ctx.stats, *ctx.grads)
-        return *(None if grad is None else x for grad, x in zip(ctx.grads, found)), None
+        _, *needs = ctx.needs_input_grad[:3]
+        of_logprobs, *others = ctx.grads
+        others = [grad if need else None for grad, need in zip(others, needs)]
+        of_logprobs, *found = _backward(grad_loss, ctx.stats, of_logprobs, *others)
+        return of_logprobs, *(x if need else None for x, need in zip(found, needs)), None
 
 
 def prepare(
@@ -101,7 +104,8 @@ class Plan(NamedTuple):
     """What the options ask for.
 
     plain: whether none is on. numbers: those of the operator, of NUMBERS and then of CHOICES; a plain loss has its four
-    coefficients alone. names: the statistics in the operator's order, None for the factor of the saved gradients.
+    coefficients alone. names: the statistics in the operator's order, None for the factor of the saved gradients, and for
+    those of a critic where there is none.
     """
 
     plain: bool
@@ -143,8 +147,9 @@ def _new_plan(op: str, key: tuple) -> Plan:
     found, values = _ppo_options.choices(op, given), _ppo_options.numbers(op, given)
     _ppo_options.combination(op, found, given, values)
     on = (given["dual_clip"] is not None, *tensors[:3])
-    names = (*_ppo_options.STAT_NAMES, None, *_ppo_options.option_names(*on))
-    return Plan(False, [*values, *map(float, found)], names)
+    left_out = () if critic else _ppo_options.OF_CRITIC
+    names = (None if name in left_out else name for name in _ppo_options.STAT_NAMES)
+    return Plan(False, [*values, *map(float, found)], (*names, None, *_ppo_options.option_names(*on)))
 
 
 def plan_of(op: str, given: dict[str, Any]) -> Plan:
@@ -174,25 +179,6 @@ def run_operator(tensors, mask, denominator, row_counts, plan):
     return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers)
 
 
-def results(outputs, logprobs, vpreds, entropy, plan):
-    """The loss, connected to what it depends on, and the dict of statistics."""
-    loss, vector, ratio, advantages, *grads = outputs
-    leaves = {"logprobs": logprobs, "vpreds": vpreds, "entropy": entropy}
-    given = [x for x in leaves.values() if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        loss = _PPOLossOptions.apply(*leaves.values(), (loss, vector, *grads))
-    else:
-        for name, x in leaves.items():
-            if x is not None:
-                check.no_tangent("ppo_loss", name, x)
-    return loss, named_stats(plan.names, vector, vpreds is not None, advantages, ratio)
-
-
-def named_stats(names, vector, critic, advantages, ratio):
-    stats = dict(zip(names, vector.unbind()))
-    stats.pop(None, None)
-    if not critic:
-        stats = {name: x for name, x in stats.items() if name not in _ppo_options.OF_CRITIC}
-    stats["policy/advantages"] = advantages
-    stats["policy/ratio"] = ratio
-    return stats
+def named_stats(names, vector, advantages, ratio):
+    make = read if torch.compiler.is_compiling() else unread
+    return make(names, vector, {"policy/advantages": advantages, "policy/ratio": ratio})

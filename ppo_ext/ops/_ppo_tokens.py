@@ -150,9 +150,8 @@ def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], toke
             grad.masked_fill_(skipped, 0)
 
 
-def named_stats(found: TokenLoss, tokens: Tokens, names: tuple) -> dict[str, torch.Tensor]:
-    critic = tokens.vpreds is not None
-    return _ppo_options_run.named_stats(names, found.stats, critic, found.counted_advantages, found.ratio)
+def named_stats(found: TokenLoss, names: tuple) -> dict[str, torch.Tensor]:
+    return _ppo_options_run.named_stats(names, found.stats, found.counted_advantages, found.ratio)
 
 
 # ---- the backward pass ----------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class _PPOLoss(torch.autograd.Function):
     """The loss. The forward pass has computed its gradients but for a factor, which the backward pass applies."""
 
     @staticmethod
-    def forward(ctx, logprobs, vpreds, outputs):
+    def forward(ctx, logprobs, vpreds, entropy, outputs):
         # Only inputs and outputs of this function need save_for_backward; an attribute is faster.
         loss, *ctx.saved = outputs
         # torch 2.10 cannot trace a function that returns a tensor of its caller's as it is
@@ -46,7 +46,7 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         check.no_gradient_of_gradient("ppo_loss", grad_loss)
-        return *_backward(grad_loss, *ctx.saved), None
+        return *_backward(grad_loss, *ctx.saved), None, None
 
 
 def _run(tensors, mask, denominator, row_counts, plan):
@@ -83,15 +83,21 @@ def _run_unprepared(tensors, mask, denominator, row_counts, plan):
         return None
 
 
-def _results(outputs, logprobs, vpreds, _, plan):
+def _results(outputs, logprobs, vpreds, entropy, plan):
     """The loss, connected to what it depends on, and the dict of statistics."""
     loss, vector, ratio, counted_advantages, *grads = outputs
-    if (logprobs.requires_grad or vpreds.requires_grad) and torch.is_grad_enabled():
-        loss = _PPOLoss.apply(logprobs, vpreds, (loss, vector, *grads))
+    if torch.is_grad_enabled() and (
+        logprobs.requires_grad
+        or (vpreds is not None and vpreds.requires_grad)
+        or (entropy is not None and entropy.requires_grad)
+    ):
+        function = _PPOLoss if plan.plain else _ppo_options_run.PPOLossOptions
+        loss = function.apply(logprobs, vpreds, entropy, (loss, vector, *grads))
     else:
-        check.no_tangent("ppo_loss", "logprobs", logprobs)
-        check.no_tangent("ppo_loss", "vpreds", vpreds)
-    return loss, _ppo_options_run.named_stats(plan.names, vector, True, counted_advantages, ratio)
+        for name, x in (("logprobs", logprobs), ("vpreds", vpreds), ("entropy", entropy)):
+            if x is not None:
+                check.no_tangent("ppo_loss", name, x)
+    return loss, _ppo_options_run.named_stats(plan.names, vector, counted_advantages, ratio)
 
 
 def ppo_loss(
@@ -271,5 +277,4 @@ def ppo_loss(
         tensors = [given[name] for name in _ppo_options_run.FLOATS[: len(tensors)]]
         tensors = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
         outputs = _run(tensors, given["mask"], denominator, row_counts, plan)
-    results = _results if plan.plain else _ppo_options_run.results
-    return results(outputs, logprobs, vpreds, entropy, plan)
+    return _results(outputs, logprobs, vpreds, entropy, plan)

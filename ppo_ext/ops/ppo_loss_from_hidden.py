@@ -160,7 +160,7 @@ def _apply(hidden, weight, labels, bias, temperatures, tokens, names, numbers, n
     if any(needs):
         outputs = (found.loss, grad_hidden, grad_weight, grad_bias, found.grad_vpreds)
         found = found._replace(loss=_PPOLossFromHidden.apply(*leaves, outputs))
-    return found.loss, _ppo_tokens.named_stats(found, tokens, names)
+    return found.loss, _ppo_tokens.named_stats(found, names)
 
 
 def ppo_loss_from_hidden(

@@ -126,7 +126,7 @@ def _apply(logits, labels, temperatures, temperature, noted, tokens, names, inpl
             loss = _PPOLossFromLogits.apply(
                 logits, vpreds, loss, rows, row_grads, found.grad_vpreds, temperature, inplace_backward
             )
-    return loss, _ppo_tokens.named_stats(found, tokens, names)
+    return loss, _ppo_tokens.named_stats(found, names)
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------

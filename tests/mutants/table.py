@@ -599,6 +599,15 @@ MUTANTS = (
         "test_ppo_loss.py",
     ),
     Mutant(
+        "a dict that nobody has read compares as it is",
+        PYTHON,
+        "ppo_ext/ops/_statistics.py",
+        "for x in args:",
+        "for x in args[:1]:",
+        "test_ppo_loss_statistics.py",
+        "compare",
+    ),
+    Mutant(
         "the mask is applied after the recursion",
         PYTHON,
         "ppo_ext/ops/gae.py",
