@@ -6,6 +6,7 @@ multiplied by the factor. TRL's loss also computes the entropy of the logits, wh
 logprobs_and_entropy. Checked are both gradients, the loss, and those statistics that an implementation returns.
 
 "+dual_clip" is the policy loss that the frameworks have in common, without a critic; its loss and gradient are checked.
+"+two_bounds" and "+all_options" show what options cost on the host.
 """
 
 import functools
@@ -39,8 +40,8 @@ _STATS = (
 )
 
 
-def _loss_and_stats(inputs, op):
-    loss, stats = op(**{name: inputs[name] for name in _PER_TOKEN})
+def _loss_and_stats(inputs, op, tensors=()):
+    loss, stats = op(**{name: inputs[name] for name in (*_PER_TOKEN, *tensors)})
     return loss, *(stats[name] for name in _STATS if name in stats)
 
 
@@ -56,15 +57,53 @@ def clipped_twice(logprobs, old_logprobs, advantages, mask, op=ppo_ext.ppo_loss)
 
 OPS = {"ppo_loss": Op(_loss_and_stats, ("logprobs", "vpreds"))}
 CLIPPED_TWICE, _POLICY = "ppo_loss+dual_clip", Op(_policy_loss, ("logprobs",))
+_TENSORS = ("weights", "ref_logprobs", "entropy")
+TWO_BOUNDS, ALL_OPTIONS = "ppo_loss+two_bounds", "ppo_loss+all_options"
+OPTIONS = {
+    TWO_BOUNDS: {"cliprange": (0.2, 0.28)},
+    ALL_OPTIONS: {
+        "cliprange": (0.2, 0.28),
+        "dual_clip": 3.0,
+        "log_ratio_clamp": 20.0,
+        "kl_coef": 0.1,
+        "kl_estimator": "k3",
+        "entropy_coef": 0.01,
+        "value_loss": "huber",
+        "scale": 0.5,
+    },
+}
+# Of the operator with options, where all are off: NUMBERS and CHOICES of ppo_ext/ops/_ppo_options.py.
+NO_OPTIONS = [0.2, 0.2, 0.2, 0.1, float("inf"), 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0, *[0.0] * 6]
+
+
+def _with_options(numbers, *given):
+    """The operators with options, where `given` are the tensors that there are."""
+
+    def forward(x):
+        others = (x[name] if name in given else None for name in _TENSORS)
+        return torch.ops.ppo_ext._ppo_loss_options.default(
+            *(x[name] for name in _PER_TOKEN), *others, None, None, numbers
+        )
+
+    def backward(x, out):
+        grads = out[4:] if "entropy" in given else (*out[4:6], None)
+        return torch.ops.ppo_ext._ppo_loss_options_backward.default(x["one"], out[1], *grads)[:2]
+
+    return Operators(forward, 1, backward)
+
+
 OPERATORS = {
     "ppo_loss": Operators(
         lambda x: torch.ops.ppo_ext._ppo_loss.default(*(x[name] for name in _PER_TOKEN), 0.2, 0.2, 0.1, float("inf")),
         1,
         lambda x, out: torch.ops.ppo_ext._ppo_loss_backward.default(x["one"], out[1], *out[4:]),
-    )
+    ),
+    TWO_BOUNDS: _with_options([0.2, 0.28, *NO_OPTIONS[2:]]),
+    ALL_OPTIONS: _with_options(
+        [0.2, 0.28, 0.2, 0.1, float("inf"), 3.0, 20.0, 0.1, 0.01, 10.0, 0.0, 0.0, 0.5, 0.0, 0.0, 2.0, 0.0, 1.0, 0.0],
+        *_TENSORS,
+    ),
 }
-# Of the operator with options, where all are off: NUMBERS and CHOICES of ppo_ext/ops/_ppo_options.py.
-NO_OPTIONS = [0.2, 0.2, 0.2, 0.1, float("inf"), 0.0, 0.0, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0, *[0.0] * 6]
 SHAPES = ([(8, 512)], [(8, 512), (64, 512), (2, 64)])  # [B, T] of the selection and of the full list
 
 
@@ -107,6 +146,27 @@ def policy_case(shape, pass_name, device):
     )
 
 
+def _option_inputs(shape, device):
+    inputs = cases.token_inputs(shape, device)
+    return inputs | {"weights": inputs["mask"].float(), "entropy": inputs["logprobs"].neg()}
+
+
+def options_case(name, pass_name, device):
+    tensors = _TENSORS if name == ALL_OPTIONS else ()
+    op = Op(functools.partial(_loss_and_stats, tensors=tensors), OPS["ppo_loss"].leaves, options=OPTIONS[name])
+    return Case(
+        name,
+        pass_name,
+        cases.TINY_TOKENS,
+        torch.float32,
+        make=lambda device: _option_inputs(cases.TINY_TOKENS, device),
+        reference=lambda inputs: op.results(pass_name, in_float64(inputs), op.of(reference, "ppo_loss")),
+        implementations={OURS: op.implementation(pass_name, op.of(ppo_ext, "ppo_loss"))},
+        traffic=None,
+        kind=cases.OVERHEAD["kind"],
+    )
+
+
 def suite(device, full):
     for i, shape in enumerate(SHAPES[full]):
         for pass_name in (FORWARD, *[BACKWARD] * (i == 0), BOTH) if full else (BOTH,):
@@ -117,3 +177,5 @@ def suite(device, full):
 def tiny_cases(device):
     for pass_name in (FORWARD, BOTH):
         yield case(cases.TINY_TOKENS, pass_name, device, **cases.OVERHEAD)
+        for name in OPTIONS:
+            yield options_case(name, pass_name, device)
