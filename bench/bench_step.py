@@ -5,7 +5,8 @@ this size. The following rows split it into the forward passes of policy and ref
 backward pass below the head, the optimizer, and the rest, which is the head and the loss path. Peak memory is what a step
 needs beyond what is held between steps, in buffers of the logits' size. The learning rate is 0, so that every step does
 the same work on the same numbers. There is no step in float64 to compare with; the check is that both trainers give the
-same statistics. There is no memory floor.
+same statistics. There is no memory floor, but a row of the policy's own passes, one forward and one backward pass below the
+head without any trainer, with their peak memory: that of a step cannot be less.
 """
 
 import copy
@@ -17,7 +18,7 @@ import warnings
 import torch
 
 from . import cases, timing, trl_baseline
-from .suite import OURS, Case, Implementation
+from .suite import OURS, Attempt, Case, Implementation
 
 _STATS = (
     "objective/kl",
@@ -29,6 +30,7 @@ _STATS = (
 )
 _FORWARD, _BACKWARD = "forward passes below the head", "backward below the head"
 _OPTIMIZER, _LOSS_PATH = "optimizer", "head and loss path"
+_ALONE = "policy below the head, alone"
 
 
 def _ours():
@@ -168,9 +170,23 @@ def parts_of(stepper, inputs, device):
     return {_LOSS_PATH: parts.ms["step"] - sum(known.values()), **known}
 
 
+def _policy_alone(stepper, inputs):
+    """The policy's passes below the head as a training minibatch has them."""
+    trainer = stepper.trainer(inputs)
+    backbone = trainer.accelerator.unwrap_model(trainer.model).pretrained_model.base_model
+    ids = torch.stack([torch.cat(pair) for pair in zip(inputs["queries"], inputs["responses"])])
+
+    def call():
+        hidden = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        hidden.backward(torch.ones_like(hidden))
+        backbone.zero_grad(set_to_none=True)
+
+    return call
+
+
 @dataclasses.dataclass(frozen=True)
 class StepCase(Case):
-    """Adds a row for each part of the step."""
+    """Adds a row for each part of the step, and one for the policy's passes alone."""
 
     rounds: int = 3
 
@@ -181,17 +197,25 @@ class StepCase(Case):
                 samples[name].append(parts_of(self.implementations[name].run, inputs, device))
         for part in (_FORWARD, _LOSS_PATH, _BACKWARD, _OPTIMIZER):
             for name, found in samples.items():
-                yield {
-                    "pass": f"{self.pass_name}: {part}",
-                    "implementation": name,
-                    "version": "",
-                    "shown": True,
-                    "error": None,
-                    "note": "",
-                    "selected": part == _LOSS_PATH,
-                    **dataclasses.asdict(self.settings(device)[0]),
-                    **dataclasses.asdict(timing.summary([parts[part] for parts in found])),
-                }
+                yield self._row(part, name, timing.summary([parts[part] for parts in found]), device)
+        alone = _policy_alone(self.implementations[names[0]].run, inputs)
+        times = timing.measure({_ALONE: alone}, device, seconds=0, min_rounds=self.rounds)
+        row = self._row(_ALONE, "transformers", times[_ALONE], device)
+        self._add_memory(row, Attempt(alone, None, ""), device)
+        yield row
+
+    def _row(self, part, name, times, device):
+        return {
+            "pass": f"{self.pass_name}: {part}",
+            "implementation": name,
+            "version": "",
+            "shown": True,
+            "error": None,
+            "note": "",
+            "selected": part == _LOSS_PATH,
+            **dataclasses.asdict(self.settings(device)[0]),
+            **dataclasses.asdict(times),
+        }
 
 
 def _trl_or_reason():

@@ -61,10 +61,12 @@ def peak_extra_bytes(call, device):
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    from ppo_ext.ops import _pages  # the other facts are asked for where ppo_ext is not built, too
+
+    # without these two the call could use freed pages again that are still resident
+    _pages.forget()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # for glibc: without it the call could reuse freed pages that are still resident
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the present resident set
     before = _status_bytes("VmRSS")
     result = call()

@@ -173,16 +173,6 @@ def test_no_other_memory_of_the_size_of_the_logits(device, monkeypatch):
     assert sorted(made) == [(15, 300), (300, 4)]
 
 
-def test_the_memory_of_a_large_tensor_is_made_present(monkeypatch):
-    advised = []
-    monkeypatch.setattr(_pages, "_advise", lambda: lambda *arguments: advised.append(arguments))
-    x = _pages.new_empty(torch.empty(0), 3 << 20, dtype=torch.float32)
-    assert _pages.new_empty(torch.empty(0), 1000, dtype=torch.bfloat16).shape == (1000,)
-    ((start, size, advice),) = advised
-    assert x.data_ptr() <= start < x.data_ptr() + 4096 and start % 4096 == size % 4096 == 0 and advice == 23
-    assert (12 << 20) - 8192 < size <= x.data_ptr() + (12 << 20) - start
-
-
 # ---- the backward pass ----------------------------------------------------------------------------------------------
 
 

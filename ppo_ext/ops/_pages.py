@@ -1,40 +1,55 @@
-"""Large new tensors on a CPU, whose memory is made present in one call, as in csrc/common/pages.h.
+"""Large new tensors on a CPU, in memory that earlier ones have left.
 
 The system gives a new tensor pages of 4 KB, each of which costs a fault when it is first written: for the gradient of a
-head as long as a third of the matrix product that fills it. Pages of 2 MB would take fewer faults, but in a virtual
-machine whose host takes free memory back such a fault may last milliseconds.
+head as long as a third of the matrix product that fills it. So the memory of the last few tensors is kept for those that
+come next. The system may take it back at any time: it does so before it runs short of memory, and then the pages fault
+again. (Pages of 2 MB would take fewer faults, but in a virtual machine whose host takes free memory back such a fault may
+last milliseconds.)
 """
 
-import ctypes
-import functools
+import mmap
 import sys
-from collections.abc import Callable
+import weakref
 
 import torch
 
-_LEAST = 4 << 20  # bytes; smaller blocks come from memory that is there already
-_PAGE = 4096
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux
+_LEAST = 32 << 20  # bytes; the C library keeps the memory of smaller tensors itself
+_MOST_SPARE = 4
 
-
-@functools.cache
-def _advise() -> Callable[..., int] | None:
-    """madvise of the C library, or None where there is none."""
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+_spare: list[mmap.mmap] = []  # the memory of tensors that are gone, the last one at the end
 
 
 def new_empty(like: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """`like.new_empty`. That the system may refuse the call is no error: then the pages fault one by one."""
-    x = like.new_empty(shape, dtype=dtype)
-    size = x.numel() * x.element_size()
-    if x.device.type == "cpu" and size >= _LEAST and (advise := _advise()):
-        start = -(-x.data_ptr() // _PAGE) * _PAGE
-        advise(start, (x.data_ptr() + size - start) // _PAGE * _PAGE, _POPULATE_WRITE)
-    return x
+    """`like.new_empty`."""
+    count = torch.Size(shape).numel()
+    if like.device.type != "cpu" or sys.platform != "linux" or count * dtype.itemsize < _LEAST:
+        return like.new_empty(shape, dtype=dtype)
+    try:
+        block = _take(count * dtype.itemsize)
+    except OSError:  # there is not so much memory, and torch's sentence says how much was asked for
+        return like.new_empty(shape, dtype=dtype)
+    lent = memoryview(block)  # lives as long as the tensor
+    weakref.finalize(lent, _keep, block).atexit = False
+    return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
+
+
+def forget() -> None:
+    """Gives all memory that no tensor uses back to the system."""
+    _spare.clear()
+
+
+def _take(size: int) -> mmap.mmap:
+    fitting = [block for block in tuple(_spare) if size <= len(block) <= 2 * size]
+    for block in sorted(fitting, key=len):
+        try:
+            _spare.remove(block)
+        except ValueError:  # another thread took it
+            continue
+        return block
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+
+
+def _keep(block: mmap.mmap) -> None:
+    block.madvise(mmap.MADV_FREE)
+    _spare.append(block)
+    del _spare[:-_MOST_SPARE]

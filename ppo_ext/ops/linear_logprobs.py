@@ -225,6 +225,8 @@ def linear_logprobs(
         gradient of hidden in float32. The gradient of the weight is written once, part by part, without another copy of
         its size. The backward pass computes the logits again: four matrix products for both passes, three if the
         weight is frozen.
+        On a CPU with Linux, the memory of a large gradient that is gone is kept for the next one; the system takes it back
+        when memory runs short.
         The tiles follow from the shapes alone, so the bits are the same on every run with the same number of threads.
         -inf, NaN and empty input are as in `logprobs`.
     """
