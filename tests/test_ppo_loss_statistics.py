@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 
-import accelerate.utils
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -83,7 +82,7 @@ USES = {
     "OrderedDict": collections.OrderedDict,
     "tree_map": lambda x: (type(pytree.tree_map(torch.neg, x)), pytree.tree_map(torch.neg, x)),
     "tree_map_with_path": lambda x: pytree.tree_map_with_path(lambda path, y: (pytree.keystr(path), y), x),
-    "accelerate": lambda x: accelerate.utils.recursively_apply(torch.neg, x),
+    "accelerate": lambda x: pytest.importorskip("accelerate.utils").recursively_apply(torch.neg, x),
 }
 
 
