@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import signal
+import time
 import warnings
 
 import numpy as np
@@ -386,6 +387,12 @@ def test_the_best_model_is_that_of_all_scores_and_one_process_pushes(reports):
 # ---- departures ------------------------------------------------------------------------------------------------------
 
 
+def _end_later():
+    """Ends this process when the other one waits for it: gloo may abort a process that computes while its partner goes."""
+    time.sleep(5)
+    os._exit(1)
+
+
 def interrupted(rank, folder):
     """Ctrl-C in the loss of process 1, whose step the others are in; it ends some time later."""
     warnings.simplefilter("ignore")
@@ -400,7 +407,7 @@ def interrupted(rank, folder):
             found.append(f"{type(error).__name__}: {error}")
     path.write_text("\n".join(found))
     if rank == 1:
-        os._exit(1)
+        _end_later()
 
 
 def collator_fails(rank, folder):
@@ -416,7 +423,7 @@ def collator_fails(rank, folder):
     except Exception as error:
         path.write_text(f"{type(error).__name__}: {error}")
     if rank == 1:
-        os._exit(1)
+        _end_later()
 
 
 def test_a_process_that_leaves_a_step_says_why_and_takes_part_in_nothing_more(folder):
