@@ -30,6 +30,7 @@ def test_a_tensor_like_any_other(dtype):
     x = new(3, dtype)
     assert x.shape == (3, MIB // dtype.itemsize) and x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 64 == 0
     assert x.untyped_storage().nbytes() == 3 * MIB and not x.requires_grad
+    assert x._base is None
     x.fill_(2)
     saved = io.BytesIO()
     torch.save(x, saved)

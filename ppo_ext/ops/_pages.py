@@ -30,7 +30,8 @@ def new_empty(like: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tens
         return like.new_empty(shape, dtype=dtype)
     lent = memoryview(block)  # lives as long as the tensor
     weakref.finalize(lent, _keep, block).atexit = False
-    return torch.frombuffer(lent, dtype=dtype, count=count).view(shape)
+    # not a view, whose storage would have two owners: autograd adds in place to a gradient that is its own alone
+    return torch.frombuffer(lent, dtype=dtype, count=count).resize_(shape)
 
 
 def forget() -> None:
