@@ -173,7 +173,7 @@ def parts_of(stepper, inputs, device):
 def _policy_alone(stepper, inputs):
     """The policy's passes below the head as a training minibatch has them."""
     trainer = stepper.trainer(inputs)
-    backbone = trainer.accelerator.unwrap_model(trainer.model).pretrained_model.base_model
+    backbone = trainer.accelerator.unwrap_model(trainer.model).pretrained_model.base_model.eval()
     ids = torch.stack([torch.cat(pair) for pair in zip(inputs["queries"], inputs["responses"])])
 
     def call():
