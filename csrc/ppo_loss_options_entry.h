@@ -25,7 +25,7 @@ struct PPOOptionsBackwardJob {
 // ---- checks ----
 
 // `numbers`: NUMBERS and then CHOICES of ppo_ext/ops/_ppo_options.py, which checks their ranges and combinations. They are
-// one list because torch takes as long to convert one number that is an argument of its own as ten entries of a list.
+// one list because torch converts its entries faster than numbers that are arguments of their own.
 inline PPOOptions ppo_options_of(const std::vector<double>& numbers) {
   PPOOptions options{};
   double* const fields[] = {&options.clip_low,

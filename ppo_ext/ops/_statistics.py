@@ -1,4 +1,4 @@
-"""The statistics of a loss, which become tensors when they are first read: making them takes a quarter of a small call."""
+"""The statistics of a loss, which become tensors when they are first read: making them takes a good part of a small call."""
 
 import collections
 import copy
