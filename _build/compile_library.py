@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_options import BuildError
@@ -26,13 +26,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library: its sources, the command that compiles one, the command that links, and what it links to."""
+    """One shared library: its sources, the command that compiles one, the command that links, and what it links to: the
+    system's libraries, and before them those of torch."""
 
     name: str
     sources: list[Source]
     compile: list[str]
     link: list[str]
     libraries: list[str]
+    torch: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def plan(library: Library, folder: Path) -> list[Step]:
         steps.append(Step(output, [source.path], command, depfile))
     objects = [step.output for step in steps]
     output = folder / library.name
-    command = [*library.link, *map(str, objects), "-o", str(output), *library.libraries]
+    command = [*library.link, *map(str, objects), "-o", str(output), *library.torch, *library.libraries]
     return [*steps, Step(output, objects, command)]
 
 

@@ -1,8 +1,11 @@
 """Link a library so that it runs on every Linux with glibc 2.28, whatever glibc this machine has (PPO_EXT_MANYLINUX=1).
 
+It needs no library but those that manylinux_2_28 promises: what it takes from libtorch, it looks up when it is loaded, as
+torch_symbols.cpp tells.
+
 A linker takes the newest version of each symbol that it finds: `exp@GLIBC_2.29`, `dlsym@GLIBC_2.34`. glibc keeps the older
-versions beside them for programs that were linked long ago. So a library is linked twice. The first time shows which of
-its symbols are too new; the second time stand-ins for the libraries that hold these come before the system's own. They
+versions beside them for programs that were linked long ago. So a library is linked again. The link before shows which of
+its symbols are too new; then stand-ins for the libraries that hold these come before the system's own. They
 offer the old versions of what is used and nothing else. The loader never sees them: it reads names and versions only.
 What has no older version is defined in newer_symbols.cpp.
 """
@@ -23,22 +26,29 @@ TAG = "manylinux_2_28"
 MERGED = (2, 34)  # the release that moved these libraries' symbols into libc.so.6
 MOVED = {r"dl\w+": "libdl.so.2", r"shm_\w+": "librt.so.1", r"(pthread|sem)_\w+": "libpthread.so.0"}
 SOURCE = Path(__file__).with_name("newer_symbols.cpp")
+TORCH_SOURCE = Path(__file__).with_name("torch_symbols.cpp")
 
 
 def relink(library: Library, built: Path, cxx: list[str]) -> Path:
-    """Link `built` again, from the objects beside it, to the old versions of what it takes from glibc."""
+    """Link `built` again, from the objects beside it: without libtorch, and to the old versions of what is glibc's."""
+    objects = [str(built.parent / source.object) for source in library.sources]
+    functions = sorted(unversioned(built))
+    if functions:
+        objects.append(str(compile_torch_symbols(library, functions, built.parent, cxx)))
+    output = built.with_suffix(f".{TAG}.so")
+    link = [*library.link, *objects, "-o", str(output)]
+    run_step([*link, *library.libraries], library.name)
+
     homes: dict[str, dict[Version, list[str]]] = {}  # library: {version: symbols}
     too_new = set()
-    for symbol, version in taken(built):
+    for symbol, version in taken(output):
         soname, old = older(symbol, version, tuple(cxx))
         homes.setdefault(soname, {}).setdefault(old, []).append(symbol)
         if version > GLIBC:
             too_new.add(soname)
     stubs = [make_stub(soname, homes[soname], built.parent, cxx) for soname in sorted(too_new)]
     between = ["-Wl,--push-state,--no-as-needed", *map(str, stubs), "-Wl,--pop-state"]
-    objects = [str(built.parent / source.object) for source in library.sources]
-    output = built.with_suffix(f".{TAG}.so")
-    run_step([*library.link, *objects, "-o", str(output), *between, *library.libraries], library.name)
+    run_step([*link, *between, *library.libraries], library.name)
     still = [f"{symbol}@{node(version)}" for symbol, version in taken(output) if version > GLIBC]
     still += [f"{symbol}@GLIBCXX_{version}" for symbol, version in newer_than_libstdcxx(output)]
     if still:
@@ -46,6 +56,19 @@ def relink(library: Library, built: Path, cxx: list[str]) -> Path:
             f"{library.name} must not need a glibc newer than 2.28 or a libstdc++ newer than GCC 8's, got "
             f"{' '.join(still)}; define it in {SOURCE.name} or do without it"
         )
+    return output
+
+
+def compile_torch_symbols(library: Library, functions: list[str], folder: Path, cxx: list[str]) -> Path:
+    """The object that defines these functions of libtorch."""
+    include = folder / f"{library.name}.symbols"
+    include.mkdir(exist_ok=True)
+    lines = (f"SYMBOL({index}, {name})\n" for index, name in enumerate(functions))
+    (include / "ppo_torch_symbols.inc").write_text("".join(lines))
+    output = include / f"{TORCH_SOURCE.name}.o"
+    run_step(
+        [*cxx, "-std=c++17", "-O2", "-fPIC", f"-I{include}", "-c", str(TORCH_SOURCE), "-o", str(output)], library.name
+    )
     return output
 
 
@@ -64,6 +87,12 @@ def older(symbol: str, version: Version, cxx: tuple[str, ...]) -> tuple[str, Ver
 def taken(library: Path) -> list[tuple[str, Version]]:
     """The symbols that `library` takes from glibc, each with the version that it asks for."""
     return [(symbol, version) for section, symbol, version in glibc_symbols(library) if section == "UND"]
+
+
+def unversioned(library: Path) -> list[str]:
+    """The functions that `library` takes from one that gives its symbols no versions: libtorch alone does not."""
+    table = run_text(["readelf", "--dyn-syms", "--wide", str(library)])
+    return re.findall(r"\sGLOBAL\s+DEFAULT\s+UND\s+(\w+)$", table, re.MULTILINE)
 
 
 def newer_than_libstdcxx(library: Path) -> list[tuple[str, str]]:

@@ -96,13 +96,13 @@ class NativeBuild:
         flags += ["-Werror"] * self._strict
         self.facts["cxx_flags"] = " ".join(flags)
         compile = [*cxx, *flags, *self._includes(torch), *self._hide_paths(torch)]
-        libraries = [*self._link_torch(torch, "-ltorch_cpu", "-lc10"), "-Wl,--no-undefined"]
+        of_torch = self._link_torch(torch, "-ltorch_cpu", "-lc10")
         sources = self._sources("*_cpu.cpp")
         for level, machine in levels.items():
             sources += [
                 Source(source.path, (*machine, f"-DPPO_LEVEL={level}"), level) for source in self._sources("*_simd.cpp")
             ]
-        return Library("_C_cpu.so", sources, compile, self._link(cxx), libraries)
+        return Library("_C_cpu.so", sources, compile, self._link(cxx), ["-Wl,--no-undefined"], of_torch)
 
     def cuda_library(self) -> Library:
         if self.options.cuda == "0":
@@ -130,11 +130,11 @@ class NativeBuild:
         compile += [f"-Xcompiler={flag}" for flag in self._hide_paths(torch) if not re.search("[ ,]", flag)]
         # libtorch.so brings libtorch_cuda.so into the lookup where torch has CUDA, so that this also links where it
         # has not. The static runtime stays private: its symbols must not mix with those of torch's own runtime.
-        libraries = [
-            *self._link_torch(torch, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")
-        ]
-        libraries += [str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
-        return Library("_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries)
+        of_torch = self._link_torch(torch, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10")
+        libraries = [str(cuda.library / "libcudart_static.a"), "-lrt", "-ldl", "-lpthread"]
+        return Library(
+            "_C_cuda.so", sources, compile, [*self._link(cxx), "-Wl,--exclude-libs,ALL"], libraries, of_torch
+        )
 
     def _sources(self, pattern: str) -> list[Source]:
         sources = [Source(path) for path in sorted((self.root / "csrc").rglob(pattern))]

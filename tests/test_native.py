@@ -60,3 +60,11 @@ def test_an_operator_is_defined_once():
         RuntimeError, match=r"^ppo_ext: _masked_moments must keep its schema .*, got another; restart Python$"
     ):
         _native.define(f"{schema} -> (Tensor, Tensor)")
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13.0"])
+def test_an_older_torch_gets_no_library(monkeypatch, version):
+    monkeypatch.delenv("PPO_EXT_DISABLE_NATIVE", raising=False)
+    monkeypatch.setattr(torch, "__version__", version)
+    reason = _native._load("_C_cpu.so", True)
+    assert reason == f"torch must be 2.10 or newer, got {version} (pip install --upgrade torch)"

@@ -14,7 +14,7 @@ from build_options import Options  # noqa: E402
 from find_tools import OLDEST_TORCH, Torch, find_cuda, find_cxx  # noqa: E402
 from native_build import NativeBuild, Tools  # noqa: E402
 
-from tests.platforms import compilers, packages, pages, torches  # noqa: E402
+from tests.platforms import compilers, packages, pages, torches, wheels  # noqa: E402
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
@@ -94,6 +94,25 @@ def test_what_is_installed_is_the_sources_alone():
         "_C_cpu.so",
         "_build_info.json",
     }
+
+
+@pytest.mark.parametrize(
+    ("tag", "fits"),
+    [
+        ("manylinux_2_24_x86_64", True),
+        ("manylinux_2_28_aarch64", True),
+        ("manylinux_2_31_x86_64", False),
+        ("linux_x86_64", False),
+    ],
+)
+def test_a_wheel_must_run_on_a_linux_with_glibc_2_28(tag, fits):
+    printed = (
+        f'a.whl is consistent with the following platform tag: "{tag}". The wheel references external versioned symbols in '
+        "these system-provided shared libraries: libm.so.6 with versions {'GLIBC_2.2.5'}, libc.so.6 with versions {'GLIBC_2.14'}"
+    )
+    row = wheels.row_of("a.whl", printed)
+    assert (row["platform tag"], row["libraries"]) == (tag, "libc.so.6, libm.so.6")
+    assert row["failures"] == ([] if fits else ["needs more than manylinux_2_28 has"])
 
 
 def test_a_torch_brings_the_versions_that_it_depends_on():

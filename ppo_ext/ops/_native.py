@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _FOLDER = pathlib.Path(__file__).parent.parent
+_OLDEST_TORCH = (2, 10)  # has all that the libraries take from it
 
 
 def _find_installed():
@@ -42,6 +43,8 @@ def _load(name: str, wanted: bool) -> str | None:
         return "disabled by PPO_EXT_DISABLE_NATIVE=1"
     if not wanted:
         return "this torch has no CUDA"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
+        return f"torch must be 2.10 or newer, got {torch.__version__} (pip install --upgrade torch)"
     path = _FOLDER / name
     if not path.exists() and _INSTALLED:
         return f"{_FOLDER} has no {name}, and Python finds it before the installed {_INSTALLED}"

@@ -2,6 +2,7 @@
 
 headers    checks the CPU library's sources against the oldest torch's headers; a minute, in every CI run
 compilers  compiles them against the oldest and the newest
+wheel      asks auditwheel on which Linux the wheel runs
 torches    runs the op tests of one wheel on four versions of torch, and installs the sources there
 aarch64    cross-compiles both libraries and runs some cases of each op test under emulation
 """
@@ -15,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
 from . import compilers, packages, pages, torches  # noqa: E402
 from .aarch64 import check_aarch64  # noqa: E402
+from .wheels import check_wheel  # noqa: E402
 
 
 def compile_sources(options, versions, syntax_only):
@@ -33,6 +35,7 @@ def run_torches(options):
 CHECKS = {
     "headers": lambda options: compile_sources(options, [packages.OLDEST], syntax_only=True),
     "compilers": lambda options: compile_sources(options, [packages.OLDEST, packages.newest_version()], False),
+    "wheel": lambda options: [check_wheel(options.wheel)],
     "torches": run_torches,
     "aarch64": lambda options: check_aarch64(),
 }
@@ -44,15 +47,18 @@ def main(argv=None):
     )
     parser.add_argument("checks", nargs="+", choices=tuple(CHECKS))
     parser.add_argument(
-        "--wheel", type=lambda name: pathlib.Path(name).resolve(), help="the wheel whose op tests run on every torch"
+        "--wheel",
+        type=lambda name: pathlib.Path(name).resolve(),
+        help="the wheel that is looked at, and whose op tests run on every torch",
     )
     parser.add_argument("--compiler", action="append", help="for the headers, instead of g++; may be repeated")
     parser.add_argument("--keep", action="store_true", help="keep each torch's environment, 5 to 7 GB")
     parser.add_argument("--save", action="store_true", help="keep the tables in bench/evidence/platforms.*")
     options = parser.parse_args(argv)
     options.compiler = options.compiler or ["g++"]
-    if "torches" in options.checks and options.wheel is None:
-        parser.error("torches needs --wheel; make torch-versions builds one")
+    for name in {"wheel", "torches"}.intersection(options.checks):
+        if options.wheel is None:
+            parser.error(f"{name} needs --wheel; make torch-versions builds one")
     failed = False
     for name in options.checks:
         rows = []

@@ -22,6 +22,12 @@ SECTIONS = {
         "Every source is compiled, for every instruction set, with every warning an error.",
         ("torch", "compiler", "files", "seconds"),
     ),
+    "wheel": (
+        "The wheel, by auditwheel",
+        "`auditwheel show` names the oldest Linux that has all that the wheel of `make wheel` needs, and the libraries that "
+        "it takes versioned symbols from. What it takes from libtorch it looks up in the torch that is installed.",
+        ("wheel", "platform tag", "libraries"),
+    ),
     "torches": (
         "One wheel on several versions of torch",
         "The wheel was built once. Each torch is the one that `pip install torch==VERSION` brings, in an environment of its "
