@@ -108,7 +108,8 @@ def test_what_is_installed_is_the_sources_alone():
 def test_a_wheel_must_run_on_a_linux_with_glibc_2_28(tag, fits):
     printed = (
         f'a.whl is consistent with the following platform tag: "{tag}". The wheel references external versioned symbols in '
-        "these system-provided shared libraries: libm.so.6 with versions {'GLIBC_2.2.5'}, libc.so.6 with versions {'GLIBC_2.14'}"
+        "these system-provided shared libraries: libm.so.6 with versions {'GLIBC_2.2.5'}, libc.so.6 with versions "
+        "{'GLIBC_2.14'}"
     )
     row = wheels.row_of("a.whl", printed)
     assert (row["platform tag"], row["libraries"]) == (tag, "libc.so.6, libm.so.6")
