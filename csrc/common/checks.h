@@ -61,9 +61,9 @@ inline std::string position_text(const Tensor& x, int64_t dims, int64_t n) {
 
 // x must have the first `dims` dimensions of `like` and no others.
 inline void require_shape(const char* op, const char* argument, const Tensor& x, const Tensor& like, int64_t dims) {
-  bool same = x.dim() == dims;
-  for (int64_t d = 0; same && d < dims; ++d) same = x.size(d) == like.size(d);
-  if (!same) reject(op, argument, "have the shape " + shape_text(like, dims), shape_text(x));
+  const auto sizes = x.sizes();
+  if (int64_t(sizes.size()) != dims || !std::equal(sizes.begin(), sizes.end(), like.sizes().begin()))
+    reject(op, argument, "have the shape " + shape_text(like, dims), shape_text(x));
 }
 
 // Two dimensions, which the text calls `shape`.
@@ -95,7 +95,8 @@ inline std::string dtype_text(ScalarType dtype) {
 }
 
 inline void require_dtype(const char* op, const char* argument, const Tensor& x, ScalarType dtype) {
-  if (x.scalar_type() != dtype) reject(op, argument, "be " + dtype_text(dtype), dtype_text(x.scalar_type()));
+  if (dtype_number(x) != dtype_number(dtype))
+    reject(op, argument, "be " + dtype_text(dtype), dtype_text(x.scalar_type()));
 }
 
 inline void require_float_or_double(const char* op, const char* argument, const Tensor& x) {
@@ -104,7 +105,7 @@ inline void require_float_or_double(const char* op, const char* argument, const 
 }
 
 inline void require_same_device(const char* op, const char* argument, const Tensor& x, const Tensor& like) {
-  if (x.is_cuda() != like.is_cuda() || x.get_device_index() != like.get_device_index())
+  if (device_type(x) != device_type(like) || x.get_device_index() != like.get_device_index())
     reject(op, argument, "be on the device of the other tensors", "another");
 }
 
@@ -160,7 +161,9 @@ struct NamedTensor {
 
 // Tensors of tokens which all have the shape and the dtype of `like`, which may be one of them.
 inline void require_token_tensors_like(const char* op, const Tensor& like, std::initializer_list<NamedTensor> tensors) {
-  for (const auto& [name, x] : tensors) require_token_tensor(op, name, x, like, like.dim(), like.scalar_type());
+  const int64_t dims = like.dim();
+  const ScalarType dtype = like.scalar_type();
+  for (const auto& [name, x] : tensors) require_token_tensor(op, name, x, like, dims, dtype);
 }
 
 inline void require_mask(const char* op, const Tensor& mask, const Tensor& like, int64_t dims) {
