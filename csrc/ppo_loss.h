@@ -66,30 +66,31 @@ struct PPOToken {
   A logprob, old_logprob, advantage, vpred, value, ret;
 };
 
-// The quantities of a token whose sums over the counted tokens make the statistics. This is their only list.
+// The quantities of a token whose sums over the counted tokens make the statistics; a Count is 0 or 1. This is their only
+// list.
 #define PPO_FOR_EACH_SUM(X) \
-  X(pg)                     \
-  X(vf)                     \
-  X(approxkl)               \
-  X(policykl)               \
-  X(pg_clipped)             \
-  X(advantage)              \
-  X(ratio)                  \
-  X(vpred)                  \
-  X(error)                  \
-  X(vf_clipped)
+  X(Sum, pg)                \
+  X(Sum, vf)                \
+  X(Sum, approxkl)          \
+  X(Sum, policykl)          \
+  X(Count, pg_clipped)      \
+  X(Sum, advantage)         \
+  X(Sum, ratio)             \
+  X(Sum, vpred)             \
+  X(Sum, error)             \
+  X(Count, vf_clipped)
 
-// A field T for each of them: a token's term, or the sum of the terms.
-template <class T>
+// A field for each of them: a token's term, or the sum of the terms.
+template <class Sum, class Count = Sum>
 struct PPOSummed {
-#define PPO_DECLARE(name) T name;
+#define PPO_DECLARE(type, name) type name;
   PPO_FOR_EACH_SUM(PPO_DECLARE)
 #undef PPO_DECLARE
 
   // Calls f(field of this, field of the other) for each field.
-  template <class Other, class F>
-  PPO_HD void for_each(const PPOSummed<Other>& other, const F& f) {
-#define PPO_CALL(name) f(name, other.name);
+  template <class OtherSum, class OtherCount, class F>
+  PPO_HD void for_each(const PPOSummed<OtherSum, OtherCount>& other, const F& f) {
+#define PPO_CALL(type, name) f(name, other.name);
     PPO_FOR_EACH_SUM(PPO_CALL)
 #undef PPO_CALL
   }

@@ -20,9 +20,10 @@ inline void check_ppo_coefficients(const PPOCoefficients& coefficients) {
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(Tensor logprobs, Tensor old_logprobs,
-                                                                    Tensor advantages, Tensor vpreds, Tensor values,
-                                                                    Tensor returns, Tensor mask, double cliprange,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(const Tensor& logprobs, const Tensor& old_logprobs,
+                                                                    const Tensor& advantages, const Tensor& vpreds,
+                                                                    const Tensor& values, const Tensor& returns,
+                                                                    const Tensor& mask, double cliprange,
                                                                     double cliprange_value, double vf_coef,
                                                                     double ratio_threshold) {
   PPOCoefficients coefficients;
@@ -68,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(Tensor logpr
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> ppo_loss_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor grad_vpreds) {
+std::tuple<Tensor, Tensor> ppo_loss_backward(const Tensor& grad_loss, const Tensor& stats, const Tensor& grad_logprobs,
+                                             const Tensor& grad_vpreds) {
   require_float_or_double("ppo_loss", "grad_logprobs", grad_logprobs);
   require_token_tensors_like("ppo_loss", grad_logprobs,
                              {{"grad_logprobs", grad_logprobs}, {"grad_vpreds", grad_vpreds}});

@@ -31,9 +31,16 @@ struct PPOOptions {
   }
 };
 
+// Which of the options with statistics of their own are given. row_kl, row_entropy: whether the weight of a row makes the
+// term another number than the statistic.
+struct PPOGiven {
+  bool dual_clip, weights, ref_logprobs, entropy, row_kl, row_entropy;
+  static constexpr bool always = true;
+};
+
 // The number of statistics of a call, see ppo_write_option_stats.
-inline int64_t ppo_option_stats(bool dual_clip, bool weights, bool ref_logprobs, bool entropy) {
-  return kPPOStats + 5 + dual_clip + 2 * (weights + ref_logprobs + entropy);
+inline int64_t ppo_option_stats(const PPOGiven& given) {
+  return kPPOStats + 5 + given.dual_clip + 2 * (given.weights + given.ref_logprobs + given.entropy);
 }
 
 template <class A>
@@ -41,7 +48,7 @@ struct PPOOptionsJob : PPOJob<A> {
   const A *weights, *ref_logprobs, *entropy;
   const A *denominator, *row_counts;
   A* grad_entropy;
-  bool has_weights, has_ref_logprobs, has_entropy;  // the pointers to the data of no tokens are null
+  PPOGiven given;  // the pointers to the data of no tokens are null
   int64_t rows, row_length;
   PPOOptions options;
 };
@@ -83,28 +90,32 @@ struct PPOOptionToken : PPOToken<A> {
   A weight, ref_logprob, entropy;
 };
 
-// The sums that come with options. Those named loss_ are weighted by the row, like pg and vf.
-#define PPO_FOR_EACH_OPTION_SUM(X) \
-  X(k3)                            \
-  X(low)                           \
-  X(high)                          \
-  X(dual)                          \
-  X(weight)                        \
-  X(weight_zero)                   \
-  X(loss_kl)                       \
-  X(ref_kl)                        \
-  X(loss_entropy)                  \
-  X(entropy)
+// The sums that come with options, and which of PPOGiven they need. Those named loss_ are weighted by the row, like pg
+// and vf.
+#define PPO_FOR_EACH_OPTION_SUM(X)  \
+  X(Sum, k3, always)                \
+  X(Count, low, always)             \
+  X(Count, high, always)            \
+  X(Count, dual, dual_clip)         \
+  X(Sum, weight, weights)           \
+  X(Count, weight_zero, weights)    \
+  X(Sum, loss_kl, row_kl)           \
+  X(Sum, ref_kl, ref_logprobs)      \
+  X(Sum, loss_entropy, row_entropy) \
+  X(Sum, entropy, entropy)
 
-template <class T>
+template <class Sum, class Count = Sum>
 struct PPOOptionSummed {
-#define PPO_DECLARE(name) T name;
+#define PPO_DECLARE(type, name, needs) type name;
   PPO_FOR_EACH_OPTION_SUM(PPO_DECLARE)
 #undef PPO_DECLARE
 
-  template <class Other, class F>
-  PPO_HD void for_each_option(const PPOOptionSummed<Other>& other, const F& f) {
-#define PPO_CALL(name) f(name, other.name);
+  // As PPOSummed::for_each, for the fields that are given.
+  template <class OtherSum, class OtherCount, class F>
+  PPO_HD void for_each_option(const PPOOptionSummed<OtherSum, OtherCount>& other, const F& f,
+                              const PPOGiven& given = {true, true, true, true, true, true}) {
+#define PPO_CALL(type, name, needs) \
+  if (given.needs) f(name, other.name);
     PPO_FOR_EACH_OPTION_SUM(PPO_CALL)
 #undef PPO_CALL
   }

@@ -60,8 +60,13 @@ inline PPOOptions ppo_options_of(const std::vector<double>& numbers) {
   return options;
 }
 
-inline void require_given(const char* argument, const std::optional<Tensor>& x, const Tensor& like) {
-  if (x) require_token_tensor("ppo_loss", argument, *x, like, like.dim(), like.scalar_type());
+// Those that are given must be tensors of tokens as `like` is.
+inline void require_given(const Tensor& like,
+                          std::initializer_list<std::pair<const char*, const std::optional<Tensor>&>> tensors) {
+  const int64_t dims = like.dim();
+  const ScalarType dtype = like.scalar_type();
+  for (const auto& [name, x] : tensors)
+    if (x) require_token_tensor("ppo_loss", name, *x, like, dims, dtype);
 }
 
 inline void require_critic(const std::optional<Tensor>& vpreds, const std::optional<Tensor>& values,
@@ -74,30 +79,36 @@ inline void require_critic(const std::optional<Tensor>& vpreds, const std::optio
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_options(
-    Tensor logprobs, Tensor old_logprobs, Tensor advantages, std::optional<Tensor> vpreds, std::optional<Tensor> values,
-    std::optional<Tensor> returns, Tensor mask, std::optional<Tensor> weights, std::optional<Tensor> ref_logprobs,
-    std::optional<Tensor> entropy, std::optional<Tensor> denominator, std::optional<Tensor> row_counts,
-    std::vector<double> numbers) {
+    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const std::optional<Tensor>& vpreds,
+    const std::optional<Tensor>& values, const std::optional<Tensor>& returns, const Tensor& mask,
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& entropy, const std::optional<Tensor>& denominator,
+    const std::optional<Tensor>& row_counts, const std::vector<double>& numbers) {
   const PPOOptions options = ppo_options_of(numbers);
   require_float_or_double("ppo_loss", "logprobs", logprobs);
   require_token_tensors_like("ppo_loss", logprobs,
                              {{"logprobs", logprobs}, {"old_logprobs", old_logprobs}, {"advantages", advantages}});
   require_critic(vpreds, values, returns);
-  const std::pair<const char*, const std::optional<Tensor>&> given[] = {{"vpreds", vpreds},
-                                                                        {"values", values},
-                                                                        {"returns", returns},
-                                                                        {"weights", weights},
-                                                                        {"ref_logprobs", ref_logprobs},
-                                                                        {"entropy", entropy}};
-  for (const auto& [name, x] : given) require_given(name, x, logprobs);
+  require_given(logprobs, {{"vpreds", vpreds},
+                           {"values", values},
+                           {"returns", returns},
+                           {"weights", weights},
+                           {"ref_logprobs", ref_logprobs},
+                           {"entropy", entropy}});
   require_mask("ppo_loss", mask, logprobs, logprobs.dim());
   const ScalarType dtype = logprobs.scalar_type();
   const int64_t row_length = logprobs.dim() == 0 ? 1 : logprobs.size(logprobs.dim() - 1);
   const int64_t rows = row_length == 0 ? 0 : logprobs.numel() / row_length;
   if (denominator) require_entries("ppo_loss", "denominator", *denominator, 1, logprobs, dtype);
   if (row_counts && row_length > 0) require_entries("ppo_loss", "row_counts", *row_counts, rows, logprobs, dtype);
-  const int64_t count = ppo_option_stats(options.dual_clip > 0, bool(weights), bool(ref_logprobs), bool(entropy));
-  Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {count}, dtype);
+  PPOGiven given{};
+  given.dual_clip = options.dual_clip > 0;
+  given.weights = bool(weights);
+  given.ref_logprobs = bool(ref_logprobs);
+  given.entropy = bool(entropy);
+  given.row_kl = ref_logprobs && options.by_row();
+  given.row_entropy = entropy && options.by_row();
+  Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {ppo_option_stats(given)}, dtype);
   Tensor ratio = new_dense_like(logprobs), counted_advantages = new_dense_like(logprobs);
   Tensor grad_logprobs = new_dense_like(logprobs);
   Tensor grad_vpreds = vpreds ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
@@ -115,9 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
     job.weights = pointer<A>(weights);
     job.ref_logprobs = pointer<A>(ref_logprobs);
     job.entropy = pointer<A>(entropy);
-    job.has_weights = bool(weights);
-    job.has_ref_logprobs = bool(ref_logprobs);
-    job.has_entropy = bool(entropy);
+    job.given = given;
     job.denominator = pointer<A>(denominator);
     job.row_counts = pointer<A>(row_counts);
     job.ratio = pointer<A>(ratio);
@@ -137,13 +146,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> ppo_loss_options_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs,
-                                                             std::optional<Tensor> grad_vpreds,
-                                                             std::optional<Tensor> grad_entropy) {
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_options_backward(const Tensor& grad_loss, const Tensor& stats,
+                                                             const Tensor& grad_logprobs,
+                                                             const std::optional<Tensor>& grad_vpreds,
+                                                             const std::optional<Tensor>& grad_entropy) {
   require_float_or_double("ppo_loss", "grad_logprobs", grad_logprobs);
   require_token_tensors_like("ppo_loss", grad_logprobs, {{"grad_logprobs", grad_logprobs}});
-  require_given("grad_vpreds", grad_vpreds, grad_logprobs);
-  require_given("grad_entropy", grad_entropy, grad_logprobs);
+  require_given(grad_logprobs, {{"grad_vpreds", grad_vpreds}, {"grad_entropy", grad_entropy}});
   const ScalarType dtype = grad_logprobs.scalar_type();
   require_entries("ppo_loss", "grad_loss", grad_loss, 1, grad_logprobs, dtype);
   if (stats.numel() < kPPOStats) reject("ppo_loss", "stats", "have 17 entries or more", stats.numel());

@@ -27,33 +27,18 @@ namespace {
 // ---- sums of several rows ----
 
 template <class A>
-struct RowSums : PPOSummed<LaneSum>, PPOOptionSummed<LaneSum> {
+struct RowSums : PPOSummed<LaneSum, LaneCount<A>>, PPOOptionSummed<LaneSum, LaneCount<A>> {
   using V = vector_of<A>;
   LaneMoments<A> returns, values;
   V ratio_max, ratio_min;
   double rows;
 
   PPO_INLINE void add(const PPOOptionToken<V>& x, const PPOOptionTerms<V>& terms, condition_of<A> counts,
-                      const PPOOptionsJob<A>& job, const PPOOptions& options) {
+                      const PPOGiven& given) {
     const V zero = Number<V>::of(0), weights = counts ? Number<V>::of(1) : zero;
-    const auto add = [&](LaneSum& sum, V term) PPO_INLINE_LAMBDA { sum.add(counts ? term : zero); };
+    const auto add = [&](auto& sum, V term) PPO_INLINE_LAMBDA { sum.add(counts ? term : zero); };
     this->for_each(terms, add);
-    add(this->k3, terms.k3);
-    add(this->low, terms.low);
-    add(this->high, terms.high);
-    if (options.dual_clip > 0) add(this->dual, terms.dual);
-    if (job.weights) {
-      add(this->weight, terms.weight);
-      add(this->weight_zero, terms.weight_zero);
-    }
-    if (job.ref_logprobs) {
-      add(this->loss_kl, terms.loss_kl);
-      add(this->ref_kl, terms.ref_kl);
-    }
-    if (job.entropy) {
-      add(this->loss_entropy, terms.loss_entropy);
-      add(this->entropy, terms.entropy);
-    }
+    this->for_each_option(terms, add, given);
     returns.add(x.ret, weights);
     values.add(x.value, weights);
     ratio_max = counts ? max_or_nan(ratio_max, terms.ratio) : ratio_max;
@@ -62,7 +47,7 @@ struct RowSums : PPOSummed<LaneSum>, PPOOptionSummed<LaneSum> {
 
   PPO_INLINE PPOOptionSums sums() const {
     PPOOptionSums result = ppo_no_option_sums();
-    const auto total = [](double& sum, const LaneSum& lanes) PPO_INLINE_LAMBDA { sum = lanes.total(); };
+    const auto total = [](double& sum, const auto& lanes) PPO_INLINE_LAMBDA { sum = lanes.total(); };
     result.for_each(*this, total);
     result.for_each_option(*this, total);
     result.returns = returns.moments();
@@ -83,9 +68,7 @@ template <class A, class F>
 PPO_INLINE void for_each_vector(const bool* mask, int64_t begin, int64_t end, const F& f) {
   for (int64_t i = begin; i < end; i += kLanesOf<A>) {
     const int n = int(std::min<int64_t>(kLanesOf<A>, end - i));
-    bool counted[kLanesOf<A>] = {};
-    std::memcpy(counted, mask + i, n);
-    f(i, n, lanes_where<A>(counted));
+    f(i, n, n == kLanesOf<A> ? lanes_where<A>(mask + i) : lanes_where_tail<A>(mask + i, n));
   }
 }
 
@@ -116,7 +99,9 @@ template <class A>
 PPO_INLINE void fill_row(const PPOOptionsJob<A>& job, const PPORow<A>& row, int64_t begin, int64_t end,
                          RowSums<A>& sums) {
   using V = vector_of<A>;
-  const PPOOptions options = job.options;  // a copy: the compiler must assume that the results overwrite the job's
+  // copies: the compiler must assume that the results overwrite the job's
+  const PPOOptions options = job.options;
+  const PPOGiven given = job.given;
   const PPORow<V> wide{Number<V>::of(row.weight), Number<V>::of(row.ratio), Number<V>::of(row.gate), row.count};
   LaneSum slopes;
   for_each_vector<A>(job.mask, begin, end, [&](int64_t i, int n, condition_of<A> counts) PPO_INLINE_LAMBDA {
@@ -124,7 +109,7 @@ PPO_INLINE void fill_row(const PPOOptionsJob<A>& job, const PPORow<A>& row, int6
     const PPOOptionToken<V> x =
         ppo_read_options<V>(job, [&](const A* from) PPO_INLINE_LAMBDA { return load_counted(from, i, n, counts); });
     const PPOOptionTerms<V> terms = ppo_option_terms(x, wide, job, options);
-    sums.add(x, terms, counts, job, options);
+    sums.add(x, terms, counts, given);
     slopes.add(counts ? terms.grad_row : zero);
     ppo_write_options(terms, job, [&](V y, A* to) PPO_INLINE_LAMBDA { store_some(to, i, n, counts ? y : zero); });
   });
@@ -153,7 +138,12 @@ PPO_INLINE PPOOptionSums fill(const PPOOptionsJob<A>& job, int64_t begin, int64_
     sums.rows += row.count > 0 ? 1 : 0;
     fill_row(job, row, from, to, sums);
   }
-  return sums.sums();
+  PPOOptionSums result = sums.sums();
+  if (!by_row) {  // then the weights are 1
+    result.loss_kl = result.ref_kl;
+    result.loss_entropy = result.entropy;
+  }
+  return result;
 }
 
 }  // namespace

@@ -78,13 +78,13 @@ PPO_HD void ppo_write_option_stats(const PPOOptionSums& sums, const PPOOptionsJo
   add(true, sums.high * mean);
   add(true, count > 0 ? sums.ratio_max : 0);
   add(true, count > 0 ? sums.ratio_min : 0);
-  add(options.dual_clip > 0, sums.dual * mean);
-  add(job.has_weights, sums.weight * mean);
-  add(job.has_weights, sums.weight_zero * mean);
-  add(job.has_ref_logprobs, part(sums.loss_kl));
-  add(job.has_ref_logprobs, sums.ref_kl * mean);
-  add(job.has_entropy, part(sums.loss_entropy));
-  add(job.has_entropy, sums.entropy * mean);
+  add(job.given.dual_clip, sums.dual * mean);
+  add(job.given.weights, sums.weight * mean);
+  add(job.given.weights, sums.weight_zero * mean);
+  add(job.given.ref_logprobs, part(sums.loss_kl));
+  add(job.given.ref_logprobs, sums.ref_kl * mean);
+  add(job.given.entropy, part(sums.loss_entropy));
+  add(job.given.entropy, sums.entropy * mean);
 }
 
 }  // namespace ppo_ext

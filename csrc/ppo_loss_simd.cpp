@@ -10,20 +10,20 @@ namespace {
 // ---- sums of a block ----
 
 template <class A>
-struct BlockSums : PPOSummed<LaneSum> {
+struct BlockSums : PPOSummed<LaneSum, LaneCount<A>> {
   using V = vector_of<A>;
   LaneMoments<A> returns, values;
 
   PPO_INLINE void add(const PPOToken<V>& x, const PPOTerms<V>& terms, condition_of<A> counts) {
     const V weights = counts ? Number<V>::of(1) : Number<V>::of(0);
-    this->for_each(terms, [](LaneSum& sum, V term) PPO_INLINE_LAMBDA { sum.add(term); });
+    this->for_each(terms, [](auto& sum, V term) PPO_INLINE_LAMBDA { sum.add(term); });
     returns.add(x.ret, weights);
     values.add(x.value, weights);
   }
 
   PPO_INLINE PPOSums sums() const {
     PPOSums result;
-    result.for_each(*this, [](double& total, const LaneSum& sum) PPO_INLINE_LAMBDA { total = sum.total(); });
+    result.for_each(*this, [](double& total, const auto& sum) PPO_INLINE_LAMBDA { total = sum.total(); });
     result.returns = returns.moments();
     result.values = values.moments();
     return result;
@@ -44,9 +44,7 @@ template <bool kWhole, class A>
 PPO_INLINE void fill_vector(const PPOJob<A>& job, const PPOCoefficients& coefficients, int64_t i, int n,
                             BlockSums<A>& sums) {
   using V = vector_of<A>;
-  bool counted[kLanesOf<A>] = {};
-  std::memcpy(counted, job.mask + i, kWhole ? kLanesOf<A> : n);
-  const condition_of<A> counts = lanes_where<A>(counted);
+  const condition_of<A> counts = kWhole ? lanes_where<A>(job.mask + i) : lanes_where_tail<A>(job.mask + i, n);
   const PPOToken<V> x = ppo_read<V>(job, [&](const A* from) PPO_INLINE_LAMBDA {
     const V entries = kWhole ? load(from + i) : load_tail(from + i, n);
     return counts ? entries : Number<V>::of(0);

@@ -200,11 +200,40 @@ PPO_INLINE const T* contiguous_block(const T* row, int64_t begin, int n, int64_t
   return buffer;
 }
 
+// Bytes as the lanes of a vector of integers: one instruction, where GCC 12 makes dozens of __builtin_convertvector.
+PPO_INLINE i32v in_lanes(u8v bytes) {
+#if defined(__AVX512F__)
+  return (i32v)_mm512_maskz_cvtepu8_epi32(kAllLanes, (__m128i)bytes);
+#elif defined(__AVX2__)
+  return (i32v)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
+  return __builtin_convertvector(bytes, i32v);
+#endif
+}
+
+PPO_INLINE i64v in_lanes(u8half bytes) {
+#if defined(__AVX512F__)
+  return (i64v)_mm512_maskz_cvtepu8_epi64(0xff, _mm_cvtsi64_si128((int64_t)bytes));
+#elif defined(__AVX2__)
+  return (i64v)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int32_t)bytes));
+#else
+  return __builtin_convertvector(bytes, i64v);
+#endif
+}
+
 // The condition that holds in the lanes whose flag is set.
 template <class A>
 PPO_INLINE condition_of<A> lanes_where(const bool* flags) {
   using bytes = std::conditional_t<std::is_same<A, double>::value, u8half, u8v>;
-  return -__builtin_convertvector(load_bytes<bytes>(flags), condition_of<A>);
+  return -in_lanes(load_bytes<bytes>(flags));
+}
+
+// The same for n flags, too few for a vector; it does not hold in the other lanes.
+template <class A>
+PPO_INLINE condition_of<A> lanes_where_tail(const bool* flags, int n) {
+  bool padded[kLanesOf<A>] = {};
+  std::memcpy(padded, flags, n);
+  return lanes_where<A>(padded);
 }
 
 // ---- across lanes ----
@@ -247,6 +276,21 @@ PPO_INLINE f32v min_or_second(f32v a, f32v b) {
   return a < b ? a : b;
 #endif
 }
+
+}  // namespace
+
+// As in host_device.h with fewer instructions: a maximum gives its second operand if either is NaN.
+template <>
+PPO_INLINE f32v max_or_nan(f32v a, f32v b) {
+  return a != a ? a : max_or_second(a, b);
+}
+
+template <>
+PPO_INLINE f32v min_or_nan(f32v a, f32v b) {
+  return a != a ? a : min_or_second(a, b);
+}
+
+namespace {
 
 // The elements of a vector of A, converted to fp64: two vectors for fp32.
 template <class A>
@@ -309,6 +353,24 @@ struct LaneSum {
     for (int width = kCount / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
     return sums[0];
+  }
+};
+
+// A sum of vectors of zeros and ones, in fewer instructions.
+template <class A>
+struct LaneCount {
+  using V = std::conditional_t<std::is_same<A, double>::value, f64v, i32v>;
+  V lanes{};
+
+  PPO_INLINE LaneCount& add(vector_of<A> x) {
+    lanes += __builtin_convertvector(x, V);
+    return *this;
+  }
+
+  PPO_INLINE double total() const {
+    double sum = 0;
+    for (int k = 0; k < kLanesOf<A>; ++k) sum += double(lanes[k]);
+    return sum;
   }
 };
 
