@@ -151,6 +151,17 @@ def test_ratio_threshold_skips_exactly(device):
     assert run(inputs, ratio_threshold=10.0)["policy/skipped"] == 0
 
 
+@pytest.mark.parametrize("enabled", (True, False))
+def test_the_grad_mode_stays_and_reaches_no_statistic(enabled, device):
+    inputs = {name: token_inputs((3, 5), device)[name] for name in ORDER}
+    with torch.set_grad_enabled(enabled):
+        loss, stats = ppo_ext.ppo_loss(**inputs | {"advantages": inputs["advantages"].requires_grad_()})
+        assert not loss.requires_grad and not any(x.requires_grad for x in stats.values())
+        with pytest.raises(ValueError, match="values must have the shape"):
+            ppo_ext.ppo_loss(**inputs | {"values": inputs["values"][:2]})
+        assert torch.is_grad_enabled() == enabled
+
+
 def test_exploded_ratio_that_is_clipped_has_no_gradient(device):
     inputs = token_inputs((1, 4), device)
     inputs["mask"][:] = 1

@@ -55,16 +55,16 @@ class PPOLossOptions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logprobs, vpreds, entropy, outputs):
-        loss, ctx.stats, *ctx.grads = outputs
+        loss, *ctx.saved = outputs
         return loss.view_as(loss) if torch.compiler.is_compiling() else loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         check.no_gradient_of_gradient("ppo_loss", grad_loss)
         _, *needs = ctx.needs_input_grad[:3]
-        of_logprobs, *others = ctx.grads
+        stats, of_logprobs, *others = ctx.saved
         others = [grad if need else None for grad, need in zip(others, needs)]
-        of_logprobs, *found = _backward(grad_loss, ctx.stats, of_logprobs, *others)
+        of_logprobs, *found = _backward(grad_loss, stats, of_logprobs, *others)
         return of_logprobs, *(x if need else None for x, need in zip(found, needs)), None
 
 
@@ -176,7 +176,23 @@ def run_operator(tensors, mask, denominator, row_counts, plan):
     if denominator is not None or row_counts is not None:
         given = {"denominator": denominator, "row_counts": row_counts}
         numbers, total, counts = denominators("ppo_loss", given, "logprobs", tensors[0], mask, numbers)
-    return _forward(*tensors[:6], mask, *tensors[6:], total, counts, numbers)
+    # each by its name, which is faster than to put the arguments together from parts of `tensors`
+    logprobs, old_logprobs, advantages, vpreds, values, returns, weights, ref_logprobs, entropy = tensors
+    return _forward(
+        logprobs,
+        old_logprobs,
+        advantages,
+        vpreds,
+        values,
+        returns,
+        mask,
+        weights,
+        ref_logprobs,
+        entropy,
+        total,
+        counts,
+        numbers,
+    )
 
 
 def named_stats(names, vector, advantages, ratio):

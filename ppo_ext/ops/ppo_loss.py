@@ -65,20 +65,22 @@ def _run_unprepared(tensors, mask, denominator, row_counts, plan):
     try:
         first = tensors[0]
         dtype = first.dtype
-        if not (dtype is torch.float32 or dtype is torch.float64) or not _native.available(first.device.type):
+        device_type = "cpu" if first.is_cpu else first.device.type  # torch makes a str of each type that is asked for
+        if not (dtype is torch.float32 or dtype is torch.float64) or not _native.available(device_type):
             return None
-        found = []
         for x in tensors:
-            if x is not None:
-                if x.dtype is not dtype or not x.is_contiguous():
-                    return None
-                if x.requires_grad:
-                    x = x.detach()
-            found.append(x)
+            if x is not None and (x.dtype is not dtype or not x.is_contiguous()):
+                return None
         if mask.dtype is not torch.bool or not mask.is_contiguous():
             check.weights("ppo_loss", mask)
             mask = mask.bool().contiguous()
-        return _run(found, mask, denominator, row_counts, plan)
+        if not torch.is_grad_enabled():
+            return _run(tensors, mask, denominator, row_counts, plan)
+        torch._C._set_grad_enabled(False)  # in less time than detaching the tensors takes, or torch.no_grad
+        try:
+            return _run(tensors, mask, denominator, row_counts, plan)
+        finally:
+            torch._C._set_grad_enabled(True)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -232,9 +234,9 @@ def ppo_loss(
         denominator is not None,
         row_counts is not None,
     )
-    tensors: list[Any] = [logprobs, old_logprobs, advantages, vpreds, values, returns]
+    tensors: Any = logprobs, old_logprobs, advantages, vpreds, values, returns
     if not plan.plain:
-        tensors += weights, ref_logprobs, entropy
+        tensors += (weights, ref_logprobs, entropy)
     outputs = _run_unprepared(tensors, mask, denominator, row_counts, plan)
     if outputs is None:
         given: dict[str, Any] = {
