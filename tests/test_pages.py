@@ -106,7 +106,9 @@ def test_at_most_four_are_kept_the_last_ones():
     assert {block_address(block) for block in _pages._spare} == last
 
 
-def test_threads_never_share_memory():
+@pytest.mark.parametrize("held", (0, 1 << 30))
+def test_threads_never_share_memory(monkeypatch, held):
+    monkeypatch.setattr(_pages, "_HELD", held)
     wrong = []
 
     def work(number):
@@ -135,10 +137,15 @@ def lazily_freed():
     return int(line.split()[1]) * 1024
 
 
-def test_the_system_may_take_it_back():
-    before = lazily_freed()
-    new(64).fill_(1)
-    assert lazily_freed() - before > 60 * MIB
+def test_the_system_may_take_back_what_goes_beyond_a_limit(monkeypatch):
+    monkeypatch.setattr(_pages, "_HELD", 100 * MIB)
+    first, second, before = new(64).fill_(1), new(64).fill_(1), lazily_freed()
+    address = first.data_ptr()
+    del first
+    assert abs(lazily_freed() - before) < 4 * MIB
+    del second
+    assert 60 * MIB < lazily_freed() - before < 68 * MIB
+    assert new(64).data_ptr() == address
 
 
 def test_forget_gives_it_back_at_once():

@@ -2,8 +2,9 @@
 
 The system gives a new tensor pages of 4 KB, each of which costs a fault when it is first written: for the gradient of a
 head as long as a third of the matrix product that fills it. So the memory of the last few tensors is kept for those that
-come next. The system may take it back at any time: it does so before it runs short of memory, and then the pages fault
-again. (Pages of 2 MB would take fewer faults, but in a virtual machine whose host takes free memory back such a fault may
+come next. What goes beyond a gigabyte, the system may take back at any time: it does so before it runs short of memory, and
+then the pages fault again. Not all is offered to it, as a page that was offered costs time when it is next written, in
+some virtual machines nearly as much as a new one. (Pages of 2 MB would take fewer faults, but in a virtual machine whose host takes free memory back such a fault may
 last milliseconds.)
 """
 
@@ -15,6 +16,7 @@ import torch
 
 _LEAST = 32 << 20  # bytes; the C library keeps the memory of smaller tensors itself
 _MOST_SPARE = 4
+_HELD = 1 << 30  # bytes of spare memory that are not offered to the system
 
 _spare: list[mmap.mmap] = []  # the memory of tensors that are gone, the last one at the end
 
@@ -51,6 +53,7 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _keep(block: mmap.mmap) -> None:
-    block.madvise(mmap.MADV_FREE)
+    if len(block) + sum(map(len, tuple(_spare))) > _HELD:
+        block.madvise(mmap.MADV_FREE)  # before another thread can take it
     _spare.append(block)
     del _spare[:-_MOST_SPARE]
