@@ -92,8 +92,8 @@ def _with_options(numbers, *given):
         )
 
     def backward(x, out):
-        grads = out[4:] if "entropy" in given else (*out[4:6], None)
-        return torch.ops.ppo_ext._ppo_loss_options_backward.default(x["one"], out[1], *grads)[:2]
+        needs = True, True, "entropy" in given
+        return torch.ops.ppo_ext._ppo_loss_options_backward.default(x["one"], out[1], out[3], *needs)[:2]
 
     return Operators(forward, 1, backward)
 

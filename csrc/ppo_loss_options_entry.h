@@ -77,8 +77,10 @@ inline void require_critic(const std::optional<Tensor>& vpreds, const std::optio
 
 // ---- the operators ----
 
+// Returns loss, stats, the advantages and ratios of the tokens that count as [2, ...], and as [1 to 3, ...] the gradients of
+// logprobs, vpreds and entropy, as far as these are given: new tensors take a good part of a small call.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_options(
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_options(
     const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const std::optional<Tensor>& vpreds,
     const std::optional<Tensor>& values, const std::optional<Tensor>& returns, const Tensor& mask,
     const std::optional<Tensor>& weights, const std::optional<Tensor>& ref_logprobs,
@@ -109,10 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
   given.row_kl = ref_logprobs && options.by_row();
   given.row_entropy = entropy && options.by_row();
   Tensor loss = new_tensor(logprobs, {}, dtype), stats = new_tensor(logprobs, {ppo_option_stats(given)}, dtype);
-  Tensor ratio = new_dense_like(logprobs), counted_advantages = new_dense_like(logprobs);
-  Tensor grad_logprobs = new_dense_like(logprobs);
-  Tensor grad_vpreds = vpreds ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
-  Tensor grad_entropy = entropy ? new_dense_like(logprobs) : new_tensor(logprobs, {0}, dtype);
+  Tensor of_tokens = new_rows_like(logprobs, 2), grads = new_rows_like(logprobs, 1 + bool(vpreds) + bool(entropy));
   dispatch_floats(dtype, [&](auto zero) {
     using A = decltype(zero);
     PPOOptionsJob<A> job{};
@@ -129,52 +128,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_opti
     job.given = given;
     job.denominator = pointer<A>(denominator);
     job.row_counts = pointer<A>(row_counts);
-    job.ratio = pointer<A>(ratio);
-    job.counted_advantages = pointer<A>(counted_advantages);
-    job.grad_logprobs = pointer<A>(grad_logprobs);
-    job.grad_vpreds = vpreds ? pointer<A>(grad_vpreds) : nullptr;
-    job.grad_entropy = entropy ? pointer<A>(grad_entropy) : nullptr;
+    job.tokens = logprobs.numel();
+    job.counted_advantages = pointer<A>(of_tokens);
+    job.ratio = job.counted_advantages + job.tokens;
+    job.grad_logprobs = pointer<A>(grads);
+    job.grad_vpreds = vpreds ? job.grad_logprobs + job.tokens : nullptr;
+    job.grad_entropy = entropy ? job.grad_logprobs + (vpreds ? 2 : 1) * job.tokens : nullptr;
     job.stats = pointer<A>(stats);
     job.loss = pointer<A>(loss);
-    job.tokens = logprobs.numel();
     job.rows = rows;
     job.row_length = row_length;
     job.options = options;
     Backend::forward(job, logprobs);
   });
-  return {loss, stats, ratio, counted_advantages, grad_logprobs, grad_vpreds, grad_entropy};
+  return {loss, stats, of_tokens, grads};
 }
 
+// `grads` is that of the forward pass, with a critic or without.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> ppo_loss_options_backward(const Tensor& grad_loss, const Tensor& stats,
-                                                             const Tensor& grad_logprobs,
-                                                             const std::optional<Tensor>& grad_vpreds,
-                                                             const std::optional<Tensor>& grad_entropy) {
-  require_float_or_double("ppo_loss", "grad_logprobs", grad_logprobs);
-  require_token_tensors_like("ppo_loss", grad_logprobs, {{"grad_logprobs", grad_logprobs}});
-  require_given(grad_logprobs, {{"grad_vpreds", grad_vpreds}, {"grad_entropy", grad_entropy}});
-  const ScalarType dtype = grad_logprobs.scalar_type();
-  require_entries("ppo_loss", "grad_loss", grad_loss, 1, grad_logprobs, dtype);
+                                                             const Tensor& grads, bool critic, bool needs_vpreds,
+                                                             bool needs_entropy) {
+  require_float_or_double("ppo_loss", "grads", grads);
+  const ScalarType dtype = grads.scalar_type();
+  const int64_t least = 1 + (critic || needs_vpreds) + needs_entropy;
+  if (grads.dim() == 0 || grads.size(0) < least || grads.size(0) > kPPOGradients)
+    reject("ppo_loss", "grads", "have the shape [" + std::to_string(least) + ", ...]", shape_text(grads));
+  require_token_tensors_like("ppo_loss", grads, {{"grads", grads}});
+  require_entries("ppo_loss", "grad_loss", grad_loss, 1, grads, dtype);
   if (stats.numel() < kPPOStats) reject("ppo_loss", "stats", "have 17 entries or more", stats.numel());
-  require_entries("ppo_loss", "stats", stats, stats.numel(), grad_logprobs, dtype);
-  const auto new_like = [&](bool given) {
-    return given ? new_dense_like(grad_logprobs) : new_tensor(grad_logprobs, {0}, dtype);
-  };
-  Tensor out_logprobs = new_like(true), out_vpreds = new_like(bool(grad_vpreds));
-  Tensor out_entropy = new_like(bool(grad_entropy));
+  require_entries("ppo_loss", "stats", stats, stats.numel(), grads, dtype);
+  const auto new_grad = [&](bool needed) { return needed ? new_row_of(grads) : new_tensor(grads, {0}, dtype); };
+  Tensor out_logprobs = new_grad(true), out_vpreds = new_grad(needs_vpreds), out_entropy = new_grad(needs_entropy);
   dispatch_floats(dtype, [&](auto zero) {
     using A = decltype(zero);
     PPOOptionsBackwardJob<A> job{};
+    job.tokens = grads.numel() / grads.size(0);
     job.grad_loss = pointer<A>(grad_loss);
     job.stats = pointer<A>(stats);
-    job.grads[0] = pointer<A>(grad_logprobs);
-    job.grads[1] = pointer<A>(grad_vpreds);
-    job.grads[2] = pointer<A>(grad_entropy);
+    job.grads[0] = pointer<A>(grads);
+    job.grads[1] = needs_vpreds ? job.grads[0] + job.tokens : nullptr;
+    job.grads[2] = needs_entropy ? job.grads[0] + (critic ? 2 : 1) * job.tokens : nullptr;
     job.out[0] = pointer<A>(out_logprobs);
     job.out[1] = pointer<A>(out_vpreds);
     job.out[2] = pointer<A>(out_entropy);
-    job.tokens = grad_logprobs.numel();
-    Backend::backward(job, grad_logprobs);
+    Backend::backward(job, grads);
   });
   return {out_logprobs, out_vpreds, out_entropy};
 }

@@ -49,6 +49,7 @@ INTERNAL = {
     "grad_loss": torch.ones(()),
     "moments": torch.ones(3),
     "stats": torch.ones(len(STAT_NAMES) + 1),
+    "grads": torch.ones(3, 2, 3),
     # of sequences, packed one after the other
     "bootstrap": torch.ones(2),
     "gamma_lams": torch.full((2,), 0.9),
@@ -166,6 +167,7 @@ NO_FAULTS = {
     ("_ppo_loss_options", "row_counts"): {"one more dimension"},
     ("_ppo_loss_options_backward", "grad_loss"): {"one more dimension", "a number"},
     ("_ppo_loss_options_backward", "stats"): {"one more dimension", "one long", "flat and longer"},
+    ("_ppo_loss_options_backward", "grads"): {"one short", "one long", "empty"},
 }
 
 

@@ -16,11 +16,11 @@ import ppo_ext
 from ppo_ext.ops import _statistics
 
 NAMES = ("loss/policy", None, "loss/value")
-KEYS = ["loss/policy", "loss/value", "policy/ratio"]
+KEYS = ["loss/policy", "loss/value", "policy/advantages", "policy/ratio"]
 
 
 def arguments():
-    return NAMES, torch.tensor([1.0, 2.0, 3.0]), {"policy/ratio": torch.tensor([[4.0, 5.0]])}
+    return NAMES, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[[6.0, 7.0]], [[4.0, 5.0]]])
 
 
 def unread():
@@ -103,7 +103,7 @@ def test_a_first_use_is_that_of_a_dict(use):
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_later_use_is_that_of_a_dict(use):
     stats = unread()
-    assert len(stats) == 3
+    assert len(stats) == len(KEYS)
     assert as_text(use(stats)) == as_text(use(plain()))
 
 
@@ -115,7 +115,7 @@ def test_every_method_of_dict_is_there():
 
 
 def test_two_that_are_unread_compare_as_dicts():
-    numbers = {"policy/ratio": 7}
+    numbers = 6, 7
     first, second, other = (_statistics.unread(("a",), torch.tensor([x]), numbers) for x in (1.0, 1.0, 2.0))
     assert first == second
     assert first != other

@@ -104,6 +104,18 @@ inline Tensor new_token_tensor(const Tensor& like, int64_t dims, ScalarType dtyp
   return new_tensor(like, like.sizes().data(), dims, dtype_number(dtype));
 }
 
+// A dense [rows, ...] of tensors of the shape and dtype of `like`.
+inline Tensor new_rows_like(const Tensor& like, int64_t rows) {
+  std::vector<int64_t> sizes{rows};
+  sizes.insert(sizes.end(), like.sizes().begin(), like.sizes().end());
+  return new_tensor(like, sizes.data(), int64_t(sizes.size()), dtype_number(like));
+}
+
+// A dense tensor of the shape of one of the rows of `rows`.
+inline Tensor new_row_of(const Tensor& rows) {
+  return new_tensor(rows, rows.sizes().data() + 1, rows.dim() - 1, dtype_number(rows));
+}
+
 // A tensor of the shape and dtype of `like`, dense whatever the strides of that are.
 inline Tensor new_dense_like(const Tensor& like) {
   return new_tensor(like, like.sizes().data(), like.dim(), dtype_number(like));

@@ -26,28 +26,27 @@ _forward, _forward_name = _native.define(
     "_ppo_loss_options(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values,"
     " Tensor? returns, Tensor mask, Tensor? weights, Tensor? ref_logprobs, Tensor? entropy, Tensor? denominator,"
     " Tensor? row_counts, float[] numbers)"
-    " -> (Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_logprobs,"
-    " Tensor grad_vpreds, Tensor grad_entropy)"
+    " -> (Tensor loss, Tensor stats, Tensor of_tokens, Tensor grads)"
 )
 _backward, _backward_name = _native.define(
-    "_ppo_loss_options_backward(Tensor grad_loss, Tensor stats, Tensor grad_logprobs, Tensor? grad_vpreds,"
-    " Tensor? grad_entropy) -> (Tensor, Tensor, Tensor)"
+    "_ppo_loss_options_backward(Tensor grad_loss, Tensor stats, Tensor grads, bool critic, bool needs_vpreds,"
+    " bool needs_entropy) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @_native.register_fake(_forward_name)
 def _(logprobs, _, __, vpreds, values, returns, mask, weights, ref_logprobs, entropy, *rest):
-    def like(x):
-        return logprobs.new_empty(0 if x is None else logprobs.shape)
+    def rows(count):
+        return logprobs.new_empty(count, *logprobs.shape)
 
     on = _ppo_options.option_names(rest[2][_DUAL_CLIP] > 0, *(x is not None for x in (weights, ref_logprobs, entropy)))
     stats = logprobs.new_empty(len(_ppo_options.STAT_NAMES) + 1 + len(on))
-    return logprobs.new_empty(()), stats, *(like(logprobs) for _ in range(3)), like(vpreds), like(entropy)
+    return logprobs.new_empty(()), stats, rows(2), rows(1 + (vpreds is not None) + (entropy is not None))
 
 
 @_native.register_fake(_backward_name)
-def _(grad_loss, stats, grad_logprobs, *others):
-    return tuple(grad_logprobs.new_empty(0) if x is None else torch.empty_like(x) for x in (grad_logprobs, *others))
+def _(grad_loss, stats, grads, critic, *needs):
+    return tuple(grads.new_empty(grads.shape[1:] if need else 0) for need in (True, *needs))
 
 
 class PPOLossOptions(torch.autograd.Function):
@@ -56,15 +55,14 @@ class PPOLossOptions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, vpreds, entropy, outputs):
         loss, *ctx.saved = outputs
+        ctx.critic = vpreds is not None
         return loss.view_as(loss) if torch.compiler.is_compiling() else loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         check.no_gradient_of_gradient("ppo_loss", grad_loss)
         _, *needs = ctx.needs_input_grad[:3]
-        stats, of_logprobs, *others = ctx.saved
-        others = [grad if need else None for grad, need in zip(others, needs)]
-        of_logprobs, *found = _backward(grad_loss, stats, of_logprobs, *others)
+        of_logprobs, *found = _backward(grad_loss, *ctx.saved, ctx.critic, *needs)
         return of_logprobs, *(x if need else None for x, need in zip(found, needs)), None
 
 
@@ -195,6 +193,7 @@ def run_operator(tensors, mask, denominator, row_counts, plan):
     )
 
 
-def named_stats(names, vector, advantages, ratio):
+def named_stats(names, vector, of_tokens):
+    """The dict of statistics; `of_tokens`: the advantages and the ratios of the tokens that count."""
     make = read if torch.compiler.is_compiling() else unread
-    return make(names, vector, {"policy/advantages": advantages, "policy/ratio": ratio})
+    return make(names, vector, of_tokens)

@@ -17,7 +17,7 @@ ARGUMENTS = (
     "Tensor old_logprobs, Tensor advantages, Tensor? vpreds, Tensor? values, Tensor? returns, Tensor mask,"
     " Tensor? weights, Tensor? ref_logprobs, Tensor? denominator, Tensor? row_counts, float[] numbers"
 )
-RESULTS = "Tensor loss, Tensor stats, Tensor ratio, Tensor counted_advantages, Tensor grad_vpreds"
+RESULTS = "Tensor loss, Tensor stats, Tensor of_tokens, Tensor grad_vpreds"
 _OF_TOKENS = 8  # so many of them have the shape of the tokens
 _NUMBERS = (*NUMBERS, *CHOICES)
 
@@ -57,21 +57,20 @@ class Tokens(NamedTuple):
 class TokenLoss(NamedTuple):
     """The results of an operator, but for the gradients of what the logits are made of.
 
-    loss: []. stats: one number for each of the names that `prepare` returns. ratio, counted_advantages, and the gradient
-    of the loss with respect to vpreds: of the tokens' shape, the gradient without entries if there is no critic.
+    loss: []. stats: one number for each of the names that `prepare` returns. of_tokens: [2, ...], the advantages and ratios
+    of the tokens that count. grad_vpreds: of the tokens' shape, without entries if there is no critic.
     """
 
     loss: torch.Tensor
     stats: torch.Tensor
-    ratio: torch.Tensor
-    counted_advantages: torch.Tensor
+    of_tokens: torch.Tensor
     grad_vpreds: torch.Tensor
 
 
 def fake_results(tokens: Tokens) -> TokenLoss:
     logprobs = tokens.old_logprobs
-    loss, stats, ratio, counted_advantages, _, grad_vpreds, _ = _outputs(logprobs, logprobs, tokens)
-    return TokenLoss(loss, stats, ratio, counted_advantages, grad_vpreds)
+    loss, stats, of_tokens, _ = _outputs(logprobs, logprobs, tokens)
+    return TokenLoss(loss, stats, of_tokens, logprobs.new_empty(0 if tokens.vpreds is None else logprobs.shape))
 
 
 def prepare(op: str, given: dict[str, Any], labels: torch.Tensor, dtype: torch.dtype) -> tuple[Tokens, tuple]:
@@ -110,8 +109,8 @@ def shares(tokens: Tokens) -> torch.Tensor:
         check.fail("ppo_loss", "numbers", f"have {len(_NUMBERS)} entries", len(tokens.numbers))
     plain = tokens.with_number("entropy_coef", -1.0).with_number("ratio_threshold", math.inf)
     logprobs = tokens.old_logprobs
-    loss, stats, _, _, grad_logprobs, _, grad_entropy = _outputs(logprobs, torch.zeros_like(logprobs), plain)
-    return _backward(torch.ones_like(loss), stats, grad_logprobs, None, grad_entropy)[2]
+    loss, stats, _, grads = _outputs(logprobs, torch.zeros_like(logprobs), plain)
+    return _backward(torch.ones_like(loss), stats, grads, tokens.vpreds is not None, False, True)[2]
 
 
 def row_gradients(
@@ -120,7 +119,7 @@ def row_gradients(
     """The gradients of the loss with respect to some rows' log-probabilities and entropies (None if it has none), before
     it is known whether the ratio guard skips the minibatch. tokens: of `of_rows`; share: these rows of `shares`."""
     alone = tokens._replace(denominator=None, row_counts=None).with_number("aggregation", 0.0)
-    grad = _outputs(logprobs, None, alone.with_number("entropy_coef", 0.0))[4]
+    grad = _outputs(logprobs, None, alone.with_number("entropy_coef", 0.0))[3][0]
     coefficient = tokens.number("entropy_coef")
     of_entropy = None if coefficient == 0 else (-coefficient * share).to(logprobs.dtype)
     return torch.where(share == 0, 0, grad * share).to(logprobs.dtype), of_entropy
@@ -131,13 +130,11 @@ def whole_loss(
 ) -> tuple[TokenLoss, tuple[torch.Tensor, torch.Tensor | None]]:
     """The loss of all tokens with its statistics, and its gradients with respect to the log-probabilities and entropies
     (None if it has none)."""
-    loss, stats, ratio, counted_advantages, *grads = _outputs(logprobs, entropy, tokens)
-    needed = (True, tokens.vpreds is not None, tokens.number("entropy_coef") != 0)
-    of_logprobs, of_vpreds, of_entropy = _backward(
-        torch.ones_like(loss), stats, *(grad if need else None for grad, need in zip(grads, needed))
-    )
-    row_grads = of_logprobs.to(logprobs.dtype), of_entropy.to(logprobs.dtype) if needed[2] else None
-    return TokenLoss(loss, stats, ratio, counted_advantages, of_vpreds), row_grads
+    loss, stats, of_tokens, grads = _outputs(logprobs, entropy, tokens)
+    critic, bonus = tokens.vpreds is not None, tokens.number("entropy_coef") != 0
+    of_logprobs, of_vpreds, of_entropy = _backward(torch.ones_like(loss), stats, grads, critic, critic, bonus)
+    row_grads = of_logprobs.to(logprobs.dtype), of_entropy.to(logprobs.dtype) if bonus else None
+    return TokenLoss(loss, stats, of_tokens, of_vpreds), row_grads
 
 
 def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], tokens: Tokens) -> None:
@@ -151,7 +148,7 @@ def zero_if_skipped(stats: torch.Tensor, gradients: Iterable[torch.Tensor], toke
 
 
 def named_stats(found: TokenLoss, names: tuple) -> dict[str, torch.Tensor]:
-    return _ppo_options_run.named_stats(names, found.stats, found.counted_advantages, found.ratio)
+    return _ppo_options_run.named_stats(names, found.stats, found.of_tokens)
 
 
 # ---- the backward pass ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,19 +40,23 @@ class _Unread(Statistics):
         return Statistics(*args, **kwargs)
 
 
-def unread(names: tuple[str | None, ...], vector: torch.Tensor, others: dict[str, torch.Tensor]) -> Statistics:
-    """The entries of `vector`, which nobody may change, under these names, of which None is left out, and `others`."""
+OF_TOKENS = ("policy/advantages", "policy/ratio")
+
+
+def unread(names: tuple[str | None, ...], vector: torch.Tensor, of_tokens: Iterable[torch.Tensor]) -> Statistics:
+    """The entries of `vector` under these names, of which None is left out, and those of `of_tokens` under OF_TOKENS.
+    Nobody may change them."""
     stats: Any = dict.__new__(_Unread)
     dict.__setitem__(stats, names[0], None)
-    stats._unread = names, vector, others
+    stats._unread = names, vector, of_tokens
     return stats
 
 
-def read(names: tuple[str | None, ...], vector: torch.Tensor, others: dict[str, torch.Tensor]) -> dict:
+def read(names: tuple[str | None, ...], vector: torch.Tensor, of_tokens: Iterable[torch.Tensor]) -> dict:
     """What `unread` becomes, as an ordinary dict."""
     stats = dict(zip(names, vector.unbind()))
     stats.pop(None, None)
-    stats.update(others)
+    stats.update(zip(OF_TOKENS, of_tokens))
     return stats
 
 

@@ -87,7 +87,11 @@ def _run_unprepared(tensors, mask, denominator, row_counts, plan):
 
 def _results(outputs, logprobs, vpreds, entropy, plan):
     """The loss, connected to what it depends on, and the dict of statistics."""
-    loss, vector, ratio, counted_advantages, *grads = outputs
+    if plan.plain:
+        loss, vector, ratio, counted_advantages, *grads = outputs
+        of_tokens = counted_advantages, ratio
+    else:
+        loss, vector, of_tokens, *grads = outputs
     if torch.is_grad_enabled() and (
         logprobs.requires_grad
         or (vpreds is not None and vpreds.requires_grad)
@@ -99,7 +103,7 @@ def _results(outputs, logprobs, vpreds, entropy, plan):
         for name, x in (("logprobs", logprobs), ("vpreds", vpreds), ("entropy", entropy)):
             if x is not None:
                 check.no_tangent("ppo_loss", name, x)
-    return loss, _ppo_options_run.named_stats(plan.names, vector, counted_advantages, ratio)
+    return loss, _ppo_options_run.named_stats(plan.names, vector, of_tokens)
 
 
 def ppo_loss(
