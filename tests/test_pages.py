@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import mmap
 import pathlib
 import threading
 
@@ -106,9 +107,7 @@ def test_at_most_four_are_kept_the_last_ones():
     assert {block_address(block) for block in _pages._spare} == last
 
 
-@pytest.mark.parametrize("held", (0, 1 << 30))
-def test_threads_never_share_memory(monkeypatch, held):
-    monkeypatch.setattr(_pages, "_HELD", held)
+def test_threads_never_share_memory():
     wrong = []
 
     def work(number):
@@ -146,6 +145,18 @@ def test_the_system_may_take_back_what_goes_beyond_a_limit(monkeypatch):
     del second
     assert 60 * MIB < lazily_freed() - before < 68 * MIB
     assert new(64).data_ptr() == address
+
+
+def test_it_is_offered_before_another_thread_can_take_it(monkeypatch):
+    offered = []
+
+    class Block(mmap.mmap):
+        def madvise(self, advice):
+            offered.append((advice, list(_pages._spare)))
+
+    monkeypatch.setattr(_pages, "_HELD", 0)
+    _pages._keep(Block(-1, MIB))
+    assert offered == [(mmap.MADV_FREE, [])] and len(_pages._spare) == 1
 
 
 def test_forget_gives_it_back_at_once():
