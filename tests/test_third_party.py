@@ -30,6 +30,15 @@ def test_what_counts_as_equal(ours, passed):
     assert report.compare(runs.RUNS[2], outcome([0.5, 0.25]), ours)["passed"] is passed
 
 
+def test_one_run_of_the_baseline_must_be_met():
+    run = next(run for run in runs.RUNS if run.nudges)
+    nudged = [outcome([0.5, 0.26 + 0.01 * i]) for i in range(len(run.nudges))]
+    for i, loss in enumerate((0.25, *(0.26 + 0.01 * i for i in range(len(run.nudges))))):
+        row = report.compare(run, outcome([0.5, 0.25]), outcome([0.5, loss + 5e-5]), nudged)
+        assert row["passed"] and row["nudge"] == (0.0, *run.nudges)[i] and row["difference"] == pytest.approx(5e-5)
+    assert not report.compare(run, outcome([0.5, 0.25]), outcome([0.5, 0.255]), nudged)["passed"]
+
+
 def test_what_is_edited_in_the_copies():
     program = "from trl import PPOTrainer\n\n    from trl.core import x\nimport trl\nfrom trlx import y\n"
     expected = program.replace("trl import P", "ppo_ext.trl import P").replace("trl.core", "ppo_ext.trl.core")

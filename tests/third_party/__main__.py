@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 
 from tests.third_party import environment, report  # noqa: E402
-from tests.third_party.runs import RUNS, settings  # noqa: E402
+from tests.third_party.runs import RUNS, nudged, settings  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -28,8 +28,14 @@ def main():
     (work / "inputs").mkdir(parents=True, exist_ok=True)
     subprocess.run([python, HERE / "inputs.py", work / "inputs"], check=True)
     runs = [run for run in RUNS if not options.names or run.name in options.names]
-    theirs, ours = (side(runs, library, python, folder, work) for library in (environment.TRL, environment.OURS))
-    rows = [report.compare(run, *pair) for run, *pair in zip(runs, theirs, ours, strict=True)]
+    plain, changed = [(run, 0.0) for run in runs], [pair for run in runs for pair in nudged(run)]
+    theirs = side(plain + changed, environment.TRL, python, folder, work)
+    ours = side(plain, environment.OURS, python, folder, work)
+    moved = iter(theirs[len(runs) :])
+    rows = [
+        report.compare(run, *pair, [next(moved) for _ in run.nudges])
+        for run, *pair in zip(runs, theirs[: len(runs)], ours, strict=True)
+    ]
     for row in rows:
         print(report.line(row), flush=True)
     if options.save:
@@ -40,12 +46,13 @@ def main():
 
 
 def side(runs, library, python, folder, work):
-    """Makes the runs on one library; returns of each its steps, its error and the files that it did not leave."""
+    """Makes the runs, each with a nudge, on one library; returns of each its steps, its error and the files that it did
+    not leave."""
     print(f"{len(runs)} runs on {library}", flush=True)
     place = work / library
     place.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for run in runs:
+    for run, nudge in runs:
         output, record = place / run.name, place / f"{run.name}.json"
         shutil.rmtree(output, ignore_errors=True)
         record.unlink(missing_ok=True)
@@ -55,6 +62,7 @@ def side(runs, library, python, folder, work):
                 "settings": settings(run, work / "inputs", work / environment.TRL, output),
                 "fields": run.ours if library == environment.OURS else {},
                 "autocast": run.autocast,
+                "nudge": nudge,
                 "float32_value_head": run.autocast and library == environment.TRL,
                 "record": str(record),
                 "log": str(place / f"{run.name}.log"),
@@ -66,7 +74,7 @@ def side(runs, library, python, folder, work):
     with open(place / "imports.log", "w", encoding="utf-8") as log:
         command = [python, "-W", "ignore", HERE / "drive.py", place / "jobs.json"]
         subprocess.run(command, env={**os.environ, **variables}, stdout=log, stderr=log, cwd=place)
-    return [outcome(run, pathlib.Path(job["record"]), place) for run, job in zip(runs, jobs, strict=True)]
+    return [outcome(run, pathlib.Path(job["record"]), place) for (run, _), job in zip(runs, jobs, strict=True)]
 
 
 def outcome(run, record, place):

@@ -1,8 +1,8 @@
 """LLaMA-Factory's runs, inside the environment: `python drive.py JOBS.json`.
 
-jobs: a list of {settings, fields, autocast, float32_value_head, record, log}. Importing LLaMA-Factory takes longer than a
-run does, so it is imported once, and each run is a fork of that process. Beside running it, this keeps each step's loss
-unrounded, while LLaMA-Factory logs four digits.
+jobs: a list of {settings, fields, autocast, nudge, float32_value_head, record, log}. Importing LLaMA-Factory takes longer
+than a run does, so it is imported once, and each run is a fork of that process. Beside running it, this keeps each step's
+loss unrounded, while LLaMA-Factory logs four digits.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ def record_ppo_steps(steps, job):
     from llamafactory.train.ppo import workflow
 
     trainer_class = workflow.CustomPPOTrainer
-    construct, step = trainer_class.__init__, trainer_class.step
+    construct, step, advantages_of = trainer_class.__init__, trainer_class.step, trainer_class.compute_advantages
 
     def constructed(self, *arguments, **options):
         construct(self, *arguments, **options)
@@ -35,7 +35,13 @@ def record_ppo_steps(steps, job):
         steps.append({"loss": scalars["ppo/loss/total"], "stats": scalars, "tokens": tokens})
         return stats
 
+    def nudged(self, *arguments, **options):
+        values, advantages, returns = advantages_of(self, *arguments, **options)
+        return values, advantages * (1 + job["nudge"]), returns
+
     trainer_class.__init__, trainer_class.step = constructed, recorded
+    if job["nudge"]:
+        trainer_class.compute_advantages = nudged
 
 
 def keep_value_head_in_float32():

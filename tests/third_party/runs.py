@@ -12,6 +12,9 @@ class Run:
     autocast: LLaMA-Factory's PPO always runs the models under autocast, on a CPU in bfloat16. False switches that off on
     both sides. With it, TRL computes the value head in bfloat16 too, ppo_ext in float32; to compare the rest, the
     baseline's value head is kept in float32.
+    nudges: in half precision the last bit of a float32 number may decide between two roundings, which lie 2^16 times as far
+    apart, and training goes on from there. So the baseline is also run with its advantages multiplied by 1 + nudge, for
+    each of these, and one of its runs must be met.
     """
 
     name: str
@@ -19,6 +22,7 @@ class Run:
     files: tuple
     ours: dict = dataclasses.field(default_factory=dict)
     autocast: bool = False
+    nudges: tuple = ()
 
 
 _COMMON = {
@@ -86,8 +90,20 @@ RUNS = (
         _FULL,
         {**_MEANS_OF_MEANS, "gae_through_padding": True},
     ),
-    Run("ppo_bf16", {**_PPO, "bf16": True}, _FULL, _MEANS_OF_MEANS, autocast=True),
+    Run(
+        "ppo_bf16",
+        {**_PPO, "bf16": True},
+        _FULL,
+        _MEANS_OF_MEANS,
+        autocast=True,
+        nudges=(2.0**-22, -(2.0**-22), 2.0**-21, -(2.0**-21)),
+    ),
 )
+
+
+def nudged(run):
+    """The run once for each of its nudges, by (run, nudge)."""
+    return [(dataclasses.replace(run, name=f"{run.name}_nudged_{i}"), nudge) for i, nudge in enumerate(run.nudges)]
 
 
 def settings(run, inputs, rewards, output):
