@@ -57,6 +57,8 @@ architectures: build
 fuzz: build
 	PPO_EXT_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m tests.property_counts -v $(ARGS)
 
+NEWEST_WHEEL = "$$(ls -t dist/ppo_ext-*.whl | head -n 1)"
+
 # libtorch is not in it: its functions are looked up in the installed torch when the wheel's libraries are loaded
 ## a wheel for every Linux with glibc 2.28 (manylinux_2_28), in dist/
 wheel: $(INSTALLED)
@@ -66,12 +68,12 @@ wheel: $(INSTALLED)
 	    --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --wheel-dir dist \
 	    build/wheel/*.whl
-	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/auditwheel show $(NEWEST_WHEEL)
 
 # apt-get install clang-16 clang-22 g++-aarch64-linux-gnu qemu-user, on Debian 12 as root
 ## builds and runs with the oldest and the newest torch, with clang and on aarch64; hours and 15 GB (ARGS=--keep keeps them)
 torch-versions: wheel
-	$(BIN)/python -m tests.platforms compilers wheel torches aarch64 --wheel dist/ppo_ext-*.whl --save \
+	$(BIN)/python -m tests.platforms compilers wheel torches aarch64 --wheel $(NEWEST_WHEEL) --save \
 	    --compiler g++ --compiler clang++-16 --compiler clang++-22 $(ARGS)
 
 # without a GPU there is no need to wait for the CUDA kernels

@@ -5,9 +5,9 @@ torch_symbols.cpp tells.
 
 A linker takes the newest version of each symbol that it finds: `exp@GLIBC_2.29`, `dlsym@GLIBC_2.34`. glibc keeps the older
 versions beside them for programs that were linked long ago. So a library is linked again. The link before shows which of
-its symbols are too new; then stand-ins for the libraries that hold these come before the system's own. They
-offer the old versions of what is used and nothing else. The loader never sees them: it reads names and versions only.
-What has no older version is defined in newer_symbols.cpp.
+its symbols are too new; then stand-ins for the libraries that hold these come before the system's own. They offer the old
+versions of what is used and nothing else. The loader never sees them: it reads names and versions only. What has no older
+version is defined in newer_symbols.cpp.
 """
 
 import re

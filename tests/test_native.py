@@ -1,5 +1,6 @@
 """The operators of the compiled libraries: modules may be imported again, as importlib.reload and autoreload do."""
 
+import importlib
 import os
 import pathlib
 import subprocess
@@ -60,6 +61,12 @@ def test_an_operator_is_defined_once():
         RuntimeError, match=r"^ppo_ext: _masked_moments must keep its schema .*, got another; restart Python$"
     ):
         _native.define(f"{schema} -> (Tensor, Tensor)")
+
+
+def test_the_oldest_torch_is_that_of_the_build(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "_build")
+    find_tools = importlib.import_module("find_tools")
+    assert _native._OLDEST_TORCH == find_tools.OLDEST_TORCH
 
 
 @pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13.0"])

@@ -200,7 +200,7 @@ PPO_INLINE const T* contiguous_block(const T* row, int64_t begin, int n, int64_t
   return buffer;
 }
 
-// Bytes as the lanes of a vector of integers: one instruction, where GCC 12 makes dozens of __builtin_convertvector.
+// Bytes as the lanes of a vector of integers: one instruction, where GCC 12 makes many of __builtin_convertvector.
 PPO_INLINE i32v in_lanes(u8v bytes) {
 #if defined(__AVX512F__)
   return (i32v)_mm512_maskz_cvtepu8_epi32(kAllLanes, (__m128i)bytes);

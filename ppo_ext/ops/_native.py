@@ -44,7 +44,8 @@ def _load(name: str, wanted: bool) -> str | None:
     if not wanted:
         return "this torch has no CUDA"
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
-        return f"torch must be 2.10 or newer, got {torch.__version__} (pip install --upgrade torch)"
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        return f"torch must be {oldest} or newer, got {torch.__version__} (pip install --upgrade torch)"
     path = _FOLDER / name
     if not path.exists() and _INSTALLED:
         return f"{_FOLDER} has no {name}, and Python finds it before the installed {_INSTALLED}"

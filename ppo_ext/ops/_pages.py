@@ -3,9 +3,9 @@
 The system gives a new tensor pages of 4 KB, each of which costs a fault when it is first written: for the gradient of a
 head as long as a third of the matrix product that fills it. So the memory of the last few tensors is kept for those that
 come next. What goes beyond a gigabyte, the system may take back at any time: it does so before it runs short of memory, and
-then the pages fault again. Not all is offered to it, as a page that was offered costs time when it is next written, in some
-virtual machines nearly as much as a new one. (Pages of 2 MB would take fewer faults, but in a virtual machine whose host
-takes free memory back such a fault may last milliseconds.)
+then the pages fault again. Not all is offered to it, as a page that was offered costs time when it is next written. (Pages
+of 2 MB would take fewer faults, but in a virtual machine whose host takes free memory back such a fault may last
+milliseconds.)
 """
 
 import mmap

@@ -75,7 +75,8 @@ def save(rows, python):
 
 def in_docs(report, text):
     """The page of docs/ with the table between its markers."""
-    return replace_block(text, f"{versions(report)}\n\n{table(report)}", "third-party")
+    parts = [versions(report), table(report), *nudges(report)]
+    return replace_block(text, "\n\n".join(parts), "third-party")
 
 
 def versions(report):
@@ -97,6 +98,17 @@ def table(report):
     return "\n".join(lines)
 
 
+def nudges(report):
+    """A sentence for each run that met a baseline with other advantages."""
+    return [
+        f"In half precision the last bit of a float32 number may decide between two roundings, from which training goes on "
+        f"in different ways: `{row['name']}` is compared with TRL whose advantages are multiplied by "
+        f"1 {'+' if row['nudge'] > 0 else '-'} {abs(row['nudge']):.1e}."
+        for row in report["runs"]
+        if row["nudge"]
+    ]
+
+
 def markdown(report):
     lines = [
         "# LLaMA-Factory on ppo_ext",
@@ -113,13 +125,7 @@ def markdown(report):
         "LLaMA-Factory runs PPO under autocast, on a CPU in bfloat16. It is on in `ppo_bf16` only, where the value head of",
         "TRL is kept in float32, as ppo_ext's is under autocast; its own would be in bfloat16.",
     ]
-    for row in report["runs"]:
-        if row["nudge"]:
-            lines.append(
-                f"In half precision the last bit of a float32 number may decide between two roundings, from which training "
-                f"goes on in different ways: `{row['name']}` is compared with TRL whose advantages are multiplied by "
-                f"1 {'+' if row['nudge'] > 0 else '-'} {abs(row['nudge']):.1e}."
-            )
+    lines += nudges(report)
     of_fields: dict[str, list[str]] = {}
     for row in report["runs"]:
         fields = ", ".join(f"{name}={value}" for name, value in row["fields_of_ppo_ext"].items())
