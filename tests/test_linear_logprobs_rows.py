@@ -195,3 +195,24 @@ def test_a_tile_is_small_beside_the_logits(rows):
     assert tile_rows * tile_columns * 4 <= 16 << 20
     if rows >= 1024:
         assert tile_rows * tile_columns + rows * 768 <= 0.1 * rows * 50257
+
+
+WEIGHTS = {
+    "half precision": lambda weight: weight.bfloat16(),
+    "transposed": lambda weight: weight.t().contiguous().t(),
+    "off by a row": lambda weight: torch.cat([weight[:1], weight])[1:],
+}
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_parts_of_a_weight_are_copied_into_one_memory(small_tiles, form):
+    """New pages for each part would cost more than the copy."""
+    inputs = head_inputs((4,), 50, 3, torch.float32)
+    weight = WEIGHTS[form](inputs["weight"])
+    before = weight.clone()
+    head = _linear_head.Head((inputs["hidden"], weight, inputs["labels"], None, None, None), (1.0, 1.0, 0.0))
+    parts = [(columns, part.data_ptr(), part.clone()) for columns, part in head.parts()]
+    assert len(parts) > 2 and len({address for _, address, _ in parts}) == 1
+    for columns, _, part in parts:
+        assert_same_bits("part", part, before[columns].float())
+    assert_same_bits("weight", weight, before)

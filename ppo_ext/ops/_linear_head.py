@@ -81,10 +81,16 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = Fa
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in this dtype, dense and at a multiple of 64 bytes: libraries of matrix products round by strides and alignment."""
-    x = x.to(dtype).contiguous()
-    return x if x.data_ptr() % 64 == 0 else x.clone()
+def _is_operand(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """In this dtype, dense and at a multiple of 64 bytes: libraries of matrix products round by strides and alignment."""
+    return x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 64 == 0
+
+
+def _copy(x: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """Memory whose first rows are x: this, which an earlier copy as long as x or longer has left, or new one."""
+    memory = x.new_empty(x.shape, dtype=dtype) if memory is None else memory
+    memory[: len(x)].copy_(x)
+    return memory
 
 
 @dataclasses.dataclass
@@ -101,7 +107,8 @@ class Head:
         halves = hidden.is_cuda and hidden.dtype == self.weight.dtype == torch.bfloat16
         self.operand_dtype = torch.bfloat16 if halves else self.dtype
         self.rows = Rows(mask, labels.numel())
-        self.hidden = operand(self.rows.of(hidden.reshape(-1, hidden.shape[-1])), self.operand_dtype)
+        rows = self.rows.of(hidden.reshape(-1, hidden.shape[-1]))
+        self.hidden = rows if _is_operand(rows, self.operand_dtype) else _copy(rows, self.operand_dtype)
         self.targets: torch.Tensor = self.rows.of(labels.reshape(-1)).contiguous()
         self.temperatures = self.of_tokens(temperatures)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
@@ -118,10 +125,15 @@ class Head:
             yield slice(first, min(first + self.tile_rows, self.count))
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The columns of each tile, and their part of the weight."""
+        """The columns of each tile, and their part of the weight, until the next one is asked for."""
+        copy = None
         for first in range(0, self.vocabulary, self.tile_columns):
             columns = slice(first, min(first + self.tile_columns, self.vocabulary))
-            yield columns, operand(self.weight[columns], self.operand_dtype)
+            part = self.weight[columns]
+            if not _is_operand(part, self.operand_dtype):
+                copy = _copy(part, self.operand_dtype, copy)  # one memory for all: new pages cost more than the copy
+                part = copy[: len(part)]
+            yield columns, part
 
     def new_tile(self, columns: int | None = None) -> torch.Tensor:
         """Memory for a tile or, if `columns` is the size of the vocabulary, for the tiles of a chunk side by side."""
