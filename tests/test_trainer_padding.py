@@ -125,24 +125,56 @@ class BlindLlama(transformers.LlamaForCausalLM):
         return super().forward(input_ids=input_ids, position_ids=position_ids, **options)
 
 
-def test_a_model_that_reads_padding_on_the_left_is_padded_on_the_right(monkeypatch):
-    monkeypatch.setitem(MODELS, "blind", lambda: BlindLlama(tiny_models.llama().config))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_reads_padding_on_the_left_is_padded_on_the_right(monkeypatch, dtype):
+    monkeypatch.setitem(MODELS, "blind", lambda: BlindLlama(tiny_models.llama().config).to(dtype))
     trainer = make_trainer("blind", "left")
     queries, responses, _ = tiny_models.batch(4, 3)
     _, inputs = forward(trainer, queries, responses)
     assert inputs["attention_mask"][:, 0].all() and not inputs["attention_mask"].all()
 
 
-def test_queries_that_padding_would_move_are_generated_by_length():
-    trainer = make_trainer("BART, learned, no position_ids", "left")
-    widths = []
-    generate = trainer.model.pretrained_model.generate
-    trainer.model.pretrained_model.generate = lambda **inputs: (
-        widths.append(inputs["input_ids"].shape) or generate(**inputs)
-    )
+class RoundingLlama(transformers.LlamaForCausalLM):
+    """It rounds each width in its own way, as libraries of matrix products may, and its small differences suffer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        embedding = self.get_input_embeddings().weight.data
+        embedding.copy_(1 + 0.02 * embedding / embedding.std())
+
+    def forward(self, input_ids=None, **options):
+        embedded = self.get_input_embeddings()(input_ids)
+        lots = torch.Generator().manual_seed(input_ids.shape[1])
+        signs = 2 * torch.randint(2, embedded.shape[1:], generator=lots) - 1
+        eps = torch.finfo(embedded.dtype).eps
+        return super().forward(inputs_embeds=embedded * (1 + signs.to(embedded) * eps), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch, dtype):
+    monkeypatch.setitem(MODELS, "rounding", lambda: RoundingLlama(tiny_models.llama().config).to(dtype))
+    trainer = make_trainer("rounding", "left")
+    queries, responses, _ = tiny_models.batch(4, 3)
+    _, inputs = forward(trainer, queries, responses)
+    assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"].all()
+    assert calls_of_generate(trainer) == [(4, 8)]
+
+
+def calls_of_generate(trainer):
+    """The shapes of the ids in its calls for queries of 3, 2, 3 and 4 tokens, after it has measured what it needs."""
+    shapes = []
+    model = trainer.model.pretrained_model
     queries = [torch.full((length,), 5) for length in (3, 2, 3, 4)]
-    trainer.generate(queries, batch_size=4, max_new_tokens=1, pad_to_multiple_of=8)
-    assert widths == [(2, 3), (1, 2), (1, 4)]
+    options = {"batch_size": 4, "max_new_tokens": 1, "pad_to_multiple_of": 8}
+    trainer.generate(queries, **options)
+    generate = model.generate
+    model.generate = lambda **inputs: shapes.append(inputs["input_ids"].shape) or generate(**inputs)
+    trainer.generate(queries, **options)
+    return shapes
+
+
+def test_queries_that_padding_would_move_are_generated_by_length():
+    assert calls_of_generate(make_trainer("BART, learned, no position_ids", "left")) == [(2, 3), (1, 2), (1, 4)]
 
 
 def left_collator(samples):

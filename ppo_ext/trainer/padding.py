@@ -50,7 +50,8 @@ def measure_padding(pretrained_model: Any, harmless: bool, tokenizer: Any, limit
     on_right = probe.logits(pretrained_model, right=_PROBED, pad_id=pad_id)
     if alone is None or on_right is None:
         return harmless
-    if batch_size > 1 and not probe.alike(alone, on_right):
+    nudged = probe.logits(pretrained_model, nudged=True)
+    if batch_size > 1 and not probe.alike(alone, on_right, nudged):
         raise ValueError(
             "PPOTrainer: model must give a padded sample the logits that it gives the sample alone, got a "
             f"{type(pretrained_model).__name__} with others, whatever the attention mask hides; choose another model, or "
@@ -58,7 +59,7 @@ def measure_padding(pretrained_model: Any, harmless: bool, tokenizer: Any, limit
         )
     first = first_position(pretrained_model) if _told_positions(pretrained_model) else None
     on_left = probe.logits(pretrained_model, left=_PROBED, pad_id=pad_id, first_position=first) if harmless else None
-    return harmless and (on_left is None or probe.alike(alone, on_left))
+    return harmless and (on_left is None or probe.alike(alone, on_left, nudged))
 
 
 def hidden_in_generation(pretrained_model: Any, pad_id: int | None) -> bool:
@@ -67,8 +68,10 @@ def hidden_in_generation(pretrained_model: Any, pad_id: int | None) -> bool:
     Some models give every token its own numbers with such padding, and do not when they read from their cache.
     """
     alone = None if pad_id is None else probe.generated(pretrained_model)
-    padded = None if pad_id is None else probe.generated(pretrained_model, _PROBED, pad_id)
-    return alone is None or padded is None or probe.alike(alone, padded)
+    if alone is None or pad_id is None:
+        return True
+    padded = probe.generated(pretrained_model, _PROBED, pad_id)
+    return padded is None or probe.alike(alone, padded, probe.generated(pretrained_model, nudged=True))
 
 
 def padding_is_inert(pretrained_model: Any) -> bool:
