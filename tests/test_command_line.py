@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -30,6 +31,15 @@ def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["inform"])
     assert exit.value.code == 2 and "invalid choice: 'inform'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `python -m ppo_ext info | head -1`: the pipe is closed before the report is written."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppo_ext", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
