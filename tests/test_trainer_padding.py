@@ -66,6 +66,11 @@ def forward(trainer, queries, responses):
     return torch.cat([logprobs[mask != 0], values[mask != 0]]), inputs
 
 
+def mask_of_a_batch(trainer):
+    queries, responses, _ = tiny_models.batch(4, 3)
+    return forward(trainer, queries, responses)[1]["attention_mask"]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_gives_what_each_sample_gives_alone(name, side):
@@ -129,9 +134,8 @@ class BlindLlama(transformers.LlamaForCausalLM):
 def test_a_model_that_reads_padding_on_the_left_is_padded_on_the_right(monkeypatch, dtype):
     monkeypatch.setitem(MODELS, "blind", lambda: BlindLlama(tiny_models.llama().config).to(dtype))
     trainer = make_trainer("blind", "left")
-    queries, responses, _ = tiny_models.batch(4, 3)
-    _, inputs = forward(trainer, queries, responses)
-    assert inputs["attention_mask"][:, 0].all() and not inputs["attention_mask"].all()
+    mask = mask_of_a_batch(trainer)
+    assert mask[:, 0].all() and not mask.all()
 
 
 class RoundingLlama(transformers.LlamaForCausalLM):
@@ -154,9 +158,8 @@ class RoundingLlama(transformers.LlamaForCausalLM):
 def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch, dtype):
     monkeypatch.setitem(MODELS, "rounding", lambda: RoundingLlama(tiny_models.llama().config).to(dtype))
     trainer = make_trainer("rounding", "left")
-    queries, responses, _ = tiny_models.batch(4, 3)
-    _, inputs = forward(trainer, queries, responses)
-    assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"].all()
+    mask = mask_of_a_batch(trainer)
+    assert mask[:, -1].all() and not mask.all()
     assert calls_of_generate(trainer) == [(4, 8)]
 
 
